@@ -1,0 +1,138 @@
+"""The pinhole camera: pixels, distortion, normalised image plane."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+#: Distortion models of sensor_msgs/CameraInfo and the number of coefficients each accepts.
+DISTORTION_MODELS = {"none": (0,), "plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,)}
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Intrinsics of one camera. An integer pixel coordinate is a pixel's centre.
+
+    Frames: optical, x right, y down, z forward. ``fx fy cx cy`` in pixels; ``distortion`` in the
+    coefficient order of sensor_msgs/CameraInfo (OpenCV's).
+    """
+
+    width: int
+    height: int
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    distortion_model: str = "none"
+    distortion: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("fx", "fy"):
+            value = getattr(self, name)
+            if not 0.0 < value < float("inf"):
+                raise ValueError(
+                    f"the camera is not calibrated: {name} is {value:g}, it must be a positive number of pixels; "
+                    "calibrate the camera and publish its camera_info"
+                )
+        if self.width <= 0 or self.height <= 0:
+            raise ValueError(f"the camera's image size is {self.width}x{self.height}, it must be positive")
+        if not all(abs(value) < float("inf") for value in (self.cx, self.cy, *self.distortion)):
+            raise ValueError("the camera's principal point and distortion must be finite; calibrate the camera again")
+        if self.distortion_model not in DISTORTION_MODELS:
+            known = ", ".join(DISTORTION_MODELS)
+            raise ValueError(f"distortion model '{self.distortion_model}' is not known; use one of {known}")
+        if len(self.distortion) not in DISTORTION_MODELS[self.distortion_model]:
+            raise ValueError(
+                f"distortion model '{self.distortion_model}' takes {DISTORTION_MODELS[self.distortion_model]} "
+                f"coefficients, {len(self.distortion)} were given"
+            )
+
+    @classmethod
+    def from_camera_info(
+        cls, width: int, height: int, K: list[float], D: list[float], model: str
+    ) -> Camera:
+        """The camera of a sensor_msgs/CameraInfo: K is row-major 3x3, D the coefficients.
+
+        All-zero coefficients and an empty model both mean an image without distortion.
+        Raises ValueError, one sentence, where the calibration is missing or malformed.
+        """
+        D = [float(value) for value in D]
+        distorted = any(value != 0.0 for value in D)
+        return cls(
+            int(width), int(height), float(K[0]), float(K[4]), float(K[2]), float(K[5]),
+            (model or "plumb_bob") if distorted else "none",
+            tuple(D) if distorted else (),
+        )  # fmt: skip
+
+    @property
+    def focal(self) -> float:
+        """Mean focal length in pixels: the scale between normalised and pixel residuals."""
+        return 0.5 * (self.fx + self.fy)
+
+    def scaled(self, sx: float, sy: float) -> Camera:
+        """The same camera for an image resized by ``sx``, ``sy`` (pixel centres stay at integers)."""
+        return replace(
+            self,
+            width=round(self.width * sx), height=round(self.height * sy),
+            fx=self.fx * sx, fy=self.fy * sy,
+            cx=(self.cx + 0.5) * sx - 0.5, cy=(self.cy + 0.5) * sy - 0.5,
+        )  # fmt: skip
+
+    def normalise(self, uv: Tensor) -> Tensor:
+        """Pixels (..., 2) to undistorted coordinates on the plane z = 1 (..., 2). Differentiable."""
+        distorted = (uv - uv.new_tensor([self.cx, self.cy])) / uv.new_tensor([self.fx, self.fy])
+        if self.distortion_model == "none":
+            return distorted
+        # Newton's method on distort(xy) = distorted; its gradient follows the same iterations.
+        xy = distorted
+        for _ in range(8):
+            value, jacobian = self._distort_with_jacobian(xy)
+            step = torch.linalg.solve(jacobian, (value - distorted).unsqueeze(-1)).squeeze(-1)
+            xy = xy - step
+        return xy
+
+    def project(self, xy: Tensor) -> Tensor:
+        """Undistorted coordinates on the plane z = 1 (..., 2) to pixels (..., 2). Differentiable."""
+        return self._distort(xy) * xy.new_tensor([self.fx, self.fy]) + xy.new_tensor([self.cx, self.cy])
+
+    def _distort(self, xy: Tensor) -> Tensor:
+        if self.distortion_model == "none":
+            return xy
+        return self._distort_with_jacobian(xy)[0]
+
+    def _distort_with_jacobian(self, xy: Tensor) -> tuple[Tensor, Tensor]:
+        """Distorted coordinates (..., 2) and their 2x2 Jacobian (..., 2, 2) (OpenCV's formulas)."""
+        x, y = xy.unbind(-1)
+        r2 = x * x + y * y
+        if self.distortion_model == "equidistant":
+            k1, k2, k3, k4 = self.distortion
+            r = r2.clamp_min(1e-16).sqrt()
+            theta = torch.atan(r)
+            t2 = theta * theta
+            theta_d = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4))))
+            d_theta = 1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4)))
+            scale = theta_d / r
+            # d scale / d r2 = (d theta_d / dr * r - theta_d) / r^2 / (2 r)
+            slope = torch.where(r2 < 1e-12, torch.zeros_like(r), (d_theta / (1 + r2) * r - theta_d) / (2 * r2 * r))
+            tx = ty = dtx_x = dtx_y = dty_x = dty_y = torch.zeros_like(x)
+        else:
+            k1, k2, p1, p2, k3, k4, k5, k6, s1, s2, s3, s4 = (*self.distortion[:12], *[0.0] * 12)[:12]
+            top, d_top = 1 + r2 * (k1 + r2 * (k2 + r2 * k3)), k1 + r2 * (2 * k2 + r2 * 3 * k3)
+            low, d_low = 1 + r2 * (k4 + r2 * (k5 + r2 * k6)), k4 + r2 * (2 * k5 + r2 * 3 * k6)
+            scale, slope = top / low, (d_top * low - top * d_low) / (low * low)
+            tx = 2 * p1 * x * y + p2 * (r2 + 2 * x * x) + r2 * (s1 + r2 * s2)
+            ty = p1 * (r2 + 2 * y * y) + 2 * p2 * x * y + r2 * (s3 + r2 * s4)
+            dsx, dsy = s1 + 2 * r2 * s2, s3 + 2 * r2 * s4
+            dtx_x, dtx_y = 2 * p1 * y + 6 * p2 * x + 2 * x * dsx, 2 * p1 * x + 2 * p2 * y + 2 * y * dsx
+            dty_x, dty_y = 2 * p1 * x + 2 * p2 * y + 2 * x * dsy, 6 * p1 * y + 2 * p2 * x + 2 * y * dsy
+        value = torch.stack((x * scale + tx, y * scale + ty), -1)
+        jacobian = torch.stack(
+            (
+                scale + 2 * x * x * slope + dtx_x, 2 * x * y * slope + dtx_y,
+                2 * x * y * slope + dty_x, scale + 2 * y * y * slope + dty_y,
+            ),
+            -1,
+        ).unflatten(-1, (2, 2))  # fmt: skip
+        return value, jacobian

@@ -1,0 +1,33 @@
+"""What every matcher family implements: f_theta of the paper (equation 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Where the query points of a reference image lie in a target image (equation 2). Differentiable."""
+
+    uv: Tensor  #: (B, N, 2) px in the target
+    coarse_uv: Tensor  #: (B, N, 2) px in the target, of the coarse stage (paper 3.2.3)
+    score: Tensor  #: (B, N) in [0, 1]
+    cov: Tensor  #: (B, N, 2, 2) px^2
+
+
+class Matcher(Protocol):
+    """A family of matchers. ``encode`` once per image, ``match`` once per pair; both batched.
+
+    A family is a ``torch.nn.Module`` whose ``state_dict`` is the whole model.
+    """
+
+    family: str  #: its name in the registry and in the weights' metadata
+
+    def encode(self, images: Tensor) -> Any:
+        """Features of images (B, 1, H, W), float in [0, 1]: what a keyframe caches."""
+
+    def match(self, reference: Any, target: Any, queries: Tensor) -> Matches:
+        """Queries (B, N, 2), px in the reference, found in the target."""
