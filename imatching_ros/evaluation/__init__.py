@@ -1,0 +1,1 @@
+"""Matching accuracy, relative-pose accuracy, trajectory error, and the report that shows them."""

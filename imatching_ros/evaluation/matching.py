@@ -1,0 +1,236 @@
+"""Matching accuracy against depth and poses, and relative-pose accuracy (issue: MMA and AUC).
+
+A matcher is measured on every query that is visible in both images: it cannot win by rejecting the hard ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.recording import Recording
+from ..geometry import lie
+from ..geometry.camera import Camera
+from ..geometry.two_view import relative_pose
+from ..matching.detector import detect
+from ..matching.protocol import Matcher
+from .trajectory import associate
+
+POSE_TOLERANCE_NS = 1_000_000  # an image's pose is its own: 1 ms allows for stamps rounded in a text file
+DEPTH_TOLERANCE = 0.03  # relative: above the noise of depth cameras, below the step at an occlusion
+BORDER_PX = 4.0  # true matches nearer to the border of the target are not counted
+MIN_POINTS = 10  # a pair with fewer visible queries says nothing
+MIN_BASELINE = 0.02  # of the median depth; below, the direction of translation is noise
+MIN_BASELINE_M = 0.05  # the same where no depth is known, metres
+CYCLE_PX = 2.0  # forward-backward error of the matches that the relative pose is estimated from
+POSE_THRESHOLD_PX = 1.0  # Sampson threshold of the essential matrix
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images of a recording and the true motion between them."""
+
+    reference: int  #: stamp, ns
+    target: int  #: stamp, ns
+    T_target_reference: Tensor  #: (7,) float64, takes points of the reference camera to the target camera
+    baseline: bool  #: long enough for its direction to be known
+
+
+@dataclass(frozen=True)
+class PairMatches:
+    """What a matcher said of one pair, beside the truth."""
+
+    pair: Pair
+    reference: np.ndarray  #: (H, W) uint8
+    target: np.ndarray  #: (H, W) uint8
+    queries: Tensor  #: (N, 2) float32 px in the reference
+    uv: Tensor  #: (N, 2) float32 px in the target, by the matcher
+    true_uv: Tensor  #: (N, 2) float32 px in the target, by depth and pose; NaN where not visible
+    visible: Tensor  #: (N,) bool, the true match is known, in frame and not occluded
+    error_px: Tensor  #: (N,) float32, NaN where not visible
+    rotation_deg: float | None  #: error of the relative pose; inf where none was found, None without a baseline
+    translation_deg: float | None  #: the same, angle between the directions of translation
+
+
+@dataclass(frozen=True)
+class MatchingAccuracy:
+    """Percentages; None where the recording has no depth (mma) or no pair with poses and a baseline (auc)."""
+
+    mma_1px: float | None
+    mma_2px: float | None
+    mma_5px: float | None
+    auc_5: float | None
+    auc_10: float | None
+    auc_20: float | None
+    pairs: int  #: pairs that were matched
+    points: int  #: visible queries over all pairs
+
+
+def evaluation_pairs(
+    recording: Recording, first_index: int, last_index: int, steps: Sequence[int] = (5, 10, 20), per_step: int = 20
+) -> list[Pair]:
+    """At most ``per_step`` pairs for each step (frames apart), evenly spread over frames first to last, inclusive.
+
+    Both images have a true pose and, if the recording has depth at all, depth. Empty without ground truth.
+    """
+    if recording.ground_truth is None:
+        return []
+    stamps = recording.stamps[max(first_index, 0) : last_index + 1]
+    index, true_index = associate(np.asarray(stamps), recording.ground_truth[0], POSE_TOLERANCE_NS)
+    poses = torch.as_tensor(recording.ground_truth[1], dtype=torch.float64)
+    posed = dict(zip(index.tolist(), poses[torch.as_tensor(true_index)], strict=True))
+    deep = {i for i in posed if recording.depth(int(stamps[i])) is not None}
+    usable = deep or posed.keys()
+    pairs = []
+    for step in steps:
+        starts = [i for i in sorted(usable) if i + step in usable]
+        chosen = np.unique(np.linspace(0, len(starts) - 1, min(per_step, len(starts))).round().astype(int))
+        for i in (starts[k] for k in chosen):
+            motion = lie.compose(lie.inverse(posed[i + step]), posed[i])
+            pairs.append(Pair(int(stamps[i]), int(stamps[i + step]), motion, _moved(recording, int(stamps[i]), motion)))
+    return pairs
+
+
+def match_pairs(
+    matcher: Matcher, recording: Recording, pairs: Sequence[Pair], queries: int = 500
+) -> Iterator[PairMatches]:
+    """Match each pair at up to ``queries`` points of the frozen detector: the same points for every matcher."""
+    needed = {stamp for pair in pairs for stamp in (pair.reference, pair.target)}
+    images = {stamp: image for stamp, image in recording if stamp in needed}
+    for pair in pairs:
+        reference, target = images[pair.reference], images[pair.target]
+        points = torch.as_tensor(detect(reference, queries), dtype=torch.float32).reshape(-1, 2)
+        uv, kept = _match(matcher, reference, target, points)
+        true_uv, visible = true_matches(
+            recording.camera, pair, points, recording.depth(pair.reference), recording.depth(pair.target)
+        )
+        error = torch.where(visible, (uv - true_uv).norm(dim=-1).nan_to_num(torch.inf), torch.nan)
+        rotation, translation = None, None
+        if pair.baseline:
+            rotation, translation = _pose_errors(recording.camera, pair, points[kept], uv[kept])
+        yield PairMatches(pair, reference, target, points, uv, true_uv, visible, error, rotation, translation)
+
+
+def evaluate_matching(
+    matcher: Matcher, recording: Recording, pairs: Sequence[Pair], queries: int = 500
+) -> MatchingAccuracy:
+    """Accuracy of a matcher on ``pairs`` of a recording."""
+    return accuracy(match_pairs(matcher, recording, pairs, queries))
+
+
+def accuracy(matches: Iterable[PairMatches]) -> MatchingAccuracy:
+    """Mean matching accuracy (per pair, then averaged) and area under the recall of relative poses."""
+    mma: list[list[float]] = []
+    errors: list[float] = []
+    pairs = points = 0
+    for match in matches:
+        pairs += 1
+        error = match.error_px[match.visible]
+        points += len(error)
+        if len(error) >= MIN_POINTS:
+            mma.append([100 * (error <= threshold).double().mean().item() for threshold in (1, 2, 5)])
+        if match.rotation_deg is not None and match.translation_deg is not None:
+            errors.append(max(match.rotation_deg, match.translation_deg))
+    means = np.mean(mma, axis=0).tolist() if mma else [None] * 3
+    areas = [pose_auc(errors, threshold) if errors else None for threshold in (5, 10, 20)]
+    return MatchingAccuracy(*means, *areas, pairs=pairs, points=points)
+
+
+def pose_auc(errors: Sequence[float], threshold: float) -> float:
+    """Area under recall over angular error, from 0 to ``threshold`` degrees, in percent of the whole (SuperGlue, 5.2).
+
+    Recall is linear from (0, 0) through each sorted error (e_k, k / n), then constant up to the threshold.
+    A failed pair is an infinite error.
+    """
+    error = np.sort(np.asarray(errors, np.float64))
+    below = error[error < threshold]
+    recall = np.arange(len(below) + 1) / len(error)
+    x = np.concatenate(([0.0], below, [threshold]))
+    y = np.append(recall, recall[-1])
+    return float(100 * np.sum(np.diff(x) * (y[1:] + y[:-1]) / 2) / threshold)
+
+
+def true_matches(
+    camera: Camera, pair: Pair, queries: Tensor, depth_reference: np.ndarray | None, depth_target: np.ndarray | None
+) -> tuple[Tensor, Tensor]:
+    """Where queries (N, 2), px, truly lie in the target: uv (N, 2) float32, NaN where not visible, and visible (N,).
+
+    Depths are (H, W), metres along the optical axis, 0 where unknown, or None. A query is visible if its depth is
+    known and its point lands in the target's frame on a surface of the same depth. At an edge of the depth
+    image the truth is uncertain, in the reference as in the target: such a query is not counted.
+    """
+    unknown = torch.full_like(queries, torch.nan), torch.zeros(len(queries), dtype=torch.bool)
+    if depth_reference is None or depth_target is None or not len(queries):
+        return unknown
+    uv = queries.double()
+    z, known = _depth_at(depth_reference, uv)
+    rays = torch.cat((camera.normalise(uv), torch.ones_like(uv[:, :1])), -1)
+    points = lie.act(pair.T_target_reference, rays * z[:, None])
+    depth = points[:, 2]
+    uv = camera.project(points[:, :2] / depth.clamp_min(1e-6)[:, None])
+    last = uv.new_tensor([camera.width - 1.0, camera.height - 1.0])
+    inside = ((uv >= BORDER_PX) & (uv <= last - BORDER_PX)).all(-1) & (depth > 0)
+    surface, seen = _depth_at(depth_target, torch.where(inside[:, None], uv, 0.0))
+    visible = known & inside & seen & ((surface - depth).abs() <= DEPTH_TOLERANCE * depth)
+    return torch.where(visible[:, None], uv, torch.nan).float(), visible
+
+
+def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
+    """Depth (N,) at pixels (N, 2), and whether it is certain: all four neighbours known, on one surface.
+
+    Inverse depth is interpolated: on a plane it is linear in the pixel.
+    """
+    image = torch.as_tensor(np.asarray(depth, np.float64))
+    height, width = image.shape
+    left = uv[:, 0].floor().long().clamp(0, width - 2)
+    top = uv[:, 1].floor().long().clamp(0, height - 2)
+    a, b = uv[:, 0] - left, uv[:, 1] - top
+    corners = torch.stack([image[top + dy, left + dx] for dy in (0, 1) for dx in (0, 1)], -1)
+    weights = torch.stack(((1 - a) * (1 - b), a * (1 - b), (1 - a) * b, a * b), -1)
+    certain = (corners > 0).all(-1) & corners.isfinite().all(-1)
+    corners = torch.where(certain[:, None], corners, 1.0)
+    certain &= corners.amax(-1) <= (1 + DEPTH_TOLERANCE) * corners.amin(-1)
+    return 1 / (weights / corners).sum(-1), certain
+
+
+@torch.no_grad()
+def _match(matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """uv (N, 2) of all queries, and (N,) which of them the matcher would keep: in frame, and found back."""
+    if not len(queries):
+        return queries, torch.zeros(0, dtype=torch.bool)
+    device = next((p.device for p in matcher.parameters()), "cpu") if isinstance(matcher, torch.nn.Module) else "cpu"
+    first, second = (
+        matcher.encode(torch.as_tensor(image, device=device)[None, None].float() / 255) for image in (reference, target)
+    )
+    uv = matcher.match(first, second, queries[None].to(device)).uv
+    back = matcher.match(second, first, uv.nan_to_num(0.0)).uv[0].cpu()
+    uv = uv[0].cpu().float()
+    height, width = target.shape
+    inside = ((uv >= 0) & (uv <= uv.new_tensor([width - 1, height - 1]))).all(-1)
+    return uv, inside & ((back - queries).norm(dim=-1) <= CYCLE_PX)
+
+
+def _pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:
+    """Angular errors, degrees, of rotation and of the direction of translation; infinite where there is no pose."""
+    found = relative_pose(
+        camera.normalise(uv_i.double()), camera.normalise(uv_j.double()), POSE_THRESHOLD_PX, camera.focal
+    )
+    if found is None:
+        return float("inf"), float("inf")
+    estimate, truth = found[0].double().cpu(), pair.T_target_reference
+    cosine = (estimate[3:] * truth[3:]).sum().abs() / (estimate[3:].norm() * truth[3:].norm())
+    rotation = 2 * torch.acos(cosine.clamp(max=1.0))
+    a, b = estimate[:3], truth[:3]
+    translation = torch.atan2(torch.linalg.cross(a, b).norm(), (a * b).sum())
+    return torch.rad2deg(rotation).item(), torch.rad2deg(translation).item()
+
+
+def _moved(recording: Recording, reference: int, motion: Tensor) -> bool:
+    depth = recording.depth(reference)
+    known = depth[(depth > 0) & np.isfinite(depth)] if depth is not None else np.empty(0)
+    least = MIN_BASELINE * float(np.median(known)) if len(known) else MIN_BASELINE_M
+    return motion[:3].norm().item() >= least

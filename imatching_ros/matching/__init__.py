@@ -1,0 +1,1 @@
+"""f_theta: an image pair and query points in, correspondences out."""

@@ -1,0 +1,1 @@
+"""The three ROS nodes and all that is ROS: messages, parameters, diagnostics, replay. No mathematics."""

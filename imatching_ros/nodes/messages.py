@@ -1,0 +1,325 @@
+"""Conversions between ROS messages and the core's dataclasses, and nothing else.
+
+Every ``*_from_*`` raises ValueError with one sentence where a message is malformed.
+"""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from builtin_interfaces.msg import Time
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from geometry_msgs.msg import Point32, Pose, PoseStamped
+from nav_msgs.msg import Odometry, Path
+from sensor_msgs.msg import CameraInfo, ChannelFloat32, CompressedImage, Image, PointCloud, PointCloud2, PointField
+from std_msgs.msg import Header, UInt8MultiArray
+
+from imatching_ros.bundle.window import Window
+from imatching_ros.data.images import decode_compressed, decode_image
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.geometry.correspondences import Correspondences
+
+CORRESPONDENCE = np.dtype([
+    ("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("u", "<f4"), ("v", "<f4"), ("ref_u", "<f4"), ("ref_v", "<f4"),
+    ("id", "<u4"), ("ref_sec", "<i4"), ("ref_nanosec", "<u4"), ("score", "<f4"),
+    ("cov_uu", "<f4"), ("cov_uv", "<f4"), ("cov_vv", "<f4"), ("model", "<u4"),
+])  # fmt: skip
+
+#: Viewers draw only float32 ``x y z``. The parts that float32 cuts off follow as ``x_low y_low z_low``, so that
+#: the sum gives back 48 bits of the solved point and whoever rebuilds the residuals finds the same survivors.
+LANDMARK = np.dtype([
+    ("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("id", "<u4"), ("observations", "<u4"), ("error_px", "<f4"),
+    ("x_low", "<f4"), ("y_low", "<f4"), ("z_low", "<f4"),
+])  # fmt: skip
+
+_FIELD_TYPES = {
+    "i1": PointField.INT8, "u1": PointField.UINT8, "i2": PointField.INT16, "u2": PointField.UINT16,
+    "i4": PointField.INT32, "u4": PointField.UINT32, "f4": PointField.FLOAT32, "f8": PointField.FLOAT64,
+}  # fmt: skip
+_DTYPES = {number: name for name, number in _FIELD_TYPES.items()}
+
+
+# Stamps
+
+
+def to_ns(stamp: Time) -> int:
+    """A ROS stamp in nanoseconds."""
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def to_stamp(ns: int) -> Time:
+    """Nanoseconds as a ROS stamp."""
+    sec, nanosec = divmod(int(ns), 1_000_000_000)
+    return Time(sec=sec, nanosec=nanosec)
+
+
+def header(ns: int, frame_id: str) -> Header:
+    return Header(stamp=to_stamp(ns), frame_id=frame_id)
+
+
+# Point clouds with named fields
+
+
+def cloud(rows: np.ndarray, head: Header) -> PointCloud2:
+    """A structured array (N,) as a PointCloud2 whose fields are the array's own."""
+    rows = np.ascontiguousarray(rows)
+    return PointCloud2(
+        header=head,
+        height=1,
+        width=len(rows),
+        fields=[
+            PointField(name=name, offset=offset, datatype=_FIELD_TYPES[dtype.str[1:]], count=1)
+            for name, (dtype, offset) in rows.dtype.fields.items()
+        ],
+        is_bigendian=False,
+        point_step=rows.dtype.itemsize,
+        row_step=rows.dtype.itemsize * len(rows),
+        data=array.array("B", rows.tobytes()),
+        is_dense=True,
+    )
+
+
+def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
+    """The rows of a PointCloud2 as a structured array (N,) of type ``wanted``; other fields are ignored.
+
+    Raises ValueError where a wanted field is missing or of another type, or the data is cut short.
+    """
+    order = ">" if message.is_bigendian else "<"
+    fields = {field.name: field for field in message.fields}
+    for name, (dtype, _) in wanted.fields.items():
+        field = fields.get(name)
+        if field is None:
+            raise ValueError(f"the point cloud has no field '{name}'; its publisher and this node must agree on it")
+        if _DTYPES.get(field.datatype) != dtype.str[1:] or field.count != 1:
+            raise ValueError(f"field '{name}' of the point cloud has datatype {field.datatype}, expected {dtype.name}")
+        if field.offset + dtype.itemsize > message.point_step:
+            raise ValueError(f"field '{name}' of the point cloud ends beyond its point_step of {message.point_step}")
+    if message.row_step < message.width * message.point_step or len(message.data) < message.row_step * message.height:
+        raise ValueError(f"the point cloud holds {len(message.data)} bytes, fewer than its size says")
+    names = list(wanted.names)
+    layout = np.dtype({
+        "names": names,
+        "formats": [order + wanted.fields[name][0].str[1:] for name in names],
+        "offsets": [fields[name].offset for name in names],
+        "itemsize": message.point_step,
+    })
+    rows = np.ndarray(
+        (message.height, message.width), layout, memoryview(message.data), 0, (message.row_step, message.point_step)
+    ) if len(message.data) else np.empty((0, 0), layout)  # fmt: skip
+    result = np.empty(rows.size, wanted)
+    for name in names:
+        result[name] = rows[name].reshape(-1)
+    return result
+
+
+def _pair(rows: np.ndarray, *names: str) -> torch.Tensor:
+    return torch.from_numpy(np.stack([rows[name] for name in names], -1))
+
+
+# Correspondences
+
+
+def correspondences_to_cloud(correspondences: Correspondences, frame_id: str) -> PointCloud2:
+    """One row for each correspondence; the header carries the newer image's stamp and optical frame."""
+    c = correspondences
+    rows = np.empty(len(c), CORRESPONDENCE)
+    rows["x"], rows["y"] = c.xy.numpy().T
+    rows["z"] = 1.0
+    rows["u"], rows["v"] = c.uv.numpy().T
+    rows["ref_u"], rows["ref_v"] = c.ref_uv.numpy().T
+    rows["id"] = c.track.numpy()
+    rows["ref_sec"], rows["ref_nanosec"] = np.divmod(c.ref_stamp.numpy(), 1_000_000_000)
+    rows["score"] = c.score.numpy()
+    rows["cov_uu"], rows["cov_uv"], rows["cov_vv"] = c.cov.numpy().T
+    rows["model"] = c.model
+    return cloud(rows, header(c.stamp, frame_id))
+
+
+def correspondences_from_cloud(message: PointCloud2) -> Correspondences:
+    """The exact inverse, but for a message without rows, whose ``model`` reads 0."""
+    rows = cloud_rows(message, CORRESPONDENCE)
+    for name in ("x", "y", "u", "v", "ref_u", "ref_v", "score", "cov_uu", "cov_uv", "cov_vv"):
+        if not np.isfinite(rows[name]).all():
+            raise ValueError(f"the correspondences hold a value of '{name}' that is not finite")
+    return Correspondences(
+        stamp=to_ns(message.header.stamp),
+        uv=_pair(rows, "u", "v"),
+        xy=_pair(rows, "x", "y"),
+        ref_stamp=torch.from_numpy(rows["ref_sec"].astype(np.int64) * 1_000_000_000 + rows["ref_nanosec"]),
+        ref_uv=_pair(rows, "ref_u", "ref_v"),
+        track=torch.from_numpy(rows["id"].astype(np.int64)),
+        score=torch.from_numpy(rows["score"].copy()),
+        cov=_pair(rows, "cov_uu", "cov_uv", "cov_vv"),
+        model=int(rows["model"][0]) if len(rows) else 0,
+    )
+
+
+def vins_features(current: Correspondences, previous: Correspondences | None, frame_id: str) -> PointCloud:
+    """The feature message of VINS-Fusion: one point on z = 1 for each track, nine channels.
+
+    Channels: id, camera, u, v, velocity x, velocity y (normalised plane per second, 0 for a new track), and
+    three of a ground-truth point, which VINS-Fusion reads whenever there are more than five: zeros here. Its ids
+    are float32, exact below 2^24 only, so tracks are counted modulo 2^24.
+    """
+    track, first = np.unique(current.track.numpy(), return_index=True)
+    xy, uv = current.xy.numpy()[first], current.uv.numpy()[first]
+    velocity = np.zeros_like(xy)
+    if previous is not None and len(previous) and current.stamp > previous.stamp:
+        old_track, old_first = np.unique(previous.track.numpy(), return_index=True)
+        _, new, old = np.intersect1d(track, old_track, assume_unique=True, return_indices=True)
+        moved = xy[new] - previous.xy.numpy()[old_first][old]
+        velocity[new] = moved / ((current.stamp - previous.stamp) * 1e-9)
+    zeros = np.zeros(len(track), np.float32)
+    channels = {
+        "id": track % 2**24, "camera_id": zeros, "p_u": uv[:, 0], "p_v": uv[:, 1],
+        "velocity_x": velocity[:, 0], "velocity_y": velocity[:, 1], "gx": zeros, "gy": zeros, "gz": zeros,
+    }  # fmt: skip
+    return PointCloud(
+        header=header(current.stamp, frame_id),
+        points=[Point32(x=float(x), y=float(y), z=1.0) for x, y in xy],
+        channels=[
+            ChannelFloat32(name=name, values=np.asarray(values, np.float32).tolist())
+            for name, values in channels.items()
+        ],
+    )
+
+
+# Poses and windows
+
+
+def pose_to_message(T: torch.Tensor) -> Pose:
+    """A pose (7,) ``tx ty tz qx qy qz qw``."""
+    message = Pose()
+    position, orientation = message.position, message.orientation
+    position.x, position.y, position.z = T[:3].tolist()
+    orientation.x, orientation.y, orientation.z, orientation.w = T[3:].tolist()
+    return message
+
+
+def pose_from_message(message: Pose) -> torch.Tensor:
+    """(7,) float64 ``tx ty tz qx qy qz qw``."""
+    p, q = message.position, message.orientation
+    return torch.tensor([p.x, p.y, p.z, q.x, q.y, q.z, q.w], dtype=torch.float64)
+
+
+def odometry(
+    T_world_camera: torch.Tensor, covariance: torch.Tensor | None, stamp: int, world_frame: str, camera_frame: str
+) -> Odometry:
+    """Pose (7,) and covariance (6, 6) of one image; zeros where the covariance is not known."""
+    message = Odometry(header=header(stamp, world_frame), child_frame_id=camera_frame)
+    message.pose.pose = pose_to_message(T_world_camera)
+    if covariance is not None:
+        message.pose.covariance = covariance.to(torch.float64).reshape(-1).numpy()
+    return message
+
+
+def window_to_messages(window: Window, stamp: int, world_frame: str) -> tuple[Path, PointCloud2]:
+    """One solve as ``keyframes`` and ``landmarks``, both stamped with the image that caused it."""
+    head = header(stamp, world_frame)
+    path = Path(
+        header=head,
+        poses=[
+            PoseStamped(header=header(ns, world_frame), pose=pose_to_message(T))
+            for ns, T in zip(window.stamps.tolist(), window.T_world_camera, strict=True)
+        ],
+    )
+    points = window.points.numpy()
+    high = points.astype(np.float32)
+    low = (points - high).astype(np.float32)
+    rows = np.empty(len(points), LANDMARK)
+    rows["x"], rows["y"], rows["z"] = high.T
+    rows["x_low"], rows["y_low"], rows["z_low"] = low.T
+    rows["id"] = window.track.numpy()
+    rows["observations"] = window.observations.numpy()
+    rows["error_px"] = window.error_px.numpy()
+    return path, cloud(rows, head)
+
+
+def window_from_messages(keyframes: Path, landmarks: PointCloud2) -> Window:
+    """The window of one solve. Raises ValueError where the two messages are of different solves."""
+    if to_ns(keyframes.header.stamp) != to_ns(landmarks.header.stamp):
+        raise ValueError("keyframes and landmarks have different stamps, so they are not of the same solve")
+    rows = cloud_rows(landmarks, LANDMARK)
+    high = np.stack([rows[name] for name in "xyz"], -1).astype(np.float64)
+    low = np.stack([rows[f"{name}_low"] for name in "xyz"], -1)
+    points = torch.from_numpy(high + low)
+    poses = [pose_from_message(pose.pose) for pose in keyframes.poses]
+    T_world_camera = torch.stack(poses) if poses else torch.empty(0, 7, dtype=torch.float64)
+    if not (torch.isfinite(points).all() and torch.isfinite(T_world_camera).all()):
+        raise ValueError("the window holds a pose or a landmark that is not finite")
+    return Window(
+        stamps=torch.tensor([to_ns(pose.header.stamp) for pose in keyframes.poses], dtype=torch.int64),
+        T_world_camera=T_world_camera,
+        track=torch.from_numpy(rows["id"].astype(np.int64)),
+        points=points,
+        observations=torch.from_numpy(rows["observations"].astype(np.int64)),
+        error_px=torch.from_numpy(rows["error_px"].astype(np.float64)),
+    )
+
+
+# Images and cameras
+
+
+def camera_from_info(message: CameraInfo) -> Camera:
+    """The camera; ValueError where it is not calibrated."""
+    return Camera.from_camera_info(
+        message.width, message.height, list(message.k), list(message.d), message.distortion_model
+    )
+
+
+def image_from_message(message: Image | CompressedImage) -> np.ndarray:
+    """Grey (H, W) uint8 of an Image or a CompressedImage; ValueError where it cannot be read."""
+    if isinstance(message, CompressedImage):
+        return decode_compressed(bytes(message.data))
+    return decode_image(
+        message.encoding, message.height, message.width, message.step, bytes(message.data), bool(message.is_bigendian)
+    )
+
+
+def image_to_message(image: np.ndarray, head: Header) -> Image:
+    """An image (H, W) mono8 or (H, W, 3) rgb8, both uint8."""
+    height, width = image.shape[:2]
+    return Image(
+        header=head,
+        height=height,
+        width=width,
+        encoding="mono8" if image.ndim == 2 else "rgb8",
+        step=image.nbytes // height,
+        data=array.array("B", np.ascontiguousarray(image).tobytes()),
+    )
+
+
+# Weights
+
+
+def weights_to_message(weights: bytes) -> UInt8MultiArray:
+    """The bytes of a weights file as a message."""
+    return UInt8MultiArray(data=array.array("B", weights))
+
+
+def weights_from_message(message: UInt8MultiArray) -> bytes:
+    """The bytes of a weights file."""
+    return bytes(message.data)
+
+
+# Diagnostics
+
+
+def diagnostic_status(level: int, name: str, message: str, values: Mapping[str, object]) -> DiagnosticStatus:
+    """One status; levels 0 OK, 1 WARN, 2 ERROR, 3 STALE. Floats are written with six figures."""
+    return DiagnosticStatus(
+        level=bytes([level]),
+        name=name,
+        message=message,
+        values=[
+            KeyValue(key=key, value=f"{value:.6g}" if isinstance(value, float) else str(value))
+            for key, value in values.items()
+        ],
+    )
+
+
+def diagnostic_array(statuses: list[DiagnosticStatus], now: Time) -> DiagnosticArray:
+    return DiagnosticArray(header=Header(stamp=now), status=statuses)
