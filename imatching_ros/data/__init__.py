@@ -1,0 +1,1 @@
+"""Recordings: read from bags, or rendered with exact ground truth. Imports geometry only."""
