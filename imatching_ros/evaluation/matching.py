@@ -7,18 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.recording import Recording
 from ..geometry import lie
 from ..geometry.camera import Camera
 from ..geometry.two_view import relative_pose
 from ..matching.detector import detect
 from ..matching.protocol import Matcher
+from ..matching.tracker import TrackerOptions, round_trip
 from .trajectory import associate
+
+if TYPE_CHECKING:
+    from ..data.recording import Recording
 
 POSE_TOLERANCE_NS = 1_000_000  # an image's pose is its own: 1 ms allows for stamps rounded in a text file
 DEPTH_TOLERANCE = 0.03  # relative: above the noise of depth cameras, below the step at an occlusion
@@ -26,7 +30,6 @@ BORDER_PX = 4.0  # true matches nearer to the border of the target are not count
 MIN_POINTS = 10  # a pair with fewer visible queries says nothing
 MIN_BASELINE = 0.02  # of the median depth; below, the direction of translation is noise
 MIN_BASELINE_M = 0.05  # the same where no depth is known, metres
-CYCLE_PX = 2.0  # forward-backward error of the matches that the relative pose is estimated from
 POSE_THRESHOLD_PX = 1.0  # Sampson threshold of the essential matrix
 
 
@@ -79,11 +82,14 @@ def evaluation_pairs(
     """
     if recording.ground_truth is None:
         return []
-    stamps = recording.stamps[max(first_index, 0) : last_index + 1]
+    stamps = [stamp for stamp, kind, *_ in recording.messages() if kind == "image"][
+        max(first_index, 0) : last_index + 1
+    ]
     index, true_index = associate(np.asarray(stamps), recording.ground_truth[0], POSE_TOLERANCE_NS)
     poses = torch.as_tensor(recording.ground_truth[1], dtype=torch.float64)
+    poses = torch.cat((poses[:, :3], torch.nn.functional.normalize(poses[:, 3:], dim=-1)), -1)  # text files round
     posed = dict(zip(index.tolist(), poses[torch.as_tensor(true_index)], strict=True))
-    deep = {i for i in posed if recording.depth(int(stamps[i])) is not None}
+    deep = {i for i in posed if recording.depth(stamps[i]) is not None}
     usable = deep or posed.keys()
     pairs = []
     for step in steps:
@@ -91,7 +97,7 @@ def evaluation_pairs(
         chosen = np.unique(np.linspace(0, len(starts) - 1, min(per_step, len(starts))).round().astype(int))
         for i in (starts[k] for k in chosen):
             motion = lie.compose(lie.inverse(posed[i + step]), posed[i])
-            pairs.append(Pair(int(stamps[i]), int(stamps[i + step]), motion, _moved(recording, int(stamps[i]), motion)))
+            pairs.append(Pair(stamps[i], stamps[i + step], motion, _moved(recording, stamps[i], motion)))
     return pairs
 
 
@@ -199,19 +205,18 @@ def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _match(matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """uv (N, 2) of all queries, and (N,) which of them the matcher would keep: in frame, and found back."""
+    """uv (N, 2) of all queries, and (N,) which of them the tracker would keep: in frame, and found back."""
     if not len(queries):
         return queries, torch.zeros(0, dtype=torch.bool)
     device = next((p.device for p in matcher.parameters()), "cpu") if isinstance(matcher, torch.nn.Module) else "cpu"
     first, second = (
-        matcher.encode(torch.as_tensor(image, device=device)[None, None].float() / 255) for image in (reference, target)
+        matcher.encode(torch.tensor(image, device=device)[None, None].float() / 255) for image in (reference, target)
     )
-    uv = matcher.match(first, second, queries[None].to(device)).uv
-    back = matcher.match(second, first, uv.nan_to_num(0.0)).uv[0].cpu()
-    uv = uv[0].cpu().float()
+    matches, distance = round_trip(matcher, first, second, queries[None].to(device))
+    uv = matches.uv[0].cpu().float()
     height, width = target.shape
     inside = ((uv >= 0) & (uv <= uv.new_tensor([width - 1, height - 1]))).all(-1)
-    return uv, inside & ((back - queries).norm(dim=-1) <= CYCLE_PX)
+    return uv, inside & (distance[0].cpu() < TrackerOptions.round_trip_px)
 
 
 def _pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:

@@ -53,10 +53,10 @@ def trajectory_accuracy(
     if ground_truth is None:
         return TrajectoryAccuracy(None, None, None, 0, nothing, nothing)
     i, j = associate(stamps, ground_truth[0], tolerance_ns)
-    estimate, truth = _path(T_world_camera, i), _path(ground_truth[1], j)
     poses = len(i)
     if poses < 2:
-        return TrajectoryAccuracy(None, None, None, poses, nothing, truth.positions_xyz)
+        return TrajectoryAccuracy(None, None, None, poses, nothing, nothing)
+    estimate, truth = _path(T_world_camera, i), _path(ground_truth[1], j)
     path_m = float(truth.path_length)
     try:
         if poses < 3:
