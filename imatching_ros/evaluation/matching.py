@@ -1,4 +1,4 @@
-"""Matching accuracy against depth and poses, and relative-pose accuracy (issue: MMA and AUC).
+"""Matching accuracy (MMA) against depth and poses, and accuracy of the relative pose (AUC).
 
 A matcher is measured on every query that is visible in both images: it cannot win by rejecting the hard ones.
 """
