@@ -97,6 +97,21 @@ class Camera:
         """Undistorted coordinates on the plane z = 1 (..., 2) to pixels (..., 2). Differentiable."""
         return self._distort(xy) * xy.new_tensor([self.fx, self.fy]) + xy.new_tensor([self.cx, self.cy])
 
+    def undistorted_covariance(self, xy: Tensor, cov: Tensor) -> Tensor:
+        """Covariances (..., 3) of raw pixels as those of the undistorted pixels ``(fx x, fy y)``: uu, uv, vv, px^2.
+
+        xy: (..., 2) the undistorted points, on the plane z = 1.
+        """
+        if self.distortion_model == "none":
+            return cov
+        # Raw pixels are f * distort(xy), so undistorted ones move by F J^-1 F^-1 of a raw pixel's movement.
+        focal = xy.new_tensor([self.fx, self.fy])
+        jacobian = self._distort_with_jacobian(xy)[1] * focal[:, None] / focal
+        inverse = torch.linalg.inv_ex(jacobian)[0]
+        full = torch.stack((cov[..., 0], cov[..., 1], cov[..., 1], cov[..., 2]), -1).unflatten(-1, (2, 2))
+        full = inverse @ full @ inverse.mT
+        return torch.stack((full[..., 0, 0], full[..., 0, 1], full[..., 1, 1]), -1)
+
     def _distort(self, xy: Tensor) -> Tensor:
         if self.distortion_model == "none":
             return xy

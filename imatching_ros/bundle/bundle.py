@@ -1,0 +1,182 @@
+"""The lower level online: correspondences in, the motion of every image and a solved window per keyframe out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imatching_ros.bundle.initialise import initialise
+from imatching_ros.bundle.observations import index_of, observations
+from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.registration import Registration, register
+from imatching_ros.bundle.solve import solve
+from imatching_ros.bundle.window import Window
+from imatching_ros.geometry import lie
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.geometry.correspondences import Correspondences
+
+#: What ``Estimate.status`` may be.
+INITIALISING = "initialising"  #: no map yet: too few keyframes, or too little parallax among them
+TRACKING = "tracking"  #: the image is posed against the window's landmarks
+LOST = "lost"  #: the image does not agree with the window's landmarks; every next one tries again
+NEW_MAP = "new map"  #: lost for too long: a map begins again at the last pose, with a scale of its own
+
+_PENDING = 64  #: images that may yet be named as a keyframe
+_BUFFERED = 20  #: keyframes kept while there is no map
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one message's image has to say."""
+
+    stamp: int  #: ns
+    T_world_camera: Tensor | None  #: (7,) float64
+    covariance: Tensor | None  #: (6, 6) float64, as ``lie.retract``, landmarks taken as exact
+    status: str  #: INITIALISING, TRACKING, LOST or NEW_MAP
+    inliers: int  #: tracks of the image that agree with a landmark
+    window: Window | None  #: set where the message named a new keyframe and the window was solved with it
+
+
+class Bundle:
+    """Keyframe window, tracking and mapping. ``add`` once per message, in the order of the stamps."""
+
+    def __init__(self, camera: Camera, options: BundleOptions | None = None) -> None:
+        self.camera, self.options = camera, options or BundleOptions()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.window: Window | None = None  #: the newest solution
+        self.trajectory: dict[int, Tensor] = {}  #: stamp to T_world_camera (7,) of every keyframe that got a pose
+        self.keyframes = 0  #: how many keyframes there have been, with or without a pose
+        self.maps = 0  #: how many maps have been begun
+        self._keyframes: dict[int, Correspondences] = {}  # of the window, or waiting for a map
+        self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
+        self._named: set[int] = set()
+        self._last: tuple[Tensor, Tensor] | None = None  # the poses of the two newest images
+        self._failures = 0
+        self._origin: tuple[Tensor, float] | None = None  # where, and how large, the next map begins
+
+    def add(self, message: Correspondences) -> Estimate:
+        """Pose the message's image; solve the window first where the message names a new keyframe.
+
+        Raises ValueError where the stamp is not newer than the message's before: reset first when time goes back.
+        """
+        if self._pending and message.stamp <= next(reversed(self._pending)):
+            raise ValueError(
+                f"the correspondences of {message.stamp} ns are not newer than the last ones; "
+                "reset the bundle when time goes back"
+            )
+        window = None
+        for stamp in torch.unique(message.ref_stamp).tolist():
+            if stamp in self._pending and stamp not in self._named:
+                window = self._keyframe(stamp) or window
+        estimate = self._track(message, window)
+        self._pending[message.stamp] = message, estimate.T_world_camera
+        while len(self._pending) > _PENDING:
+            del self._pending[next(iter(self._pending))]
+        return estimate
+
+    def _track(self, message: Correspondences, window: Window | None) -> Estimate:
+        if self.window is None:
+            status = NEW_MAP if self._origin else INITIALISING
+            return Estimate(message.stamp, None, None, status, 0, window)
+        found = self._register(message, self._predict())
+        if found is None:
+            self._last, self._failures = None, self._failures + 1
+            if self._failures > self.options.patience:
+                self._begin_again()
+            return Estimate(message.stamp, None, None, LOST, 0, window)
+        registration, inliers = found
+        T = registration.T_world_camera
+        self._failures, self._last = 0, (self._last[1] if self._last else T, T)
+        return Estimate(message.stamp, T, registration.covariance, TRACKING, inliers, window)
+
+    def _predict(self) -> Tensor | None:
+        """Constant velocity: the newest motion once more."""
+        if self._last is None:
+            return None
+        before, last = self._last
+        return lie.compose(last, lie.compose(lie.inverse(before), last))
+
+    def _register(self, message: Correspondences, guess: Tensor | None) -> tuple[Registration, int] | None:
+        """The image against the window's landmarks, and how many tracks agree; None where it is not to be trusted."""
+        place = index_of(self.window.track, message.track)
+        observed = observations([message], self.camera)
+        observed = observed.select(observed.stamp == message.stamp)
+        place = index_of(self.window.track, observed.track)
+        observed, place = observed.select(place >= 0), place[place >= 0]
+        tracks = len(torch.unique(place))
+        if tracks < self.options.min_landmarks:
+            return None
+        focal = torch.tensor([self.camera.fx, self.camera.fy], dtype=torch.float64)
+        result = register(
+            self.window.points[place], observed.xy, observed.cov, focal, guess,
+            self.options.adjust.kernel, self.options.prune_px,
+        )  # fmt: skip
+        if result is None:
+            return None
+        inliers = len(torch.unique(place[result.inliers]))
+        if inliers < max(self.options.min_landmarks, 0.25 * tracks):
+            return None
+        return result, inliers
+
+    def _keyframe(self, stamp: int) -> Window | None:
+        """Take the image into the window, or into what waits for a map, and solve."""
+        message, T = self._pending[stamp]
+        self._named = {named for named in self._named if named in self._pending} | {stamp}
+        self.keyframes += 1
+        if self.window is None:
+            self._keyframes[stamp] = message
+            return self._initialise()
+        if T is None:
+            found = self._register(message, None)
+            if found is None:
+                return None
+            T = found[0].T_world_camera
+        return self._extend(stamp, message, T)
+
+    def _extend(self, stamp: int, message: Correspondences, T: Tensor) -> Window | None:
+        kept = self.window.stamps.tolist()[-(self.options.keyframes - 1) :]
+        poses = torch.cat((self.window.T_world_camera[-len(kept) :], T[None]))
+        messages = [self._keyframes[k] for k in kept] + [message]
+        solved = solve(messages, poses, self.window.track, self.window.points, self.camera, self.options)
+        if solved is None:
+            return None
+        self._keyframes = {m.stamp: m for m in messages}
+        self._take(solved[0])
+        return self.window
+
+    def _take(self, window: Window) -> None:
+        self.window = window
+        self.trajectory.update(zip(window.stamps.tolist(), window.T_world_camera, strict=True))
+
+    def _initialise(self) -> Window | None:
+        messages = list(self._keyframes.values())[-_BUFFERED:]
+        self._keyframes = {message.stamp: message for message in messages}
+        found = initialise(messages, self.camera, self.options)
+        if found is None:
+            return None
+        which, window = found
+        if self._origin:
+            window = _placed(window, *self._origin)
+        self.maps, self._origin, self._failures = self.maps + 1, None, 0
+        self._last = None
+        self._take(window)
+        return self.window
+
+    def _begin_again(self) -> None:
+        """Leave the map behind; the next one begins where this one ended, about as large."""
+        distance = (self.window.points - self.window.T_world_camera[-1, :3]).norm(dim=-1).median()
+        self._origin = self.window.T_world_camera[-1], float(distance)
+        self.window, self._keyframes, self._failures = None, {}, 0
+
+
+def _placed(window: Window, T: Tensor, scale: float) -> Window:
+    """A first window (oldest keyframe at the origin, median landmark at 1) at a pose and in a scale."""
+    poses = window.T_world_camera.clone()
+    poses[:, :3] *= scale
+    points = lie.act(T, window.points * scale)
+    return Window(window.stamps, lie.compose(T, poses), window.track, points, window.observations, window.error_px)

@@ -1,0 +1,128 @@
+"""The first map, from nothing but correspondences (paper 3.1.2, map initialisation)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from imatching_ros.bundle.observations import observations, pose_problem
+from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.registration import register
+from imatching_ros.bundle.solve import Grid, solve
+from imatching_ros.bundle.window import Window
+from imatching_ros.geometry import lie, triangulation, two_view
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.geometry.correspondences import Correspondences
+
+_ANCHORS_TRIED = 4
+_MIN_MOTION_PX = 5.0  #: median displacement of an anchor pair, below which no parallax can be measured
+
+
+def initialise(
+    messages: Sequence[Correspondences], camera: Camera, options: BundleOptions
+) -> tuple[list[int], Window] | None:
+    """A first window from buffered keyframes.
+
+    messages: of the keyframes, oldest first. Returns which of them got a pose and their solved window, the oldest at
+    the origin and the median landmark at distance 1, or None: too little parallax so far, or no consistent map.
+    """
+    if len(messages) < 3:
+        return None
+    stamps = torch.tensor([message.stamp for message in messages])
+    observed = observations(messages, camera)
+    track = torch.unique(observed.track)
+    zeros = torch.zeros(len(track), 3, dtype=torch.float64)
+    _, posed = pose_problem(observed, stamps, lie.identity(len(stamps)), track, zeros, camera)
+    grid = Grid.of(posed)
+    best = None
+    for i, j in _anchors(grid, camera.focal, options):
+        found = _grow(grid, i, j, posed.focal, options)
+        if found is None:
+            continue
+        which, T, points = found
+        solved = solve([messages[k] for k in which], T, track, points, camera, options)
+        if solved is None:
+            continue
+        window, _ = solved
+        quality = (len(which), int(window.observations.sum()))
+        if best is None or quality > best[0]:
+            best = quality, which, window
+        if len(which) == len(messages):
+            break
+    if best is None:
+        return None
+    return best[1], _at_origin(best[2])
+
+
+def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int, int]]:
+    """Pairs worth trying as anchor, most promising first: many correspondences that moved far."""
+    scored = []
+    for i, j in combinations(range(grid.mask.shape[1]), 2):
+        common = grid.mask[:, i] & grid.mask[:, j]
+        count = int(common.sum())
+        if count < 2 * options.min_landmarks:
+            continue
+        motion = float((grid.xy[common, j] - grid.xy[common, i]).norm(dim=-1).median()) * focal
+        if motion >= _MIN_MOTION_PX:
+            scored.append((count * motion, i, j))
+    return [(i, j) for _, i, j in sorted(scored, reverse=True)[:_ANCHORS_TRIED]]
+
+
+def _grow(
+    grid: Grid, i: int, j: int, focal: Tensor, options: BundleOptions
+) -> tuple[list[int], Tensor, Tensor] | None:
+    """From the anchor pair to all keyframes: which (ascending), T_world_camera (len, 7), points (N, 3) with NaN."""
+    mean_focal = float(focal.mean())
+    common = grid.mask[:, i] & grid.mask[:, j]
+    found = two_view.relative_pose(grid.xy[common, i], grid.xy[common, j], options.prune_px / 2, mean_focal)
+    if found is None or int(found[1].sum()) < 0.5 * int(common.sum()):
+        return None
+    poses = {i: lie.identity(), j: lie.inverse(found[0])}
+    points = _triangulate(grid, poses, mean_focal, options)
+    if int(points.isfinite().all(-1).sum()) < 2 * options.min_landmarks:
+        return None
+    cov = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
+    remaining = set(range(grid.mask.shape[1])) - {i, j}
+    while remaining:
+        landmark = points.isfinite().all(-1)
+        seen = {k: int((landmark & grid.mask[:, k]).sum()) for k in remaining}
+        k = max(remaining, key=lambda k: (seen[k], -k))
+        remaining.remove(k)
+        usable = landmark & grid.mask[:, k]
+        result = register(
+            points[usable], grid.xy[usable, k], cov.expand(int(usable.sum()), 3), focal, None,
+            options.adjust.kernel, options.prune_px,
+        )  # fmt: skip
+        if result is None or int(result.inliers.sum()) < max(options.min_landmarks, 0.3 * int(usable.sum())):
+            continue
+        poses[k] = result.T_world_camera
+        points = _triangulate(grid, poses, mean_focal, options)
+    # Two views agree on many a wrong motion (a plane's second solution, a small baseline): a third must confirm.
+    if len(poses) < 3:
+        return None
+    which = sorted(poses)
+    return which, torch.stack([poses[k] for k in which]), points
+
+
+def _triangulate(grid: Grid, poses: dict[int, Tensor], focal: float, options: BundleOptions) -> Tensor:
+    """Points (N, 3) of all tracks that the posed keyframes see with parallax; NaN elsewhere."""
+    which = sorted(poses)
+    T = torch.stack([poses[k] for k in which])
+    points, agree = triangulation.triangulate_robust(
+        T, grid.xy[:, which], grid.mask[:, which], options.prune_px / focal
+    )
+    wide = triangulation.parallax(T, grid.xy[:, which], agree).rad2deg() > options.min_parallax_deg
+    return torch.where(wide[:, None], points, torch.nan)
+
+
+def _at_origin(window: Window) -> Window:
+    """The window with its oldest keyframe at the origin and the median landmark at distance 1."""
+    to_origin = lie.inverse(window.T_world_camera[0])
+    points = lie.act(to_origin, window.points)
+    T = lie.compose(to_origin, window.T_world_camera)
+    scale = 1 / points.norm(dim=-1).median()
+    T[:, :3] *= scale
+    return Window(window.stamps, T, window.track, points * scale, window.observations, window.error_px)

@@ -1,0 +1,24 @@
+"""What can be set about the bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from imatching_ros.bundle.adjust import AdjustOptions
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    keyframes: int = 10  #: of the window; the oldest leave
+    prune_px: float = 3.0  #: an observation farther from its landmark, in undistorted pixels, is pruned
+    min_parallax_deg: float = 1.0  #: widest angle between a landmark's rays
+    min_landmarks: int = 20  #: fewer inliers than this and a frame, or a map, is not trusted
+    patience: int = 15  #: frames without a pose before a new map is begun
+    adjust: AdjustOptions = field(default_factory=AdjustOptions)
+
+    def __post_init__(self) -> None:
+        if self.keyframes < 3:
+            raise ValueError(f"the bundle's window is {self.keyframes} keyframes, it must be at least 3")
+        for name in ("prune_px", "min_parallax_deg", "min_landmarks", "patience"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"the bundle's {name} is {getattr(self, name)}, it must be positive")

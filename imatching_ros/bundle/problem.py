@@ -1,0 +1,83 @@
+"""The objective of both levels: robust, whitened reprojection error of a sparse list of observations (equation 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from imatching_ros.bundle.robust import Kernel
+from imatching_ros.geometry import triangulation
+
+#: A point behind its camera costs what a point this many pixels off would, and pulls nowhere.
+BEHIND_PX = 1000.0
+MIN_DEPTH = 1e-6
+
+
+@dataclass(frozen=True)
+class Problem:
+    """K poses, L landmarks and O observations, sorted by landmark. Differentiable in every float field.
+
+    Build one with :func:`problem`, which checks and sorts. All float64, one device.
+    """
+
+    T_world_camera: Tensor  #: (K, 7)
+    points: Tensor  #: (L, 3), world
+    pose: Tensor  #: (O,) int64, index of the observation's pose
+    landmark: Tensor  #: (O,) int64, index of its landmark, ascending
+    xy: Tensor  #: (O, 2), undistorted, on the plane z = 1
+    cov: Tensor  #: (O, 3), uu uv vv, undistorted px^2
+    focal: Tensor  #: (2,), fx fy in pixels
+
+    def residual(self) -> tuple[Tensor, Tensor]:
+        """Residuals (O, 2) in undistorted pixels, predicted minus observed, and depths (O,)."""
+        predicted, depth = triangulation.reproject(self.T_world_camera[self.pose], self.points[self.landmark])
+        return (predicted - self.xy) * self.focal, depth
+
+    def squared(self) -> Tensor:
+        """Squared whitened residuals (O,): what the kernel takes."""
+        residual, depth = self.residual()
+        return torch.where(depth > MIN_DEPTH, whitened(residual, self.cov), BEHIND_PX**2)
+
+    def cost(self, kernel: Kernel) -> Tensor:
+        """1/2 sum rho(s): the scalar that the bundle minimises and the learner differentiates."""
+        return 0.5 * kernel.rho(self.squared()).sum()
+
+    def select(self, keep: Tensor) -> Problem:
+        """The same poses and landmarks with the observations ``keep`` ((O,) bool) only."""
+        return replace(
+            self, pose=self.pose[keep], landmark=self.landmark[keep], xy=self.xy[keep], cov=self.cov[keep]
+        )
+
+
+def whitened(residual: Tensor, cov: Tensor) -> Tensor:
+    """Squared Mahalanobis length (O,) of residuals (O, 2) under covariances (O, 3)."""
+    uu, uv, vv = cov.unbind(-1)
+    a, b = residual.unbind(-1)
+    return (vv * a * a - 2 * uv * a * b + uu * b * b) / (uu * vv - uv * uv)
+
+
+def problem(
+    T_world_camera: Tensor, points: Tensor, pose: Tensor, landmark: Tensor, xy: Tensor, cov: Tensor, focal: Tensor
+) -> Problem:
+    """A :class:`Problem` from raw rows: those that are not finite, or whose covariance is not positive definite,
+    are left out, the rest sorted by landmark. Raises ValueError where the shapes do not fit or a pose is not finite.
+    """
+    rows = len(pose)
+    if not (len(landmark) == len(xy) == len(cov) == rows and xy.shape[1:] == (2,) and cov.shape[1:] == (3,)):
+        raise ValueError("observations must have as many pose and landmark indices as xy (O, 2) and cov (O, 3) rows")
+    if T_world_camera.shape[1:] != (7,) or points.shape[1:] != (3,):
+        raise ValueError("poses must be (K, 7) and points (L, 3)")
+    if not T_world_camera.isfinite().all():
+        raise ValueError("every pose of a bundle must be finite; leave out frames without a pose")
+    xy, cov, points = xy.double(), cov.double(), points.double()
+    uu, uv, vv = cov.unbind(-1)
+    good = xy.isfinite().all(-1) & cov.isfinite().all(-1) & (uu > 0) & (uu * vv - uv * uv > 0)
+    good &= points.isfinite().all(-1)[landmark]
+    kept = good.nonzero().squeeze(-1)
+    order = kept[torch.argsort(landmark[kept], stable=True)]
+    return Problem(
+        T_world_camera.double(), points, pose[order], landmark[order], xy[order], cov[order],
+        focal.to(xy).reshape(2),
+    )  # fmt: skip

@@ -1,0 +1,86 @@
+"""The pose of one frame against known landmarks (paper 3.1.2, frame tracking)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, whitened
+from imatching_ros.bundle.robust import Kernel
+from imatching_ros.geometry import lie, triangulation, two_view
+
+
+@dataclass(frozen=True)
+class Registration:
+    T_world_camera: Tensor  #: (7,)
+    covariance: Tensor  #: (6, 6), landmarks taken as exact, as ``lie.retract``
+    inliers: Tensor  #: (N,) bool
+
+
+def register(
+    points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, guess: Tensor | None, kernel: Kernel, inlier_px: float
+) -> Registration | None:
+    """Pose by 2D-3D registration: the better of PnP and the motion model's guess, refined under the robust kernel.
+
+    points: (N, 3), world. xy: (N, 2) on the plane z = 1, cov: (N, 3) undistorted px^2, focal: (2,) px.
+    guess: T_world_camera (7,) or None. Returns None where there is neither a guess nor a model.
+    """
+    candidates = [] if guess is None else [guess]
+    found = two_view.absolute_pose(points, xy, inlier_px, float(focal.mean()))
+    if found is not None:
+        candidates.append(lie.inverse(found[0]))
+    if not candidates:
+        return None
+    counts = [int(_inliers(T, points, xy, focal, inlier_px).sum()) for T in candidates]
+    T, H = refine(candidates[counts.index(max(counts))], points, xy, cov, focal, kernel)
+    covariance = torch.linalg.pinv(H, hermitian=True)
+    return Registration(T, covariance, _inliers(T, points, xy, focal, inlier_px))
+
+
+def refine(
+    T_world_camera: Tensor, points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, kernel: Kernel, iterations: int = 10
+) -> tuple[Tensor, Tensor]:
+    """Levenberg-Marquardt on one pose (7,); returns it and its Hessian (6, 6). Arguments as in :func:`register`."""
+    uu, uv, vv = cov.unbind(-1)
+    information = torch.stack((vv, -uv, -uv, uu), -1).unflatten(-1, (2, 2)) / (uu * vv - uv * uv)[:, None, None]
+    T, damping = T_world_camera, 1e-4
+    cost, H, g = _normal_equations(T, points, xy, information, focal, kernel)
+    for _ in range(iterations):
+        step, failed = torch.linalg.solve_ex(H + damping * torch.diag(H.diagonal() + 1e-12), -g)
+        trial = lie.retract(T, step)
+        result = _normal_equations(trial, points, xy, information, focal, kernel)
+        if not failed and result[0] < cost:
+            done = cost - result[0] < 1e-6 * cost
+            T, (cost, H, g), damping = trial, result, damping * 0.1
+            if done:
+                break
+        else:
+            damping *= 10
+            if damping > 1e3:
+                break
+    return T, H
+
+
+def _normal_equations(T, points, xy, information, focal, kernel: Kernel) -> tuple[float, Tensor, Tensor]:
+    R, d = lie.rotation(T[3:]), points - T[:3]
+    q = d @ R
+    front = q[:, 2] > MIN_DEPTH
+    inverse = torch.where(front, q[:, 2], 1.0).reciprocal()[:, None]
+    z = q[:, :2] * inverse
+    e = (z - xy) * focal
+    scaled = (information @ e[..., None]).squeeze(-1)
+    s = torch.where(front, (e * scaled).sum(-1), BEHIND_PX**2)
+    weight = torch.where(front, kernel.weight(s), 0.0)
+    A = (R.T[:2] - z[..., None] * R.T[2]) * (focal * inverse)[..., None]  # (N, 2, 3), as in adjust.py
+    J = torch.cat((-A, torch.linalg.cross(A, d[:, None].expand_as(A))), -1)
+    WJ = (weight[:, None, None] * information) @ J
+    H = J.flatten(0, 1).T @ WJ.flatten(0, 1)
+    g = (WJ * e[..., None]).sum((0, 1))
+    return 0.5 * kernel.rho(s).sum().item(), H, g
+
+
+def _inliers(T, points, xy, focal, inlier_px: float) -> Tensor:
+    predicted, depth = triangulation.reproject(T, points)
+    return (depth > MIN_DEPTH) & (((predicted - xy) * focal).norm(dim=-1) < inlier_px)

@@ -1,0 +1,157 @@
+"""One window solved: triangulate, adjust, prune, re-triangulate, and adjust last (paper 3.1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imatching_ros.bundle.adjust import Solution, adjust
+from imatching_ros.bundle.observations import index_of, observations, pose_problem, survives
+from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.problem import Problem
+from imatching_ros.bundle.window import Window
+from imatching_ros.geometry import triangulation
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.geometry.correspondences import Correspondences
+
+_LOOSE = 3.0  #: before the first adjustment the newest pose is only predicted: prune at this many times the bound
+_ROUNDS = 6  #: of prune and adjust, before landmarks whose observations come and go are dropped altogether
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One observation of each track in each keyframe (the latest row's), for triangulation."""
+
+    xy: Tensor  #: (N, K, 2)
+    mask: Tensor  #: (N, K) bool
+
+    @classmethod
+    def of(cls, posed: Problem) -> Grid:
+        N, K = len(posed.points), len(posed.T_world_camera)
+        xy, mask = torch.zeros(N, K, 2, dtype=torch.float64), torch.zeros(N, K, dtype=torch.bool)
+        cell = posed.landmark * K + posed.pose
+        last = torch.full((N * K,), -1, dtype=torch.int64)
+        last.scatter_reduce_(0, cell, torch.arange(len(cell)), "amax")
+        filled = last >= 0
+        xy.view(-1, 2)[filled] = posed.xy[last[filled]]
+        mask.view(-1)[filled] = True
+        return cls(xy, mask)
+
+
+def solve(
+    messages: Sequence[Correspondences],
+    T_world_camera: Tensor,
+    track: Tensor,
+    points: Tensor,
+    camera: Camera,
+    options: BundleOptions,
+) -> tuple[Window, Solution] | None:
+    """The window of these keyframes, at a stationary point of the objective over the observations that survive.
+
+    messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to be.
+    track, points: (L,) ascending and (L, 3), the landmarks known so far; all other tracks are triangulated.
+    Returns None where fewer landmarks than ``options.min_landmarks`` survive.
+    """
+    stamps = torch.tensor([message.stamp for message in messages])
+    observed = observations(messages, camera)
+    candidates = torch.unique(observed.track)
+    known = index_of(track, candidates)
+    start = torch.where((known >= 0)[:, None], points[known], torch.nan) if len(track) else points.new_full(
+        (len(candidates), 3), torch.nan
+    )
+    zeros = torch.zeros(len(candidates), 3, dtype=torch.float64)
+    _, posed = pose_problem(observed, stamps, T_world_camera, candidates, zeros, camera)
+    window = _Solver(posed, start, camera.focal, options)
+    if not window.adjust(_LOOSE * options.prune_px, rounds=1):
+        return None
+    if not window.adjust(options.prune_px, rounds=_ROUNDS):
+        return None
+    return window.result(stamps, candidates, T_world_camera, known >= 0)
+
+
+class _Solver:
+    """The tracks of a window between its rounds: poses, points (NaN where a track has none) and observations."""
+
+    def __init__(self, posed: Problem, points: Tensor, focal: float, options: BundleOptions) -> None:
+        self.posed, self.points, self.focal, self.options = posed, points, focal, options
+        self.T = posed.T_world_camera
+        self.grid = Grid.of(posed)
+        self.start = points
+        self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
+        self.dropped = torch.zeros(len(points), dtype=torch.bool)
+
+    def adjust(self, prune_px: float, rounds: int) -> bool:
+        """Re-triangulate what has no sound landmark, then prune and adjust until pruning changes nothing."""
+        self._triangulate(prune_px)
+        keep = self._survivors(prune_px)
+        for turn in range(2 * rounds):
+            if len(torch.unique(self.posed.landmark[keep])) < self.options.min_landmarks:
+                return False
+            self.kept = keep
+            self.solution = adjust(self._problem(keep), self.options.adjust)
+            self.T, self.points = self.solution.T_world_camera, self.solution.points
+            keep = self._survivors(prune_px)
+            if rounds == 1 or torch.equal(keep, self.kept):
+                return True
+            if turn >= rounds:
+                # An observation that is in when left out and out when taken in: do without its landmark.
+                self.dropped[self.posed.landmark[keep != self.kept]] = True
+                keep = self._survivors(prune_px)
+        return False
+
+    def _problem(self, keep: Tensor) -> Problem:
+        return Problem(**{**vars(self.posed), "T_world_camera": self.T, "points": self.points}).select(keep)
+
+    def _survivors(self, prune_px: float) -> Tensor:
+        """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax."""
+        finite = self.points.isfinite().all(-1) & ~self.dropped
+        keep = survives(self._problem(torch.ones_like(self.kept)), prune_px) & finite[self.posed.landmark]
+        seen = torch.zeros(len(self.points), len(self.T), dtype=torch.bool)
+        seen[self.posed.landmark[keep], self.posed.pose[keep]] = True
+        toward = self.points[:, None] - self.T[:, :3]
+        toward = toward / toward.norm(dim=-1, keepdim=True)
+        both = seen[:, :, None] & seen[:, None, :]
+        cosine = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(-1)
+        sound = cosine < torch.cos(torch.deg2rad(torch.tensor(self.options.min_parallax_deg, dtype=torch.float64)))
+        return keep & sound[self.posed.landmark]
+
+    def _triangulate(self, prune_px: float) -> None:
+        """Robust triangulation of every track that has no landmark, or whose landmark fails in some keyframe."""
+        agree = torch.zeros_like(self.grid.mask)
+        finite = self.points.isfinite().all(-1)
+        threshold = prune_px / self.focal
+        agree[finite] = triangulation.inliers_of(
+            self.points[finite], self.T, self.grid.xy[finite], self.grid.mask[finite], threshold
+        )
+        views = self.grid.mask.sum(-1)
+        again = ((agree.sum(-1) < views) & (views >= 2)).nonzero().squeeze(-1)
+        found, agreeing = triangulation.triangulate_robust(
+            self.T, self.grid.xy[again], self.grid.mask[again], threshold
+        )
+        better = agreeing.sum(-1) > agree[again].sum(-1)
+        self.points = self.points.clone()
+        self.points[again[better]] = found[better]
+
+    def result(
+        self, stamps: Tensor, track: Tensor, T_before: Tensor, carried: Tensor
+    ) -> tuple[Window, Solution]:
+        """The window, in the scale of the landmarks that were known before: a scale that one pose fixes wanders."""
+        landmark = self.posed.landmark[self.kept]
+        count = torch.bincount(landmark, minlength=len(track))
+        origin = self.T[0, :3]
+        same = carried & (count > 0) & self.start.isfinite().all(-1)
+        scale = 1.0
+        if same.any():
+            ratio = (self.start[same] - origin).norm(dim=-1) / (self.points[same] - origin).norm(dim=-1)
+            scale = float(ratio.median())
+        T = self.T.clone()
+        T[:, :3] = origin + scale * (T[:, :3] - origin)
+        points = origin + scale * (self.points - origin)
+        squared = self._problem(self.kept).residual()[0].square().sum(-1)
+        total = torch.zeros(len(track), dtype=torch.float64).index_add_(0, landmark, squared)
+        alive = count > 0
+        window = Window(stamps, T, track[alive], points[alive], count[alive], (total / count)[alive].sqrt())
+        return window, self.solution

@@ -1,0 +1,108 @@
+"""Rigid transforms on plain tensors.
+
+A pose is a (..., 7) tensor ``tx ty tz qx qy qz qw``: the storage of ``pypose.SE3``, so that
+``pypose.SE3(T)`` and ``T.tensor()`` are the whole conversion. ``T_a_b`` takes points of b to a.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def identity(*shape: int) -> Tensor:
+    """Identity poses (*shape, 7), float64."""
+    T = torch.zeros(*shape, 7, dtype=torch.float64)
+    T[..., 6] = 1.0
+    return T
+
+
+def matrix(T: Tensor) -> Tensor:
+    """Poses (..., 7) as [R | t] (..., 3, 4). A quaternion off unit norm is normalised."""
+    R = rotation(T[..., 3:])
+    return torch.cat((R, T[..., :3, None]), -1)
+
+
+def rotation(q: Tensor) -> Tensor:
+    """Quaternions x y z w (..., 4), of any positive norm, as rotation matrices (..., 3, 3)."""
+    x, y, z, w = (q / q.norm(dim=-1, keepdim=True)).unbind(-1)
+    return torch.stack(
+        (
+            1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+            2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+            2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
+        ),
+        -1,
+    ).unflatten(-1, (3, 3))  # fmt: skip
+
+
+def from_matrix(Rt: Tensor) -> Tensor:
+    """[R | t] (..., 3, 4) as poses (..., 7) with qw >= 0. R must be a rotation."""
+    m = Rt[..., :3, :3]
+    a, b, c = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
+    # Four ways to write the quaternion, each scaled by one of its components; the largest divides safely.
+    ways = torch.stack(
+        (
+            1 + a - b - c, m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 2, 1] - m[..., 1, 2],
+            m[..., 0, 1] + m[..., 1, 0], 1 - a + b - c, m[..., 1, 2] + m[..., 2, 1], m[..., 0, 2] - m[..., 2, 0],
+            m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1], 1 - a - b + c, m[..., 1, 0] - m[..., 0, 1],
+            m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1], 1 + a + b + c,
+        ),
+        -1,
+    ).unflatten(-1, (4, 4))  # fmt: skip
+    best = ways.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    q = torch.take_along_dim(ways, best[..., None, None], -2).squeeze(-2)
+    q = q / q.norm(dim=-1, keepdim=True)
+    q = torch.where(q[..., 3:] < 0, -q, q)
+    return torch.cat((Rt[..., :3, 3], q), -1)
+
+
+def cross(a: Tensor, b: Tensor) -> Tensor:
+    """a x b, (..., 3), broadcasting (torch.linalg.cross wants equally many dimensions, and copies)."""
+    (ax, ay, az), (bx, by, bz) = a.unbind(-1), b.unbind(-1)
+    return torch.stack((ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx), -1)
+
+
+def multiply(p: Tensor, q: Tensor) -> Tensor:
+    """Product of quaternions x y z w (..., 4)."""
+    a, b = p[..., :3], q[..., :3]
+    vector = p[..., 3:] * b + q[..., 3:] * a + cross(a, b)
+    scalar = p[..., 3:] * q[..., 3:] - (a * b).sum(-1, keepdim=True)
+    return torch.cat((vector, scalar), -1)
+
+
+def rotate(q: Tensor, p: Tensor) -> Tensor:
+    """Points (..., 3) turned by unit quaternions (..., 4)."""
+    v = q[..., :3]
+    twice = 2 * cross(v, p)
+    return p + q[..., 3:] * twice + cross(v, twice)
+
+
+def compose(A: Tensor, B: Tensor) -> Tensor:
+    """A B: first B, then A. (..., 7)."""
+    q = multiply(A[..., 3:], B[..., 3:])
+    return torch.cat((act(A, B[..., :3]), q / q.norm(dim=-1, keepdim=True)), -1)
+
+
+def inverse(T: Tensor) -> Tensor:
+    """The pose (..., 7) that undoes T."""
+    q = torch.cat((-T[..., 3:6], T[..., 6:]), -1)
+    return torch.cat((-rotate(q, T[..., :3]), q), -1)
+
+
+def act(T: Tensor, p: Tensor) -> Tensor:
+    """Points (..., 3) taken by poses (..., 7); leading shapes broadcast."""
+    return rotate(T[..., 3:], p) + T[..., :3]
+
+
+def retract(T: Tensor, delta: Tensor) -> Tensor:
+    """The pose T (..., 7) moved by delta (..., 6): t + delta[:3], and Exp(delta[3:]) R.
+
+    Both act on the left, that is in the axes of the frame T leads to (the world, for
+    ``T_world_camera``), and translation and rotation do not mix. A covariance of delta is
+    therefore the one of geometry_msgs/PoseWithCovariance.
+    """
+    half = 0.5 * delta[..., 3:]
+    angle = half.norm(dim=-1, keepdim=True)
+    q = multiply(torch.cat((torch.sinc(angle / torch.pi) * half, torch.cos(angle)), -1), T[..., 3:])
+    return torch.cat((T[..., :3] + delta[..., :3], q / q.norm(dim=-1, keepdim=True)), -1)
