@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -270,12 +271,55 @@ def camera_from_info(message: CameraInfo) -> Camera:
     )
 
 
+def camera_to_info(camera: Camera, head: Header) -> CameraInfo:
+    """The inverse; an image without distortion says plumb_bob with zero coefficients."""
+    K = [camera.fx, 0.0, camera.cx, 0.0, camera.fy, camera.cy, 0.0, 0.0, 1.0]
+    return CameraInfo(
+        header=head,
+        width=camera.width,
+        height=camera.height,
+        distortion_model="plumb_bob" if camera.distortion_model == "none" else camera.distortion_model,
+        d=list(camera.distortion) or [0.0] * 5,
+        k=K,
+        r=[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0],
+        p=[*K[:3], 0.0, *K[3:6], 0.0, *K[6:], 0.0],
+    )
+
+
 def image_from_message(message: Image | CompressedImage) -> np.ndarray:
     """Grey (H, W) uint8 of an Image or a CompressedImage; ValueError where it cannot be read."""
     if isinstance(message, CompressedImage):
         return decode_compressed(bytes(message.data))
     return decode_image(
         message.encoding, message.height, message.width, message.step, bytes(message.data), bool(message.is_bigendian)
+    )
+
+
+def from_recording(message: Any, stamp: int) -> Image | CompressedImage | CameraInfo:
+    """An image or camera_info that ``rosbags`` read, as the message to publish; ``stamp`` is its time in ns."""
+    head = header(stamp, message.header.frame_id)
+    kind = message.__msgtype__
+    if kind == "sensor_msgs/msg/CompressedImage":
+        return CompressedImage(header=head, format=message.format, data=array.array("B", message.data.tobytes()))
+    if kind == "sensor_msgs/msg/Image":
+        return Image(
+            header=head,
+            height=message.height,
+            width=message.width,
+            encoding=message.encoding,
+            is_bigendian=message.is_bigendian,
+            step=message.step,
+            data=array.array("B", message.data.tobytes()),
+        )
+    return CameraInfo(
+        header=head,
+        height=message.height,
+        width=message.width,
+        distortion_model=message.distortion_model,
+        d=message.d.tolist(),
+        k=message.k.tolist(),
+        r=message.r.tolist(),
+        p=message.p.tolist(),
     )
 
 

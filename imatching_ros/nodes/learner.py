@@ -1,0 +1,208 @@
+"""learner_node: images, correspondences and solved windows in; better weights out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path as FilePath
+from typing import Any
+
+import rclpy
+import torch
+from diagnostic_msgs.msg import DiagnosticStatus
+from nav_msgs.msg import Path
+from sensor_msgs.msg import CompressedImage, Image, PointCloud2
+from std_msgs.msg import UInt8MultiArray
+from std_srvs.srv import SetBool
+
+from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.learning.learner import Learner, LearnerOptions, StepResult, Verdict
+from imatching_ros.matching import weights
+
+from . import messages, parameters
+from .core_node import CoreNode, latched, run
+from .diagnostics import OK, WARN, percentiles
+
+HALVES = 10  #: windows of which only keyframes or only landmarks have come; older ones are forgotten
+
+
+class LearnerNode(CoreNode):
+    """Takes gradient steps whenever no message waits, and publishes what the gate promotes."""
+
+    role = "learner"
+
+    def __init__(self, **node_options: Any) -> None:
+        super().__init__(**node_options)
+        self.version = -1
+        self.steps = self.verdicts = 0
+        self.last_loss, self.last_verdict = float("nan"), ""
+        self._step_ms: list[float] = []
+        self._halves: dict[int, dict[type, Any]] = {}
+        self._start: tuple[torch.nn.Module, weights.WeightsInfo] | None = None
+        try:
+            path = FilePath(self.value("weights") or weights.default_path()).expanduser()
+            self._start = weights.load(path)
+            self.version = self._start[1].version
+        except (ValueError, OSError) as error:
+            self._no_weights = str(error)
+            self.fault(self._no_weights)
+
+        self._weights = self.create_publisher(UInt8MultiArray, "weights", latched())
+        self._learning = self.create_publisher(DiagnosticStatus, "learning", self.result_qos)
+        self.create_service(SetBool, "~/enable", self._on_enable)
+        self.serve("~/save_checkpoint", self.save_checkpoint)
+        self.serve("~/rollback", self.rollback)
+
+        def take(handle: Callable[[Any], None]) -> Callable[[Any], None]:
+            return lambda message: self.receive((handle, message))
+
+        if self.value("image_transport") == "compressed":
+            self.create_subscription(CompressedImage, "image/compressed", take(self._add_image), self.input_qos)
+        else:
+            self.create_subscription(Image, "image", take(self._add_image), self.input_qos)
+        self.create_subscription(PointCloud2, "correspondences", take(self._add_correspondences), self.result_qos)
+        self.create_subscription(Path, "keyframes", take(self._add_half), self.window_qos)
+        self.create_subscription(PointCloud2, "landmarks", take(self._add_half), self.window_qos)
+
+    def options(self) -> LearnerOptions:
+        return parameters.options(LearnerOptions(), "learner", self.role, self.value)
+
+    def build(self, camera: Camera) -> Learner:
+        bundle = parameters.options(BundleOptions(), "bundle", self.role, self.value)
+        learner = Learner(*self._start, camera, self.options(), bundle)
+        learner.enabled = self.value("enabled")
+        return learner
+
+    def process(self, item: tuple[Callable[[Any], None], Any]) -> None:
+        handle, message = item
+        handle(message)
+        self.health.processed += 1
+
+    def idle(self) -> bool:
+        """One gradient step, and the gate's verdict where one is due."""
+        if self.core is None:
+            return False
+        result = self.core.step()
+        if result is None:
+            return False
+        self._report_step(result)
+        verdict = self.core.verdict()
+        if verdict is not None:
+            self._report_verdict(verdict)
+            if verdict.promoted:
+                self._publish_weights(verdict.version)
+        return True
+
+    def reset(self) -> str:
+        """Back to the first weights."""
+        super().reset()
+        self._halves.clear()
+        return self._republish()
+
+    def rollback(self) -> str:
+        """Back to the version before the last promoted one."""
+        self._learner().rollback()
+        return self._republish()
+
+    def save_checkpoint(self) -> str:
+        """Writes the weights of now into ``weights_dir``."""
+        path = self._folder() / "checkpoint.safetensors"
+        weights.write(path, self._learner().weights())
+        return str(path)
+
+    def trouble(self) -> str:
+        if self._start is None:
+            return f"{self._no_weights}; name a good file in 'weights' and start again"
+        return super().trouble()
+
+    def values(self) -> dict[str, object]:
+        return {
+            "model_version": self.version,
+            "enabled": self.value("enabled"),
+            "steps": self.steps,
+            "windows": self.core.windows if self.core else 0,
+            "verdicts": self.verdicts,
+            "promotions": self.core.promotions if self.core else 0,
+            "rollbacks": self.core.rollbacks if self.core else 0,
+            "last_loss": self.last_loss,
+            "last_verdict": self.last_verdict,
+            "step_p50_ms": percentiles(self._step_ms)[0],
+        }
+
+    def _learner(self) -> Learner:
+        if self.core is None:
+            raise ValueError("the learner has not begun: no message has come yet")
+        return self.core
+
+    def _add_image(self, message: Image | CompressedImage) -> None:
+        self.core.add_image(messages.to_ns(message.header.stamp), messages.image_from_message(message))
+
+    def _add_correspondences(self, message: PointCloud2) -> None:
+        self.core.add_correspondences(messages.correspondences_from_cloud(message))
+
+    def _add_half(self, message: Path | PointCloud2) -> None:
+        """Keyframes and landmarks of one solve come as two messages of one stamp."""
+        stamp = messages.to_ns(message.header.stamp)
+        halves = self._halves.setdefault(stamp, {})
+        halves[type(message)] = message
+        if len(halves) == 2:
+            del self._halves[stamp]
+            self.core.add_window(messages.window_from_messages(halves[Path], halves[PointCloud2]))
+        while len(self._halves) > HALVES:
+            del self._halves[next(iter(self._halves))]
+
+    def _report_step(self, result: StepResult) -> None:
+        self.steps += 1
+        self.last_loss = result.loss
+        self._step_ms.append(result.seconds * 1e3)
+        del self._step_ms[:-1000]
+        values = {"step": result.step, "loss": result.loss, "seconds": result.seconds, "rows": result.rows}
+        self._say(OK, "step", f"step {result.step}: loss {result.loss:.4g}", values)
+
+    def _report_verdict(self, verdict: Verdict) -> None:
+        self.verdicts += 1
+        self.last_verdict = f"{'promoted' if verdict.promoted else 'kept back'}: {verdict.reason}"
+        values = {
+            "step": verdict.step, "promoted": verdict.promoted, "rolled_back": verdict.rolled_back,
+            "version": verdict.version, "reason": verdict.reason, **verdict.figures,
+        }  # fmt: skip
+        self._say(OK if verdict.promoted else WARN, "verdict", self.last_verdict, values)
+
+    def _say(self, level: int, kind: str, text: str, values: dict[str, object]) -> None:
+        name = f"{self.get_fully_qualified_name()}: {kind}"
+        self._learning.publish(messages.diagnostic_status(level, name, text, values))
+
+    def _republish(self) -> str:
+        if self.core is not None:
+            self._publish_weights(self.core.version)
+        return f"version {self.version} holds the earlier weights"
+
+    def _publish_weights(self, version: int) -> None:
+        """The file first, so that whoever hears of a version finds it there."""
+        data = self.core.weights()
+        self.version = version
+        if self.value("weights_dir"):
+            weights.write(self._folder() / f"version_{version:04d}.safetensors", data)
+        self._weights.publish(messages.weights_to_message(data))
+
+    def _folder(self) -> FilePath:
+        return FilePath(self.value("weights_dir") or ".").expanduser().resolve()
+
+    def on_change(self, changes: dict[str, parameters.Value]) -> None:
+        super().on_change(changes)
+        if "enabled" in changes and self.core is not None:
+            self.core.enabled = changes["enabled"]
+
+    def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
+        self.set_parameters([rclpy.Parameter("enabled", value=request.data)])
+        self.worker.request(lambda: None).result(timeout=60.0)  # a step in hand ends first
+        response.success, response.message = True, "learning" if request.data else "watching only"
+        return response
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run(LearnerNode, arguments)
+
+
+if __name__ == "__main__":
+    main()

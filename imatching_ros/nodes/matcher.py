@@ -1,0 +1,120 @@
+"""matcher_node: images in, correspondences with the past n keyframes out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from sensor_msgs.msg import CompressedImage, Image, PointCloud, PointCloud2
+from std_msgs.msg import UInt8MultiArray
+
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.geometry.correspondences import Correspondences
+from imatching_ros.matching import weights
+from imatching_ros.matching.tracker import Tracker, TrackerOptions
+
+from . import messages, parameters
+from .core_node import CoreNode, latched, run
+
+
+class MatcherNode(CoreNode):
+    """Runs the tracker on each image; takes new weights between two of them."""
+
+    role = "matcher"
+
+    def __init__(self, **node_options: Any) -> None:
+        super().__init__(**node_options)
+        self.matcher: torch.nn.Module | None = None
+        self.version = -1
+        self._previous: Correspondences | None = None
+        self._correspondences = self.create_publisher(PointCloud2, "correspondences", self.result_qos)
+        self._debug = self.create_publisher(Image, "debug/matches", 1)
+        self._vins = None
+        if self.value("vins_features"):
+            self._vins = self.create_publisher(PointCloud, "feature_tracker/feature", self.result_qos)
+        try:
+            self.reload_weights()
+        except (ValueError, OSError) as error:
+            self._no_weights = str(error)
+            self.fault(self._no_weights)
+        self.create_subscription(UInt8MultiArray, "weights", self._on_weights, latched())
+        self.serve("~/reload_weights", self.reload_weights)
+        if self.value("image_transport") == "compressed":
+            self.create_subscription(CompressedImage, "image/compressed", self.receive, self.input_qos)
+        else:
+            self.create_subscription(Image, "image", self.receive, self.input_qos)
+
+    def options(self) -> TrackerOptions:
+        return parameters.options(TrackerOptions(), "tracker", self.role, self.value)
+
+    def build(self, camera: Camera) -> Tracker:
+        return Tracker(self.matcher, self.version, camera, self.options())
+
+    def process(self, message: Image | CompressedImage) -> None:
+        started = time.perf_counter()
+        stamp, frame = messages.to_ns(message.header.stamp), message.header.frame_id
+        self.follow(stamp)
+        image = messages.image_from_message(message)
+        correspondences = self.core.track(stamp, image)
+        self._correspondences.publish(messages.correspondences_to_cloud(correspondences, frame))
+        self.health.done(time.perf_counter() - started)
+        if self._vins is not None:
+            self._vins.publish(messages.vins_features(correspondences, self._previous, frame))
+            self._previous = correspondences
+        if self._debug.get_subscription_count():
+            self._debug.publish(messages.image_to_message(draw(image, correspondences), message.header))
+
+    def reload_weights(self) -> str:
+        """Loads the file of parameter ``weights``, or the shipped one."""
+        path = Path(self.value("weights") or weights.default_path()).expanduser()
+        self._use(*weights.load(path))
+        return f"version {self.version} from {path}"
+
+    def trouble(self) -> str:
+        if self.matcher is None:
+            return f"{self._no_weights}; publish good weights, or set 'weights' and call ~/reload_weights"
+        return super().trouble()
+
+    def values(self) -> dict[str, object]:
+        return {"model_version": self.version}
+
+    def _queue_size(self) -> int:
+        return 1 if self.value("processing_mode") == "latest" else super()._queue_size()
+
+    def _on_weights(self, message: UInt8MultiArray) -> None:
+        try:
+            loaded = weights.loads(messages.weights_from_message(message), "the weights message")
+        except ValueError as error:
+            self.fault(str(error))
+            return
+        self.worker.request(lambda: self._use(*loaded))
+
+    def _use(self, matcher: torch.nn.Module, info: weights.WeightsInfo) -> None:
+        self.matcher, self.version = matcher, info.version
+        if self.core is not None:
+            self.core.swap(matcher, info.version)
+        self.get_logger().info(f"weights of version {info.version} are in use")
+
+
+def draw(image: np.ndarray, correspondences: Correspondences) -> np.ndarray:
+    """The image with a line from where each point was to where it is, red to green by score; (H, W, 3) rgb."""
+    canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
+    columns = (correspondences.ref_uv, correspondences.uv, correspondences.score)
+    for start, end, score in zip(*(column.tolist() for column in columns), strict=True):
+        colour = (round(255 * (1 - score)), round(255 * score), 0)
+        end = tuple(map(round, end))
+        cv2.line(canvas, tuple(map(round, start)), end, colour, 1, cv2.LINE_AA)
+        cv2.circle(canvas, end, 2, colour, -1, cv2.LINE_AA)
+    return canvas
+
+
+def main(arguments: list[str] | None = None) -> None:
+    run(MatcherNode, arguments)
+
+
+if __name__ == "__main__":
+    main()

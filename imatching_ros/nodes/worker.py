@@ -1,0 +1,102 @@
+"""One thread for one core object: whatever touches it runs there, in order, and callbacks stay short."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+
+class Worker:
+    """Runs posted requests first, then waiting inputs in order, then ``idle`` while it has something to do.
+
+    ``process(item)`` handles one input; ``ready()`` says whether inputs may be taken yet; ``idle()`` does one piece
+    of background work and says whether there was any. An exception in ``process`` or ``idle`` goes to ``on_error``:
+    the thread lives on.
+    """
+
+    def __init__(
+        self,
+        process: Callable[[Any], None],
+        ready: Callable[[], bool],
+        on_error: Callable[[Exception], None],
+        queue_size: int,
+        on_drop: Callable[[Any], None],
+        idle: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._process, self._ready, self._idle = process, ready, idle
+        self._on_error, self._on_drop = on_error, on_drop
+        self._queue_size = queue_size
+        self._inputs: deque[Any] = deque()
+        self._requests: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="core", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, item: Any) -> None:
+        """Queues an input; the oldest beyond the queue's size is dropped."""
+        dropped = []
+        with self._changed:
+            self._inputs.append(item)
+            while len(self._inputs) > self._queue_size:
+                dropped.append(self._inputs.popleft())
+            self._changed.notify()
+        for old in dropped:
+            self._on_drop(old)
+
+    def request(self, function: Callable[[], Any]) -> Future:
+        """Runs ``function`` in the core's thread before the next input. The future has its result."""
+        future: Future = Future()
+        with self._changed:
+            self._requests.append((function, future))
+            self._changed.notify()
+        return future
+
+    def waiting(self) -> int:
+        """Inputs that have not been taken yet."""
+        return len(self._inputs)
+
+    def stop(self) -> None:
+        """Ends the thread after the piece of work in hand, and waits for that."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+        for _, future in self._requests:
+            future.cancel()
+
+    def _run(self) -> None:
+        busy = True
+        while True:
+            with self._changed:
+                nothing = not self._requests and not (self._inputs and self._ready())
+                if nothing and not busy and not self._stopping:
+                    self._changed.wait(0.05)  # readiness may change without a notice, so look again soon
+                if self._stopping:
+                    return
+                request = self._requests.popleft() if self._requests else None
+                take = request is None and self._inputs and self._ready()
+                item = self._inputs.popleft() if take else None
+            if request is not None:
+                function, future = request
+                try:
+                    future.set_result(function())
+                except Exception as error:
+                    future.set_exception(error)
+                busy = True
+                continue
+            try:
+                if take:
+                    self._process(item)
+                    busy = True
+                else:
+                    busy = self._idle()
+            except Exception as error:
+                self._on_error(error)
+                busy = True
