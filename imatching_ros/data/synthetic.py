@@ -218,9 +218,9 @@ def room(rng: np.random.Generator, texels_per_m: float) -> Scene:
     return build.scene()
 
 
-def street(rng: np.random.Generator, texels_per_m: float, road: Road) -> Scene:
+def street(rng: np.random.Generator, road: Road) -> Scene:
     """A winding street along `road`: ground, houses on both sides, parked cars, posts, far hills and a sky."""
-    build = _Builder(rng, texels_per_m)
+    build = _Builder(rng)
     build.box((0, 0, 100), (900, 900, 210), 0.0, [0] * 6, (textures.clouds,), inside=True, texels=(512, 1024))
 
     ground = build.pool((textures.stains, textures.stains, textures.bricks), 6, (1024, 1024))
@@ -406,16 +406,17 @@ def make_scene(path: str, seed: int, camera: Camera, seconds: float) -> tuple[Sc
     """The scene and the camera path of `render_recording` with the same path, seed and camera."""
     build, move = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     if path == "handheld":
-        return room(build, camera.focal / 1.5), handheld(move)
+        # Finer texture than this costs more memory than a large picture's sharpness is worth.
+        return room(build, min(camera.focal, 800) / 1.5), handheld(move)
     speed = 4.5
     road = Road(move, speed * seconds + 70)
-    return street(build, camera.focal / 6, road), driving(move, road, speed)
+    return street(build, road), driving(move, road, speed)
 
 
 class _Builder:
     """Collects quads and textures into a Scene."""
 
-    def __init__(self, rng: np.random.Generator, texels_per_m: float) -> None:
+    def __init__(self, rng: np.random.Generator, texels_per_m: float = 0.0) -> None:
         self.rng, self.texels_per_m = rng, texels_per_m
         self.quads, self.texture, self.shade, self.images = [], [], [], []
 
