@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from imatching_ros.data.recording import open_recording
-from imatching_ros.data.synthetic import Sensor, make_scene, render_recording
+from imatching_ros.data.synthetic import Scene, Sensor, make_scene, render_recording
 from imatching_ros.geometry import lie
 from imatching_ros.geometry.camera import Camera
 
@@ -63,8 +63,28 @@ def test_a_pixel_moved_by_pose_and_depth_meets_its_own_depth_and_texture(pair):
     assert difference.mean() < 0.6 * shifted.mean()
 
 
+@pytest.mark.parametrize("camera", [CAMERA, BENT], ids=["pinhole", "distorted"])
+@pytest.mark.parametrize("distance", [0.7, 1.5, 4.0, 9.0])  # from magnified down to several levels of the pyramid
+def test_a_spot_of_the_texture_is_drawn_where_its_point_projects(camera, distance):
+    # A shift common to all images would cancel between two views, so one view is held against closed form.
+    size, spot = 512, (0.4, 0.65)
+    t, s = np.mgrid[:size, :size]
+    radius = 4 * distance  # texels: two pixels, so small that its perspective centre is its middle
+    around = ((s + 0.5) / size - spot[0]) ** 2 + ((t + 0.5) / size - spot[1]) ** 2
+    texture = (240 * np.exp(-0.5 * around * (size / radius) ** 2)).astype(np.uint8)
+    quad = np.array([[-0.55, -0.5, distance], [1.0, 0.05, 0.05], [0.02, 1.0, -0.08]])
+    scene = Scene(quad[None], np.array([0]), np.array([1.0]), [texture])
+    image, depth = scene.render(lie.identity(), camera)
+    v, u = np.mgrid[: camera.height, : camera.width]
+    centre = np.array([(image * u).sum(), (image * v).sum()]) / image.sum()
+    point = torch.from_numpy(quad[0] + spot[0] * quad[1] + spot[1] * quad[2])
+    expected = camera.project(point[:2] / point[2]).numpy()
+    assert np.abs(centre - expected).max() < 0.03
+    assert abs(depth[tuple(np.rint(expected[::-1]).astype(int))] - point[2]) < 0.01
+    assert depth[0, 0] == 0 and image[0, 0] == 0 or distance < 1  # beside the quad there is nothing
+
+
 def test_registration_finds_no_offset(pair):
-    # Photometric agreement alone would forgive a constant half-pixel shift between image and depth.
     camera, poses, images, depths = pair
     uv, z = carried(camera, poses, depths[0])
     seen = looked_up(depths[1], uv, cv2.INTER_NEAREST)
