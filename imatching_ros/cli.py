@@ -1,0 +1,363 @@
+"""The commands: imatching demo, replay, tune, evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import __version__
+
+GAP = 10  #: images between the last that trained and the first that is measured
+PICTURE_STEP = 10  #: images between the two of the report's picture
+DEMO_FRAMES, DEMO_SEED, DEMO_DARKNESS = 300, 0, 0.5
+
+console = Console()
+
+
+def demo(options: argparse.Namespace) -> None:
+    """Renders a recording with exact ground truth, plays it through the three nodes, measures before and after."""
+    from rich.progress import Progress
+
+    from .data.recording import open_recording
+    from .data.synthetic import Sensor, render_recording
+
+    run_dir = _run_dir(options.out, "demo")
+    with Progress(console=console) as progress:
+        task = progress.add_task("Rendering", total=DEMO_FRAMES)
+        folder = render_recording(
+            run_dir / "recording",
+            seed=options.seed,
+            frames=DEMO_FRAMES,
+            sensor=Sensor.low_light(DEMO_DARKNESS),
+            depth_every=5,
+            progress=lambda done, total: progress.update(task, completed=done),
+        )
+    _replay(open_recording(folder), run_dir, options, "a room rendered with a low-light camera")
+
+
+def replay(options: argparse.Namespace) -> None:
+    """Plays a recording through the three nodes without loss and writes a run folder."""
+    from .data.recording import open_recording
+
+    recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
+    _replay(recording, _run_dir(options.out, "replay"), options, str(options.bag))
+
+
+def tune(options: argparse.Namespace) -> None:
+    """Fine-tunes on recordings, in process and deterministic by seed; writes the weights and a run folder."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .data.recording import open_recording
+    from .evaluation.report import Pictures
+    from .learning.learner import LearnerOptions
+    from .learning.tune import tune as run
+    from .matching import weights
+
+    torch.manual_seed(options.seed)
+    start = options.weights or (options.out if options.out.is_file() else weights.default_path())
+    matcher, info = weights.load(start)
+    console.print(f"starting from {start}, version {info.version}")
+    recordings = [open_recording(bag, options.image_topic, options.camera_info_topic) for bag in options.bag]
+    splits = [round(len(recording) * options.train_fraction) for recording in recordings]
+    run_dir = _run_dir(options.run_dir, "tune")
+    epochs, started = 2, time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        frames = progress.add_task("Tracking", total=sum(splits) * epochs)
+        bar = progress.add_task("Learning", total=options.steps)
+
+        def on_step(learner, step, verdict) -> None:
+            if step:
+                progress.update(bar, completed=step.step, description=f"Learning, loss {step.loss:.3f}")
+            if verdict:
+                progress.console.print(f"step {verdict.step}: {_verdict_text(verdict.promoted, verdict.reason)}")
+                if verdict.promoted:
+                    weights.write(options.out, learner.weights())
+
+        learner, history = run(
+            matcher,
+            info,
+            [(r.camera, _First(r, n)) for r, n in zip(recordings, splits, strict=True)],
+            options.steps,
+            epochs=epochs,
+            options=LearnerOptions(seed=options.seed),
+            on_frame=lambda epoch, stamp: progress.advance(frames),
+            on_step=on_step,
+        )
+    weights.write(options.out, learner.weights())
+    before, after, pictures = _measure(recordings[0], splits[0], [start, options.out])
+    figures = {
+        "input": {"frames": sum(map(len, recordings)), "frames_matched": sum(splits), "dropped": 0},
+        "matching": {"before": before, "after": after},
+        "learning": {
+            "steps": learner.step_count,
+            "windows": learner.windows,
+            "promotions": learner.promotions,
+            "rollbacks": learner.rollbacks,
+            "seconds": time.perf_counter() - started,
+            "model_version": learner.version,
+        },
+        "latency_ms": {"learner_step_p50": _median([1e3 * step.seconds for step in history.steps])},
+    }
+    pictures = replace(
+        pictures or Pictures(),
+        loss=[(step.step, step.loss) for step in history.steps],
+        events=[_event(v.step, v.promoted, v.rolled_back, v.version, v.reason) for v in history.verdicts],
+    )
+    _report(run_dir, figures, pictures, f"tune {recordings[0].bag.name}")
+    console.print(f"weights, version {learner.version}: {options.out}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Matching accuracy, pose accuracy and trajectory error of weights, side by side."""
+    from rich.table import Table
+
+    from .bundle.bundle import Bundle
+    from .data.recording import open_recording
+    from .evaluation.matching import evaluate_matching, evaluation_pairs
+    from .evaluation.report import ACCURACY
+    from .evaluation.trajectory import trajectory_accuracy
+    from .matching import weights
+    from .matching.tracker import Tracker
+
+    recording = open_recording(options.data, options.image_topic, options.camera_info_topic)
+    first = round(len(recording) * options.first)
+    pairs = evaluation_pairs(recording, first, len(recording) - 1, per_step=options.pairs)
+    table = Table(title=f"{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs")
+    columns = (*ACCURACY.values(), "ATE, % of path")
+    table.add_column("")
+    rows = []
+    for path in options.weights or [weights.default_path()]:
+        matcher, info = weights.load(path)
+        accuracy = evaluate_matching(matcher, recording, pairs)
+        tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
+        for stamp, image in recording:
+            bundle.add(tracker.track(stamp, image))
+        stamps, poses = bundle.trajectory_arrays()
+        ate = trajectory_accuracy(stamps, poses, recording.ground_truth).ate_percent
+        rows.append([getattr(accuracy, key) for key in ACCURACY] + [ate])
+        table.add_column(f"{Path(path).stem}\nversion {info.version}", justify="right")
+    for index, label in enumerate(columns):
+        table.add_row(label, *("–" if row[index] is None else f"{row[index]:.2f}" for row in rows))
+    console.print(table)
+
+
+def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: str) -> None:
+    from .evaluation.report import Pictures
+    from .evaluation.trajectory import trajectory_accuracy
+    from .nodes.replay import replay as play
+
+    result = play(
+        recording,
+        run_dir,
+        learn=options.learn,
+        train_fraction=options.train_fraction,
+        learn_seconds=options.learn_seconds,
+        weights=options.weights,
+    )
+    for note in result.notes:
+        console.print(f"[yellow]{note}[/]")
+    trajectory = trajectory_accuracy(result.keyframe_stamps, result.keyframe_poses, recording.ground_truth)
+    before, after, pictures = _measure(recording, result.train_frames, [result.weights_before, result.weights_after])
+    steps = [event.values for event in result.learning if event.kind == "step"]
+    verdicts = [event.values for event in result.learning if event.kind == "verdict"]
+    figures = {
+        "input": {
+            "frames": result.frames,
+            "frames_matched": result.matched - result.refused,
+            "keyframes": len(result.keyframe_stamps),
+            "dropped": result.dropped + result.refused,
+        },
+        "trajectory": trajectory,
+        "matching": {"before": before, "after": after},
+        "learning": {
+            "steps": result.figure("learner", "steps"),
+            "windows": result.figure("learner", "windows"),
+            "promotions": result.figure("learner", "promotions"),
+            "rollbacks": result.figure("learner", "rollbacks"),
+            "seconds": result.learning_seconds if steps else None,
+            "model_version": int(result.frame_models.max()),
+        },
+        "latency_ms": {
+            f"{node}_{quantile}": result.figure(node, f"latency_{quantile}_ms")
+            for node in ("matcher", "bundle")
+            for quantile in ("p50", "p95")
+        }
+        | {"learner_step_p50": result.figure("learner", "step_p50_ms")},
+        "throughput_hz": result.throughput_hz,
+        "peak_memory_mb": result.peak_memory_mb,
+    }
+    pictures = replace(
+        pictures or Pictures(),
+        trajectory=trajectory,
+        loss=[(int(values["step"]), float(values["loss"])) for values in steps],
+        events=[
+            _event(int(v["step"]), v["promoted"] == "true", v["rolled_back"] == "true", int(v["version"]), v["reason"])
+            for v in verdicts
+        ],
+    )
+    _report(run_dir, figures, pictures, title)
+
+
+def _measure(recording: Any, train_frames: int, paths: Sequence[Path]) -> tuple[Any, Any, Any]:
+    """Accuracy before and after on images that did not train, and their picture; None where it cannot be had."""
+    from .evaluation.matching import accuracy, evaluation_pairs, match_pairs
+    from .evaluation.report import Pictures
+    from .matching import weights
+
+    first = train_frames + GAP if train_frames else 0
+    pairs = evaluation_pairs(recording, first, len(recording) - 1)
+    if not pairs:
+        return None, None, None
+    matched = []
+    for path in paths:
+        matcher, _ = weights.load(path)
+        with console.status(f"Measuring {path.name} on {len(pairs)} pairs that did not train"):
+            matched.append(list(match_pairs(matcher, recording, pairs)))
+    # The pair whose matches changed the median way: neither the prettiest nor the worst
+    change = [
+        float((after.error_px[after.visible] < 1).float().mean() - (before.error_px[before.visible] < 1).float().mean())
+        for before, after in zip(*matched, strict=True)
+    ]
+    typical = sorted(range(len(pairs)), key=change.__getitem__)[len(pairs) // 2]
+    pictures = Pictures(before=matched[0][typical], after=matched[1][typical])
+    return accuracy(matched[0]), accuracy(matched[1]), pictures
+
+
+def _report(run_dir: Path, figures: dict[str, Any], pictures: Any, title: str) -> None:
+    from .evaluation.report import console_table, write_report
+
+    names = ("torch", "numpy", "pypose", "poselib", "rosbags", "ros-kilted-rclpy")
+    versions = {"imatching_ros": __version__, "python": sys.version.split()[0]}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    command = "imatching " + " ".join(sys.argv[1:])
+    path = write_report(run_dir, figures, pictures, title=title, command=command, versions=versions)
+    console.print(console_table(figures))
+    console.print(f"report: {path.resolve()}", soft_wrap=True)
+
+
+def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: str) -> Any:
+    from .evaluation.pictures import Event
+
+    return Event(step, "rollback" if rolled_back else "promoted" if promoted else "refused", version, reason)
+
+
+def _verdict_text(promoted: bool, reason: str) -> str:
+    return f"[green]promoted[/], {reason}" if promoted else f"not promoted, {reason}"
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+class _First:
+    """The first images of a recording, as often as they are asked for."""
+
+    def __init__(self, recording: Any, count: int) -> None:
+        self.recording, self.count = recording, count
+
+    def __iter__(self):
+        return (item for item, _ in zip(self.recording, range(self.count), strict=False))
+
+
+def _run_dir(given: Path | None, command: str) -> Path:
+    path = given or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 <= value <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="imatching", description="Makes a feature matcher better on a robot's own video, without labels."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, name: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        added.set_defaults(function=function)
+        return added
+
+    def topics(added: argparse.ArgumentParser) -> None:
+        added.add_argument("--image-topic", help="where the bag has several cameras")
+        added.add_argument("--camera-info-topic", help="where it does not lie beside the image topic")
+
+    def learning(added: argparse.ArgumentParser, seconds: float) -> None:
+        added.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one in runs/)")
+        added.add_argument("--weights", type=Path, metavar="W", help="to start from (default: the shipped ones)")
+        added.add_argument("--no-learn", dest="learn", action="store_false", help="match and solve only")
+        added.add_argument(
+            "--train-fraction", type=_fraction, default=0.7, help="of the images; the rest is measured (default: 0.7)"
+        )
+        added.add_argument(
+            "--learn-seconds", type=float, default=seconds,
+            help=f"that the learner may go on after its part was played (default: {seconds:g})",
+        )  # fmt: skip
+
+    added = command(demo, "demo")
+    learning(added, 120.0)
+    added.add_argument("--seed", type=int, default=DEMO_SEED, help="of the scene, the path and the noise")
+
+    added = command(replay, "replay")
+    added.add_argument("bag", type=Path, metavar="BAG", help="rosbag1, rosbag2 (sqlite3, MCAP), or its folder")
+    topics(added)
+    learning(added, 60.0)
+
+    added = command(tune, "tune")
+    added.add_argument("bag", type=Path, nargs="+", metavar="BAG")
+    added.add_argument("--out", type=Path, required=True, metavar="W", help="weights file; if it exists, go on from it")
+    added.add_argument("--weights", type=Path, metavar="W", help="to start from (default: --out, else the shipped ones)")
+    added.add_argument("--run-dir", type=Path, metavar="DIR", help="for the report (default: a new one in runs/)")
+    added.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
+    added.add_argument("--train-fraction", type=_fraction, default=0.7, help="of each bag's images (default: 0.7)")
+    added.add_argument("--seed", type=int, default=0)
+    topics(added)
+
+    added = command(evaluate, "evaluate")
+    added.add_argument("data", type=Path, metavar="DATA", help="a recording with ground truth")
+    added.add_argument("--weights", type=Path, nargs="+", metavar="W", help="default: the shipped ones")
+    added.add_argument(
+        "--first", type=_fraction, default=0.0, help="where to begin, as a share of the recording (default: 0)"
+    )
+    added.add_argument("--pairs", type=int, default=20, help="for each step of 5, 10 and 20 images (default: 20)")
+    topics(added)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Wrong input ends with one sentence and exit code 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.function(options)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("IMATCHING_TRACEBACK"):
+            raise
+        print(f"imatching: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""A lesson: one solved window with the images that made it, ready to be learned from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..bundle.observations import Observations, index_of, surviving
+from ..bundle.options import BundleOptions
+from ..bundle.problem import Problem
+from ..bundle.robust import Kernel
+from ..bundle.solve import solve
+from ..bundle.window import Window
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
+from ..geometry.triangulation import reproject
+from ..matching.protocol import Matcher, Matches
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The rows of one keyframe with one past keyframe."""
+
+    reference: int  #: index of keyframe i in the window
+    target: int  #: index of keyframe j
+    rows: Tensor  #: (N,) int64, of the correspondences of keyframe j
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """The T*, p* of a window (equation 1b), the correspondences that they explain, and the keyframes' images."""
+
+    camera: Camera
+    images: Tensor  #: (K, 1, H, W) uint8
+    messages: list[Correspondences]  #: (K,) of the keyframes; only rows of the window's landmarks
+    window: Window
+    pairs: list[Pair]  #: of two keyframes of the window
+
+    def error_px(self) -> Tensor:
+        """Reprojection errors (M,), undistorted px, of the pairs' rows, pair by pair; inf without a landmark."""
+        errors = []
+        for pair in self.pairs:
+            message = self.messages[pair.target]
+            landmark = index_of(self.window.track, message.track[pair.rows])
+            T = self.window.T_world_camera[pair.target].expand(len(pair.rows), 7)
+            xy, depth = reproject(T, self.window.points[landmark])
+            scale = xy.new_tensor([self.camera.fx, self.camera.fy])
+            error = ((xy - message.xy[pair.rows]) * scale).norm(dim=-1)
+            errors.append(torch.where((landmark >= 0) & (depth > 0), error, torch.inf))
+        return torch.cat(errors)
+
+
+def make_lesson(
+    window: Window, messages: Mapping[int, Correspondences], images: Mapping[int, Tensor], camera: Camera
+) -> Lesson | None:
+    """Joins a window with the correspondences and the images (1, H, W) uint8 of its keyframes, exactly by stamp.
+
+    None where one is missing, or no row lies between two of the keyframes.
+    """
+    stamps = window.stamps.tolist()
+    if not all(stamp in images and stamp in messages for stamp in stamps):
+        return None
+    ours, pairs = [], []
+    for target, stamp in enumerate(stamps):
+        message = select(messages[stamp], index_of(window.track, messages[stamp].track) >= 0)
+        reference = index_of(window.stamps, message.ref_stamp)
+        for i in reference[reference >= 0].unique().tolist():
+            pairs.append(Pair(i, target, (reference == i).nonzero().squeeze(-1)))
+        ours.append(message)
+    if not pairs:
+        return None
+    return Lesson(camera, torch.stack([images[stamp] for stamp in stamps]), ours, window, pairs)
+
+
+def select(message: Correspondences, rows: Tensor) -> Correspondences:
+    """Some rows of the correspondences of an image; ``rows`` a bool mask (M,) or an index."""
+    columns = ("uv", "xy", "ref_stamp", "ref_uv", "track", "score", "cov")
+    return replace(message, **{name: getattr(message, name)[rows] for name in columns})
+
+
+def match(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> list[Matches]:
+    """f_theta again on the rows of some pairs; each image is encoded once. Differentiable."""
+    device = next(matcher.parameters()).device
+    used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
+    features = matcher.encode(lesson.images[used].to(device, torch.float32) / 255)
+    place = {index: n for n, index in enumerate(used)}
+    matches = []
+    for pair in pairs:
+        i, j = place[pair.reference], place[pair.target]
+        queries = lesson.messages[pair.target].ref_uv[pair.rows].to(device).unsqueeze(0)
+        matches.append(matcher.match(features[i : i + 1], features[j : j + 1], queries))
+    return matches
+
+
+@torch.no_grad()
+def rematch(matcher: Matcher, lesson: Lesson) -> Lesson:
+    """The lesson as the matcher sees it now: new rows, the same T*, p*."""
+    messages = [
+        replace(message, uv=message.uv.clone(), cov=message.cov.clone(), score=message.score.clone())
+        for message in lesson.messages
+    ]
+    for pair, matches in zip(lesson.pairs, match(matcher, lesson, lesson.pairs), strict=True):
+        message, rows = messages[pair.target], pair.rows
+        cov = matches.cov[0].cpu()
+        message.uv[rows] = matches.uv[0].cpu()
+        message.cov[rows] = torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1)
+        message.score[rows] = matches.score[0].cpu()
+    messages = [replace(m, xy=lesson.camera.normalise(m.uv.double()).float()) for m in messages]
+    return replace(lesson, messages=messages)
+
+
+def resolve(lesson: Lesson, options: BundleOptions) -> Lesson | None:
+    """The lesson with the lower level solved for its rows (equation 1b), warm-started at its T*, p*.
+
+    None where the bundle finds no stationary point with enough landmarks.
+    """
+    window = lesson.window
+    solved = solve(lesson.messages, window.T_world_camera, window.track, window.points, lesson.camera, options)
+    if solved is None or not solved[1].converged:
+        return None
+    return replace(lesson, window=solved[0])
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """The observations that T*, p* rest on, row by row the objective's (equation 3)."""
+
+    observed: Observations
+    problem: Problem
+
+    def of(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Where a pair's rows stand among them (S,), and which of the pair's rows these are (S,)."""
+        mine = self.observed.message == pair.target
+        place = index_of(pair.rows, torch.where(mine, self.observed.row, -1))
+        survivors = (place >= 0).nonzero().squeeze(-1)
+        return survivors, place[survivors]
+
+
+def survivors_of(lesson: Lesson, prune_px: float) -> Survivors:
+    """The survivors of a lesson whose window is solved for its rows."""
+    return Survivors(*surviving(lesson.window, lesson.messages, lesson.camera, prune_px))
+
+
+def objective(
+    lesson: Lesson, survivors: Survivors, pairs: list[Pair], matches: list[Matches], kernel: Kernel
+) -> tuple[Tensor, Tensor, int]:
+    """The upper level at the bundle's optimum (equations 1a and 7): its sum over the rows of some pairs.
+
+    The same kernel, covariances and survivors as the lower level, T* and p* held fixed: at the stationary point
+    this partial derivative with respect to f_theta is the total one. Returns the sum for the fine matches, the mean
+    distance (px) of the coarse ones from the reprojected landmarks, which is their target (paper 3.2.3), and the
+    number of rows.
+    """
+    fine, coarse, rows = [], [], 0
+    for pair, matched in zip(pairs, matches, strict=True):
+        place, mine = survivors.of(pair)
+        if len(place) == 0:
+            continue
+        uv, coarse_uv = matched.uv[0].cpu()[mine], matched.coarse_uv[0].cpu()[mine]
+        rows += len(place)
+        at_optimum = survivors.problem.select(place)
+        fine.append(replace(at_optimum, xy=lesson.camera.normalise(uv.double())).cost(kernel))
+        # The residual of the coarse head is no part of the lower level: its target is a constant.
+        residual = replace(at_optimum, xy=lesson.camera.normalise(coarse_uv.double())).residual()[0]
+        coarse.append((residual.square().sum(-1) + 1).sqrt().sub(1).sum())
+    if rows == 0:
+        zero = torch.zeros((), dtype=torch.float64)
+        return zero, zero, 0
+    return torch.stack(fine).sum(), torch.stack(coarse).sum() / rows, rows

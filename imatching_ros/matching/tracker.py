@@ -1,0 +1,163 @@
+"""From a stream of images to tracks: each image is matched with its past n keyframes (paper 3.1.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
+from .detector import detect
+from .protocol import Matcher, Matches
+
+
+@dataclass(frozen=True)
+class TrackerOptions:
+    """When a match is kept, and when an image becomes a keyframe."""
+
+    queries: int = 600  #: points per keyframe
+    references: int = 2  #: n, past keyframes that each image is matched with
+    round_trip_px: float = 2.0  #: forward-backward check: a point must come back this close
+    agreement_px: float = 3.0  #: the references of one track must agree this closely
+    parallax: float = 0.03  #: a keyframe is due when the median point moved this share of the image's width
+    survivors: float = 0.6  #: or when fewer than this share of the points found at first are still found
+
+
+@dataclass
+class _Keyframe:
+    stamp: int
+    image: np.ndarray  # (H, W) uint8: encoded again when the weights change
+    features: Any
+    uv: Tensor  # (N, 2) float32 px
+    track: Tensor  # (N,) int64
+    found: int = 0  # points found again in the image that followed
+
+
+def round_trip(matcher: Matcher, reference: Any, target: Any, queries: Tensor) -> tuple[Matches, Tensor]:
+    """Matches of queries (1, N, 2), and how far from its query each match comes back (1, N) px."""
+    forward = matcher.match(reference, target, queries)
+    backward = matcher.match(target, reference, forward.uv)
+    return forward, (backward.uv - queries).norm(dim=-1)
+
+
+class Tracker:
+    """Keeps the last n keyframes with their features, and gives tracks their ids."""
+
+    def __init__(self, matcher: Matcher, version: int, camera: Camera, options: TrackerOptions | None = None) -> None:
+        self.camera = camera
+        self.options = options or TrackerOptions()
+        self._matcher, self._version = matcher, version
+        self._keyframes: list[_Keyframe] = []  # oldest first
+        self._next_track = 0
+
+    @property
+    def keyframes(self) -> list[int]:
+        """Stamps of the keyframes that the next image is matched with, oldest first."""
+        return [keyframe.stamp for keyframe in self._keyframes]
+
+    def reset(self) -> None:
+        """Forgets all keyframes; the next image is the first. Ids go on, none is given twice."""
+        self._keyframes.clear()
+
+    @torch.no_grad()
+    def swap(self, matcher: Matcher, version: int) -> None:
+        """Goes on with other weights: the tracks live on, the keyframes' features are made anew."""
+        self._matcher, self._version = matcher, version
+        for keyframe in self._keyframes:
+            keyframe.features = self._encode(keyframe.image)
+
+    @torch.no_grad()
+    def track(self, stamp: int, image: np.ndarray) -> Correspondences:
+        """The rows of an image (H, W) uint8 with the past n keyframes; none for the first image.
+
+        Raises ValueError where the image's size is not the camera's.
+        """
+        size = (self.camera.height, self.camera.width)
+        if image.shape != size:
+            raise ValueError(
+                f"the image is {image.shape[1]}x{image.shape[0]}, camera_info says {size[1]}x{size[0]}; "
+                "publish the camera_info that belongs to the image"
+            )
+        features = self._encode(image)
+        rows = [self._match(keyframe, features) for keyframe in self._keyframes]
+        rows = [Correspondences(stamp, *columns, self._version) for columns in rows]
+        correspondences = self._agreeing(rows, stamp)
+        if self._is_keyframe_due(correspondences):
+            self._add_keyframe(stamp, image, features, correspondences)
+        return correspondences
+
+    def _encode(self, image: np.ndarray) -> Any:
+        return self._matcher.encode(torch.from_numpy(image).to(self._device, torch.float32)[None, None] / 255)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._matcher.parameters()).device
+
+    def _match(self, keyframe: _Keyframe, features: Any) -> tuple[Tensor, ...]:
+        """Columns of the rows with one keyframe that come back to where they started."""
+        queries = keyframe.uv.to(self._device).unsqueeze(0)
+        matches, distance = round_trip(self._matcher, keyframe.features, features, queries)
+        uv = matches.uv[0]
+        inside = ((uv >= 0) & (uv <= uv.new_tensor([self.camera.width - 1, self.camera.height - 1]))).all(-1)
+        kept = ((distance[0] < self.options.round_trip_px) & inside).cpu()
+        uv = uv.cpu()[kept]
+        cov = matches.cov[0].cpu()[kept]
+        return (
+            uv,
+            self.camera.normalise(uv.double()).float(),
+            torch.full((len(uv),), keyframe.stamp, dtype=torch.int64),
+            keyframe.uv[kept],
+            keyframe.track[kept],
+            matches.score[0].cpu()[kept],
+            torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1),
+        )
+
+    def _agreeing(self, rows: list[Correspondences], stamp: int) -> Correspondences:
+        """All rows, without the tracks whose references disagree on where the point is."""
+        if not rows:
+            empty = torch.empty(0, 2)
+            none = torch.empty(0, dtype=torch.int64)
+            return Correspondences(
+                stamp, empty, empty, none, empty, none, torch.empty(0), torch.empty(0, 3), self._version
+            )
+        names = ("uv", "xy", "ref_stamp", "ref_uv", "track", "score", "cov")
+        columns = {name: torch.cat([getattr(row, name) for row in rows]) for name in names}
+        mean, index = _mean_of_tracks(columns["uv"], columns["track"], columns["cov"])[1:]
+        apart = (columns["uv"] - mean[index]).norm(dim=-1) > self.options.agreement_px / 2
+        disagreeing = torch.zeros(len(mean), dtype=torch.bool).index_put_((index[apart],), torch.tensor(True))
+        kept = ~disagreeing[index]
+        return Correspondences(stamp, **{name: column[kept] for name, column in columns.items()}, model=self._version)
+
+    def _is_keyframe_due(self, correspondences: Correspondences) -> bool:
+        if not self._keyframes:
+            return True
+        newest = self._keyframes[-1]
+        mine = correspondences.ref_stamp == newest.stamp
+        found = int(mine.sum())
+        newest.found = max(newest.found, found)
+        if found < self.options.survivors * newest.found or found == 0:
+            return True
+        moved = (correspondences.uv[mine] - correspondences.ref_uv[mine]).norm(dim=-1).median()
+        return bool(moved > self.options.parallax * self.camera.width)
+
+    def _add_keyframe(self, stamp: int, image: np.ndarray, features: Any, found: Correspondences) -> None:
+        """The image becomes a keyframe: its points are the tracks found in it, and new corners between them."""
+        track, uv, _ = _mean_of_tracks(found.uv, found.track, found.cov)
+        corners = torch.from_numpy(detect(image, max(self.options.queries - len(track), 1), uv.numpy()))
+        born = torch.arange(self._next_track, self._next_track + len(corners)) % 2**32
+        self._next_track = (self._next_track + len(corners)) % 2**32
+        self._keyframes.append(_Keyframe(stamp, image, features, torch.cat((uv, corners)), torch.cat((track, born))))
+        del self._keyframes[: -self.options.references]
+
+
+def _mean_of_tracks(uv: Tensor, track: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tracks (T,), their mean positions (T, 2) weighted by certainty, and each row's index of its track (M,)."""
+    ids, index = torch.unique(track, return_inverse=True)
+    weight = 1 / (cov[:, 0] + cov[:, 2])
+    total = torch.zeros(len(ids)).index_add_(0, index, weight)
+    mean = torch.zeros(len(ids), 2).index_add_(0, index, uv * weight[:, None]) / total[:, None]
+    return ids, mean, index
