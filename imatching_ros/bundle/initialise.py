@@ -47,6 +47,8 @@ def initialise(
         if solved is None:
             continue
         window, _ = solved
+        if len(window.track) < 5 * options.min_landmarks:
+            continue
         quality = (len(which), int(window.observations.sum()))
         if best is None or quality > best[0]:
             best = quality, which, window

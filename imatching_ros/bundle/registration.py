@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, whitened
+from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
 from imatching_ros.bundle.robust import Kernel
 from imatching_ros.geometry import lie, triangulation, two_view
 
@@ -33,10 +33,13 @@ def register(
         candidates.append(lie.inverse(found[0]))
     if not candidates:
         return None
-    counts = [int(_inliers(T, points, xy, focal, inlier_px).sum()) for T in candidates]
-    T, H = refine(candidates[counts.index(max(counts))], points, xy, cov, focal, kernel)
-    covariance = torch.linalg.pinv(H, hermitian=True)
-    return Registration(T, covariance, _inliers(T, points, xy, focal, inlier_px))
+    agreeing = [_inliers(T, points, xy, focal, inlier_px) for T in candidates]
+    best = max(range(len(candidates)), key=lambda i: int(agreeing[i].sum()))
+    T, inliers = candidates[best], agreeing[best]
+    for _ in range(2):  # on inliers only: with half the rows wrong, the kernel alone would be pulled aside
+        T, H = refine(T, points[inliers], xy[inliers], cov[inliers], focal, kernel)
+        inliers = _inliers(T, points, xy, focal, inlier_px)
+    return Registration(T, torch.linalg.pinv(H, hermitian=True), inliers)
 
 
 def refine(
