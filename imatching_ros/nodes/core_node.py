@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -23,6 +24,7 @@ from . import messages, parameters
 from .diagnostics import Health
 from .worker import Worker
 
+REPEAT_S = 5.0  #: the same sentence goes to the log this seldom
 RESTART_NS = 1_000_000_000  #: a stamp this far behind the last one is a recording that starts again
 
 
@@ -63,6 +65,7 @@ class CoreNode(Node):
         self.core: Any = None
         self._last_stamp: int | None = None
         self._calibration: tuple[Any, ...] | None = None
+        self._last_said = ("", 0.0)
         self.worker = Worker(
             self._work, lambda: not self.trouble(), self._failed, self._queue_size(), self._dropped, self.idle
         )
@@ -123,15 +126,18 @@ class CoreNode(Node):
         if last is not None and stamp <= last:
             if last - stamp < RESTART_NS:
                 what = "the same stamp as" if stamp == last else "an older stamp than"
-                raise ValueError(f"a message with {what} the one before ({stamp / 1e9:.6f} s) is ignored")
+                raise ValueError(f"a message with {what} the one before is ignored; check for a second publisher")
             self.fault(f"the clock went back by {(last - stamp) / 1e9:.3f} s: starting afresh")
             self.reset()
         self._last_stamp = stamp
 
     def fault(self, sentence: str) -> None:
-        """Says it in the log and in diagnostics."""
+        """Says it in diagnostics, and in the log unless it was just said there."""
+        said, when = self._last_said
+        if sentence != said or time.monotonic() > when + REPEAT_S:
+            self._last_said = sentence, time.monotonic()
+            self.get_logger().error(sentence)
         self.health.fault(sentence)
-        self.get_logger().error(sentence, throttle_duration_sec=1.0)
 
     def serve(self, name: str, action: Callable[[], str]) -> None:
         """A Trigger service whose ``action`` runs in the core's thread and returns what to say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
@@ -23,6 +24,7 @@ from . import messages, parameters
 from .core_node import CoreNode, latched, run
 from .diagnostics import OK, WARN, percentiles
 
+NICE = 10  #: whoever drives the robot comes first on a busy machine
 HALVES = 10  #: windows of which only keyframes or only landmarks have come; older ones are forgotten
 
 
@@ -33,6 +35,7 @@ class LearnerNode(CoreNode):
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__(**node_options)
+        os.nice(NICE)
         self.version = -1
         self.steps = self.verdicts = 0
         self.last_loss, self.last_verdict = float("nan"), ""

@@ -219,9 +219,8 @@ def odometry(
 
 def window_to_messages(window: Window, stamp: int, world_frame: str) -> tuple[Path, PointCloud2]:
     """One solve as ``keyframes`` and ``landmarks``, both stamped with the image that caused it."""
-    head = header(stamp, world_frame)
     path = Path(
-        header=head,
+        header=header(stamp, world_frame),
         poses=[
             PoseStamped(header=header(ns, world_frame), pose=pose_to_message(T))
             for ns, T in zip(window.stamps.tolist(), window.T_world_camera, strict=True)
@@ -236,7 +235,7 @@ def window_to_messages(window: Window, stamp: int, world_frame: str) -> tuple[Pa
     rows["id"] = window.track.numpy()
     rows["observations"] = window.observations.numpy()
     rows["error_px"] = window.error_px.numpy()
-    return path, cloud(rows, head)
+    return path, cloud(rows, header(stamp, world_frame))
 
 
 def window_from_messages(keyframes: Path, landmarks: PointCloud2) -> Window:
@@ -353,15 +352,18 @@ def weights_from_message(message: UInt8MultiArray) -> bytes:
 
 
 def diagnostic_status(level: int, name: str, message: str, values: Mapping[str, object]) -> DiagnosticStatus:
-    """One status; levels 0 OK, 1 WARN, 2 ERROR, 3 STALE. Floats are written with six figures."""
+    """One status; levels 0 OK, 1 WARN, 2 ERROR, 3 STALE. Floats are written with six figures, truth as true, false."""
+
+    def text(value: object) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
     return DiagnosticStatus(
         level=bytes([level]),
         name=name,
         message=message,
-        values=[
-            KeyValue(key=key, value=f"{value:.6g}" if isinstance(value, float) else str(value))
-            for key, value in values.items()
-        ],
+        values=[KeyValue(key=key, value=text(value)) for key, value in values.items()],
     )
 
 

@@ -204,7 +204,7 @@ def to_yaml() -> str:
                 comment += f" From {_number(parameter.low)} to {_number(parameter.high)}."
             if parameter.read_only:
                 comment += " Read-only."
-            lines += textwrap.wrap(comment, 110, break_on_hyphens=False, initial_indent="    # ", subsequent_indent="    # ")
+            lines += [f"    # {line}" for line in textwrap.wrap(comment, 106, break_on_hyphens=False)]
             lines.append(f"    {parameter.name}: {yaml_scalar(parameter.default)}")
     return "\n".join(lines) + "\n"
 

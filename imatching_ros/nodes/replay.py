@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rclpy
+
+try:
+    import rclpy
+except ImportError:
+    raise RuntimeError(
+        "ROS 2 is not installed: source an installation, or pip install 'imatching_ros[ros]'; "
+        "tune and evaluate work without it"
+    ) from None
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from nav_msgs.msg import Odometry
 from nav_msgs.msg import Path as PathMessage

@@ -1,0 +1,615 @@
+"""The nodes as a robot meets them: real processes, real topics, good and bad input, a clean end."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+rclpy = pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
+
+from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
+from nav_msgs.msg import Odometry  # noqa: E402
+from nav_msgs.msg import Path as PathMessage  # noqa: E402
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
+from rcl_interfaces.srv import SetParametersAtomically  # noqa: E402
+from rclpy.context import Context  # noqa: E402
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor  # noqa: E402
+from rclpy.signals import SignalHandlerOptions  # noqa: E402
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
+from std_msgs.msg import UInt8MultiArray  # noqa: E402
+from std_srvs.srv import SetBool, Trigger  # noqa: E402
+
+from imatching_ros.bundle.bundle import Bundle  # noqa: E402
+from imatching_ros.data.recording import open_recording  # noqa: E402
+from imatching_ros.data.synthetic import render_recording  # noqa: E402
+from imatching_ros.geometry.camera import Camera  # noqa: E402
+from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
+from imatching_ros.matching import weights  # noqa: E402
+from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
+from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
+from imatching_ros.nodes.replay import ReplayError, _free_domain, replay  # noqa: E402
+from imatching_ros.nodes.worker import Worker  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+CAMERA = Camera(160, 120, 130.0, 130.0, 79.5, 59.5)
+SECOND = 10**9
+START = 1_700_000_000 * SECOND
+
+
+class Ros:
+    """One ROS domain: node processes, and a node in this process that talks to them."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs, self.domain = logs, _free_domain()
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.heard: dict[str, list] = {}
+        self.changed = threading.Condition()
+        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+        self.context = Context()
+        rclpy.init(
+            args=[], context=self.context, domain_id=self.domain, signal_handler_options=SignalHandlerOptions.NO
+        )
+        self.node = rclpy.create_node("tester", context=self.context)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self.thread = threading.Thread(target=self._spin)
+        self.thread.start()
+        self.listen(DiagnosticArray, "/diagnostics", lossless())
+
+    def _spin(self) -> None:
+        with contextlib.suppress(ExternalShutdownException):
+            self.executor.spin()
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self.executor.shutdown()
+        self.thread.join()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+    def start(self, role: str, **values) -> subprocess.Popen:
+        words = [w for k, v in values.items() for w in ("-p", f"{k}:={parameters.yaml_scalar(v)}")]
+        environment = os.environ | {
+            "ROS_DOMAIN_ID": str(self.domain), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        with open(self.logs / f"{role}.log", "wb") as log:
+            self.processes[role] = subprocess.Popen(
+                [sys.executable, "-m", f"imatching_ros.nodes.{role}", "--ros-args", *words],
+                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=self.logs,
+            )  # fmt: skip
+        return self.processes[role]
+
+    def log(self, role: str) -> str:
+        return (self.logs / f"{role}.log").read_text()
+
+    def listen(self, kind, topic, qos) -> list:
+        """What has come on a topic so far, and will."""
+        heard = self.heard.setdefault(topic, [])
+
+        def callback(message) -> None:
+            with self.changed:
+                heard.append(message)
+                self.changed.notify_all()
+
+        self.node.create_subscription(kind, topic, callback, qos)
+        return heard
+
+    def wait(self, condition, timeout=60.0):
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with self.changed:
+                if result := condition():
+                    return result
+                self.changed.wait(0.1)
+            for role, process in self.processes.items():
+                assert process.poll() is None, f"{role} ended with {process.returncode}: {self.log(role)}"
+        raise AssertionError(f"waited {timeout} s in vain; logs: {[self.log(role) for role in self.processes]}")
+
+    def connect(self, publisher, subscribers=1) -> None:
+        self.wait(lambda: publisher.get_subscription_count() >= subscribers)
+
+    def says(self, role: str) -> dict[str, str]:
+        """The newest diagnostics of a node."""
+        for array in reversed(self.heard["/diagnostics"]):
+            for status in array.status:
+                if status.name == f"/{role}":
+                    values = {pair.key: pair.value for pair in status.values}
+                    return values | {"level": status.level[0], "message": status.message}
+        return {}
+
+    def call(self, kind, name, request=None):
+        client = self.node.create_client(kind, name)
+        assert client.wait_for_service(30.0), name
+        future = client.call_async(request or kind.Request())
+        self.wait(future.done)
+        return future.result()
+
+
+@pytest.fixture(scope="module")
+def ros(tmp_path_factory):
+    ros = Ros(tmp_path_factory.mktemp("nodes"))
+    yield ros
+    ros.close()
+
+
+@pytest.fixture(scope="module")
+def first_weights(tmp_path_factory):
+    torch.manual_seed(0)
+    from imatching_ros.matching.expectation import ExpectationMatcher
+
+    path = tmp_path_factory.mktemp("weights") / "first.safetensors"
+    try:
+        matcher, _ = weights.load(weights.default_path())
+    except FileNotFoundError:
+        matcher = ExpectationMatcher().eval()
+    weights.save(path, matcher, 3, 3)
+    return path
+
+
+def picture(shift: float = 0.0) -> np.ndarray:
+    """A smooth random texture, moved to the left."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (16, 60)).astype(np.float32)
+    import cv2
+
+    wide = cv2.resize(coarse, (480, 128), interpolation=cv2.INTER_CUBIC)
+    move = np.array([[1, 0, -shift], [0, 1, 0]], np.float32)
+    return cv2.warpAffine(wide, move, (160, 120)).clip(0, 255).astype(np.uint8)
+
+
+def image_message(stamp: int, image: np.ndarray) -> Image:
+    return messages.image_to_message(image, messages.header(stamp, "camera_optical"))
+
+
+def scene_correspondences(frames: int = 24) -> list[Correspondences]:
+    """Exact correspondences of points in a box seen by a camera that moves sideways; every fourth is a keyframe."""
+    g = torch.Generator().manual_seed(0)
+    points = torch.rand(150, 3, generator=g) * torch.tensor([6.0, 4.0, 4.0]) + torch.tensor([-2.0, -2.0, 4.0])
+    focal, centre = torch.tensor([CAMERA.fx, CAMERA.fy]), torch.tensor([CAMERA.cx, CAMERA.cy])
+
+    def look(frame: int) -> torch.Tensor:
+        p = points - torch.tensor([0.06 * frame, 0.01 * frame, 0.0])
+        return p[:, :2] / p[:, 2:]
+
+    result = []
+    for frame in range(frames):
+        references = [k for k in range(frame - frame % 4 - 4, frame, 4) if k >= 0]
+        n, xy = len(points), look(frame)
+        count = n * len(references)
+        result.append(
+            Correspondences(
+                stamp=START + frame * SECOND // 20,
+                uv=(xy * focal + centre).repeat(len(references), 1),
+                xy=xy.repeat(len(references), 1),
+                ref_stamp=torch.tensor([START + k * SECOND // 20 for k in references], dtype=torch.int64)
+                .repeat_interleave(n),
+                ref_uv=torch.cat([look(k) * focal + centre for k in references]) if references else torch.empty(0, 2),
+                track=torch.arange(n).repeat(len(references)),
+                score=torch.ones(count),
+                cov=torch.tensor([0.2, 0.0, 0.2]).repeat(count, 1),
+                model=1,
+            )
+        )
+    return result
+
+
+# The matcher
+
+
+@pytest.fixture(scope="module")
+def matcher(ros, first_weights):
+    """A matcher node that has been fed nothing yet, and the ends of its topics."""
+    ros.start(
+        "matcher", image_qos="keep_all", processing_mode="all", weights=str(first_weights), queries=100,
+        vins_features=True,
+    )  # fmt: skip
+    ros.images = ros.node.create_publisher(Image, "image", lossless())
+    ros.infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    ros.weights = ros.node.create_publisher(UInt8MultiArray, "weights", latched())
+    ros.matched = ros.listen(PointCloud2, "correspondences", lossless())
+    ros.connect(ros.images)
+    ros.connect(ros.infos)
+    ros.connect(ros.weights)
+    ros.wait(lambda: ros.says("matcher"))
+    ros.now = START
+    return ros
+
+
+def play(ros: Ros, image: np.ndarray) -> Correspondences:
+    """Sends the next image and waits for its correspondences."""
+    ros.now += SECOND // 20
+    before = len(ros.matched)
+    ros.images.publish(image_message(ros.now, image))
+    ros.wait(lambda: len(ros.matched) > before)
+    answer = messages.correspondences_from_cloud(ros.matched[-1])
+    assert answer.stamp == ros.now
+    return answer
+
+
+def test_matcher_node_publishes_what_its_tracker_finds(matcher, first_weights):
+    """Also: without camera_info it says so and waits; with one that is not calibrated it says that."""
+    pictures = [picture(3.0 * index) for index in range(5)]
+    stamps = [START + index * SECOND // 20 for index in range(1, 6)]
+    matcher.images.publish(image_message(stamps[0], pictures[0]))
+    matcher.wait(lambda: matcher.says("matcher")["waiting"] == "1")
+    assert matcher.says("matcher")["level"] == 2
+    assert "no usable camera_info has come on /camera_info" in matcher.says("matcher")["message"]
+    matcher.infos.publish(CameraInfo(width=160, height=120))
+    matcher.wait(lambda: "not calibrated: fx is 0" in matcher.says("matcher")["last_error"])
+    matcher.infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    matcher.wait(lambda: len(matcher.matched) == 1)
+
+    model, info = weights.load(first_weights)
+    torch.set_num_threads(1)
+    tracker = Tracker(model, info.version, CAMERA, TrackerOptions(queries=100))
+    for index, (stamp, image) in enumerate(zip(stamps, pictures, strict=True)):
+        expected = tracker.track(stamp, image)
+        got = messages.correspondences_from_cloud(matcher.matched[0]) if index == 0 else play(matcher, image)
+        matcher.now = stamp
+        assert (got.stamp, len(got)) == (stamp, len(expected))
+        assert torch.equal(got.ref_stamp, expected.ref_stamp) and torch.equal(got.track, expected.track)
+        torch.testing.assert_close(got.uv, expected.uv, atol=1e-3, rtol=0)
+        torch.testing.assert_close(got.ref_uv, expected.ref_uv, atol=1e-3, rtol=0)
+        assert got.model == (3 if len(got) else 0)
+    assert len(got) > 20
+    assert matcher.matched[-1].header.frame_id == "camera_optical"
+    matcher.wait(lambda: matcher.says("matcher")["processed"] == "5")
+    says = matcher.says("matcher")
+    assert (says["received"], says["dropped"], says["refused"], says["model_version"]) == ("5", "0", "0", "3")
+    assert float(says["latency_p50_ms"]) > 0 and float(says["peak_memory_mb"]) > 50
+
+
+def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
+    model, _ = weights.load(first_weights)
+    data, _ = weights.dumps(model, 4, 3)
+    assert play(matcher, picture(1.0)).model == 3
+    matcher.weights.publish(messages.weights_to_message(data))
+    matcher.wait(lambda: matcher.says("matcher")["model_version"] == "4")
+    after = play(matcher, picture(2.0))
+    assert after.model == 4 and len(after) > 20  # the tracks live on
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda m: setattr(m, "encoding", "32FC1"), "image encoding '32FC1' is not supported"),
+        (lambda m: setattr(m, "data", bytes(m.data)[:1000]), "the image has 1000 bytes"),
+        (lambda m: setattr(m, "height", 60), "the image is 160x60, camera_info says 160x120"),
+        (lambda m: setattr(m, "height", 0), "the image is empty"),
+        (lambda m: setattr(m.header, "stamp", messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 20)),
+         "the same stamp"),
+        (lambda m: setattr(m.header, "stamp", messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 2)),
+         "an older stamp"),
+    ],
+    ids=["encoding", "cut", "size", "empty", "duplicate", "late"],
+)  # fmt: skip
+def test_fault_bad_image_is_said_and_counted_and_the_matcher_node_lives_on(matcher, spoil, sentence):
+    play(matcher, picture(0.0))
+    before = int(matcher.wait(lambda: matcher.says("matcher"))["refused"])
+    matcher.now += SECOND // 20
+    message = image_message(matcher.now, picture(1.0))
+    spoil(message)
+    matcher.images.publish(message)
+    says = matcher.wait(lambda: int((s := matcher.says("matcher"))["refused"]) > before and s)
+    assert int(says["refused"]) == before + 1 and sentence in says["last_error"]
+    assert sentence in matcher.log("matcher")
+    play(matcher, picture(2.0))
+
+
+@pytest.mark.parametrize("kind", ["foreign", "damaged", "cut"])
+def test_fault_bad_weights_are_refused_and_the_matcher_node_keeps_its_own(matcher, first_weights, kind):
+    data = bytearray(first_weights.read_bytes())
+    if kind == "foreign":
+        import safetensors.torch
+
+        data = safetensors.torch.save({"x": torch.zeros(3)}, {"family": "other"})
+    elif kind == "damaged":
+        data[-100] ^= 255
+    else:
+        data = data[: len(data) // 2]
+    before = int(matcher.says("matcher")["faults"])
+    version = matcher.says("matcher")["model_version"]
+    matcher.weights.publish(messages.weights_to_message(bytes(data)))
+    says = matcher.wait(lambda: int((s := matcher.says("matcher"))["faults"]) > before and s)
+    expected = {"foreign": "family 'other'", "damaged": "damaged", "cut": "cut short"}[kind]
+    assert "the weights message: " in says["last_error"] and expected in says["last_error"]
+    play(matcher, picture(0.0))
+    assert str(play(matcher, picture(1.0)).model) == version
+
+
+def test_fault_clock_that_goes_back_starts_the_matcher_node_afresh(matcher):
+    assert len(play(matcher, picture(0.0)))
+    matcher.now = START - 100 * SECOND
+    assert len(play(matcher, picture(1.0))) == 0
+    assert len(play(matcher, picture(2.0)))
+    matcher.wait(lambda: "the clock went back by" in matcher.says("matcher")["last_error"])
+
+
+def test_matcher_node_draws_only_while_someone_looks(matcher):
+    looked = matcher.listen(Image, "debug/matches", 1)
+    matcher.wait(lambda: matcher.node.count_publishers("/debug/matches") == 1)
+    time.sleep(0.5)
+    play(matcher, picture(3.0))
+    matcher.wait(lambda: looked)
+    assert (looked[-1].encoding, looked[-1].width, looked[-1].height) == ("rgb8", 160, 120)
+    assert messages.to_ns(looked[-1].header.stamp) == matcher.now
+
+
+def test_matcher_node_services_and_parameters(matcher, first_weights):
+    answer = matcher.call(Trigger, "matcher/reload_weights")
+    assert answer.success and answer.message == f"version 3 from {first_weights}"
+    assert matcher.call(Trigger, "matcher/reset").success
+    assert len(play(matcher, picture(0.0))) == 0
+
+    def change(**values):
+        changes = [
+            Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
+            for name, value in values.items()
+        ]
+        request = SetParametersAtomically.Request(parameters=changes)
+        return matcher.call(SetParametersAtomically, "matcher/set_parameters_atomically", request).result
+
+    refused = change(round_trip_px=-1.0)
+    assert not refused.successful and "round_trip_px" in refused.reason and "50" in refused.reason
+    assert len(play(matcher, picture(1.0)))
+    assert change(round_trip_px=0.1, agreement_px=1.0).successful
+    before = len(matcher.matched[-1].data)
+    play(matcher, picture(2.5))
+    assert len(matcher.matched[-1].data) < before  # a stricter check keeps fewer
+    assert change(round_trip_px=2.0, agreement_px=3.0).successful
+
+
+# The bundle
+
+
+def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
+    """Odometry, keyframes and landmarks are the core's own; reset and save_map work; bad rows do no harm."""
+    ros.start("bundle", image_qos="keep_all", map_dir=str(tmp_path))
+    odometry = ros.listen(Odometry, "odometry", lossless())
+    keyframes = ros.listen(PathMessage, "keyframes", latched(100))
+    landmarks = ros.listen(PointCloud2, "landmarks", latched(100))
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    rows = ros.node.create_publisher(PointCloud2, "correspondences", lossless())
+    ros.wait(lambda: ros.says("bundle"))
+    ros.wait(lambda: ros.node.count_subscribers("/camera_info") >= 1)
+    ros.connect(rows, 1)
+    ros.wait(lambda: all(ros.node.count_publishers(topic) for topic in ("/odometry", "/keyframes", "/landmarks")))
+    time.sleep(0.5)
+    assert "no usable camera_info" in ros.says("bundle")["message"]
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+
+    torch.set_num_threads(1)
+    core, sent = Bundle(CAMERA), scene_correspondences()
+    estimates = [core.add(correspondences) for correspondences in sent]
+    broken = messages.correspondences_to_cloud(sent[5], "camera_optical")
+    broken.data = np.full(len(broken.data), 255, np.uint8).tobytes()
+    for index, correspondences in enumerate(sent):
+        if index == 5:
+            rows.publish(broken)
+        rows.publish(messages.correspondences_to_cloud(correspondences, "camera_optical"))
+    posed = [e for e in estimates if e.T_world_camera is not None]
+    solved = [e for e in estimates if e.window is not None]
+    assert len(posed) > 5 and len(solved) > 1, "the scene is meant to be easy"
+    ros.wait(lambda: len(odometry) == len(posed) and len(keyframes) == len(landmarks) == len(solved))
+    for message, estimate in zip(odometry, posed, strict=True):
+        assert messages.to_ns(message.header.stamp) == estimate.stamp
+        assert (message.header.frame_id, message.child_frame_id) == ("map", "camera_optical")
+        pose = messages.pose_from_message(message.pose.pose)
+        torch.testing.assert_close(pose, estimate.T_world_camera, atol=1e-6, rtol=0)
+        assert np.linalg.eigvalsh(message.pose.covariance.reshape(6, 6)).min() >= -1e-12
+    for path, cloud, estimate in zip(keyframes, landmarks, solved, strict=True):
+        window = messages.window_from_messages(path, cloud)
+        assert torch.equal(window.stamps, estimate.window.stamps)
+        assert torch.equal(window.track, estimate.window.track)
+        assert torch.equal(window.observations, estimate.window.observations)
+        torch.testing.assert_close(window.points, estimate.window.points, atol=1e-5, rtol=1e-5)
+    says = ros.wait(lambda: (s := ros.says("bundle"))["processed"] == str(len(sent)) and s)
+    assert (says["refused"], says["dropped"], says["status"]) == ("1", "0", estimates[-1].status)
+    assert "not finite" in says["last_error"]
+
+    answer = ros.call(Trigger, "bundle/save_map")
+    assert answer.success, answer.message
+    lines = (tmp_path / "trajectory.txt").read_text().splitlines()
+    assert len(lines) == 1 + len(core.trajectory) and lines[1].startswith("1700000000.")
+    ply = (tmp_path / "landmarks.ply").read_bytes()
+    assert ply.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex ")
+    assert ros.call(Trigger, "bundle/reset").success
+    assert ros.call(Trigger, "bundle/save_map").success
+    assert len((tmp_path / "trajectory.txt").read_text().splitlines()) == 1
+
+
+# The learner
+
+
+def test_learner_node_answers_its_services(ros, first_weights, tmp_path):
+    ros.start("learner", image_qos="keep_all", weights=str(first_weights), weights_dir=str(tmp_path))
+    published = ros.listen(UInt8MultiArray, "weights", latched())
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    images = ros.node.create_publisher(Image, "image", lossless())
+    ros.wait(lambda: ros.says("learner"))
+    ros.wait(lambda: "/learner" in str(ros.node.get_subscriptions_info_by_topic("/image")) or
+             images.get_subscription_count())  # fmt: skip
+    assert not ros.call(Trigger, "learner/save_checkpoint").success  # nothing has come yet
+    assert ros.call(Trigger, "learner/reset").success
+    time.sleep(0.5)
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    images.publish(image_message(START, picture()))
+    ros.wait(lambda: int(ros.says("learner")["processed"]) >= 1)
+
+    answer = ros.call(SetBool, "learner/enable", SetBool.Request(data=False))
+    assert answer.success
+    ros.wait(lambda: ros.says("learner")["enabled"] == "false")
+    answer = ros.call(Trigger, "learner/save_checkpoint")
+    assert answer.success and weights.load(answer.message)[1].version == 3
+    before = len(published)
+    assert ros.call(Trigger, "learner/rollback").success
+    assert ros.call(Trigger, "learner/reset").success
+    ros.wait(lambda: len(published) >= before + 2)
+    for message in published[before:]:
+        model, info = weights.loads(messages.weights_from_message(message))
+        assert info.version > 3
+        assert weights.load(tmp_path / f"version_{info.version:04d}.safetensors")[1] == info
+
+
+# Their end
+
+
+def test_lifecycle_sigint_and_sigterm_end_every_node_cleanly(ros):
+    """Runs last on the nodes that the tests above have used."""
+    if set(ros.processes) != set(parameters.NODES):
+        pytest.skip("needs the nodes of the tests above")
+    processes = dict(ros.processes)
+    ros.processes.clear()
+    for index, process in enumerate(processes.values()):
+        process.send_signal(signal.SIGINT if index % 2 == 0 else signal.SIGTERM)
+    assert {role: process.wait(30) for role, process in processes.items()} == dict.fromkeys(processes, 0)
+    for role in processes:
+        assert "Traceback" not in ros.log(role) and "terminate called" not in ros.log(role)
+
+
+def test_lifecycle_a_wrong_parameter_ends_a_node_with_one_sentence(ros):
+    process = ros.start("bundle", prune_px=-1.0)
+    del ros.processes["bundle"]
+    assert process.wait(60) == 2
+    assert ros.log("bundle").strip() == "bundle: parameter 'prune_px' is -1, it must lie in [0.1, 100]"
+
+
+def test_fault_node_without_weights_stays_alive_and_says_why(ros, tmp_path):
+    missing = tmp_path / "missing.safetensors"
+    process = ros.start("matcher", weights=str(missing))
+    ros.heard["/diagnostics"].clear()
+    says = ros.wait(lambda: ros.says("matcher"))
+    assert says["level"] == 2 and f"{missing}: there is no such weights file" in says["message"]
+    process.send_signal(signal.SIGINT)
+    del ros.processes["matcher"]
+    assert process.wait(30) == 0
+
+
+# Replay
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rendered") / "room"
+    return open_recording(render_recording(folder, seed=1, frames=24, size=(160, 128), depth_every=24))
+
+
+def test_replay_nodes_lose_nothing_and_leave_a_run_folder(recording, tmp_path):
+    result = replay(recording, tmp_path, train_fraction=0.5, learn_seconds=1.0, progress=False)
+    assert (result.frames, result.train_frames, result.matched, result.dropped) == (24, 12, 24, 0)
+    assert result.frame_stamps.tolist() == [stamp for stamp, _ in recording]
+    assert result.frame_rows[0] == 0 and (result.frame_rows[1:] > 0).all()
+    assert result.diagnostics["bundle"]["processed"] == "24"
+    assert result.diagnostics["learner"]["enabled"] == "false"
+    assert result.weights[0] == result.weights_before and result.weights_before.is_file()
+    assert len(result.keyframe_stamps) == len(result.keyframe_poses)
+    assert result.notes == []
+    lines = (tmp_path / "trajectory.txt").read_text().splitlines()
+    assert len(lines) == 1 + len(result.keyframe_stamps)
+    assert (tmp_path / "landmarks.ply").is_file() and (tmp_path / "logs" / "matcher.log").is_file()
+    assert result.throughput_hz > 0 and result.peak_memory_mb > 100
+
+
+def test_fault_replay_says_which_node_died_and_why(recording, tmp_path):
+    with pytest.raises(ReplayError, match=r"the bundle node ended with exit code 2.*'prune_px' is -1"):
+        replay(recording, tmp_path, learn=False, progress=False, node_parameters={"bundle": {"prune_px": -1.0}})
+
+
+# The thread behind each node
+
+
+def worker(process, **further):
+    errors, dropped = [], []
+    options = {"ready": lambda: True, "queue_size": 3, **further}
+    return Worker(process, on_error=errors.append, on_drop=dropped.append, **options), errors, dropped
+
+
+def test_node_worker_drops_the_oldest_and_counts():
+    done = []
+    thread, errors, dropped = worker(done.append)
+    for item in range(10):
+        thread.put(item)
+    thread.start()
+    thread.request(lambda: None).result(10)
+    while thread.waiting():
+        time.sleep(0.01)
+    thread.stop()
+    assert (done, dropped, errors) == ([7, 8, 9], list(range(7)), [])
+
+
+def test_fault_node_worker_survives_an_exception():
+    def process(item):
+        if item == 0:
+            raise ValueError("bad")
+        done.set()
+
+    done = threading.Event()
+    thread, errors, _ = worker(process)
+    thread.start()
+    thread.put(0)
+    thread.put(1)
+    assert done.wait(10)
+    with pytest.raises(ZeroDivisionError):
+        thread.request(lambda: 1 // 0).result(10)
+    thread.stop()
+    assert [str(error) for error in errors] == ["bad"]
+
+
+def test_node_worker_answers_requests_between_pieces_of_background_work():
+    thread, _, _ = worker(lambda item: None, idle=lambda: time.sleep(0.01) or True)
+    thread.start()
+    assert [thread.request(lambda n=n: n).result(10) for n in range(3)] == [0, 1, 2]
+    thread.stop()
+
+
+# Parameters
+
+
+def test_node_parameters_file_is_what_the_table_says():
+    written = (ROOT / "config" / "imatching.yaml").read_text()
+    assert written == parameters.to_yaml(), "run: python -m imatching_ros.nodes.parameters > config/imatching.yaml"
+
+
+def test_node_parameters_carry_the_core_defaults():
+    """A default that differs from the core's would make the node another program than the offline command."""
+    from imatching_ros.bundle.options import BundleOptions
+    from imatching_ros.learning.learner import LearnerOptions
+
+    groups = {"tracker": TrackerOptions(), "bundle": BundleOptions(), "learner": LearnerOptions()}
+    for parameter in parameters.TABLE:
+        if parameter.option:
+            group, *path = parameter.option.split(".")
+            value = groups[group]
+            for name in path:
+                value = getattr(value, name)
+            assert parameter.default == value, parameter.name
+            assert type(parameter.default) is type(value), parameter.name
+
+
+def test_node_parameters_are_whole():
+    for parameter in parameters.TABLE:
+        assert parameter.description and parameter.refusal(parameter.default) is None
+        if type(parameter.default) in (int, float):
+            assert parameter.low is not None and parameter.high is not None, parameter.name
+            assert "must lie in" in parameter.refusal(type(parameter.default)(parameter.high * 2 + 1))
+    for node in (*parameters.NODES, "player"):
+        names = [parameter.name for parameter in parameters.of(node)]
+        assert len(names) == len(set(names))
+    assert parameters.TABLE[0].refusal("both") == (
+        "parameter 'image_transport' is 'both', it must be one of raw, compressed"
+    )
