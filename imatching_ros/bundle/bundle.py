@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ LOST = "lost"  #: the image does not agree with the window's landmarks; every ne
 NEW_MAP = "new map"  #: lost for too long: a map begins again at the last pose, with a scale of its own
 
 _PENDING = 64  #: images that may yet be named as a keyframe
-_BUFFERED = 20  #: keyframes kept while there is no map
+_WAITING = 20  #: keyframes that wait for a pose, or for a map
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Bundle:
         self.trajectory: dict[int, Tensor] = {}  #: stamp to T_world_camera (7,) of every keyframe that got a pose
         self.keyframes = 0  #: how many keyframes there have been, with or without a pose
         self.maps = 0  #: how many maps have been begun
-        self._keyframes: dict[int, Correspondences] = {}  # of the window, or waiting for a map
+        self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
         self._named: set[int] = set()
         self._last: tuple[Tensor, Tensor] | None = None  # the poses of the two newest images
@@ -103,7 +103,6 @@ class Bundle:
 
     def _register(self, message: Correspondences, guess: Tensor | None) -> tuple[Registration, int] | None:
         """The image against the window's landmarks, and how many tracks agree; None where it is not to be trusted."""
-        place = index_of(self.window.track, message.track)
         observed = observations([message], self.camera)
         observed = observed.select(observed.stamp == message.stamp)
         place = index_of(self.window.track, observed.track)
@@ -124,59 +123,84 @@ class Bundle:
         return result, inliers
 
     def _keyframe(self, stamp: int) -> Window | None:
-        """Take the image into the window, or into what waits for a map, and solve."""
+        """Take the image into the window, or into what waits for a pose, and solve."""
         message, T = self._pending[stamp]
         self._named = {named for named in self._named if named in self._pending} | {stamp}
+        self._messages[stamp] = message
         self.keyframes += 1
         if self.window is None:
-            self._keyframes[stamp] = message
             return self._initialise()
-        if T is None:
-            found = self._register(message, None)
-            if found is None:
-                return None
+        if T is None and (found := self._register(message, None)):
             T = found[0].T_world_camera
-        return self._extend(stamp, message, T)
+        solved = T is not None and self._extend(message, T)
+        return solved or self._recover()
 
-    def _extend(self, stamp: int, message: Correspondences, T: Tensor) -> Window | None:
+    def _waiting(self) -> list[Correspondences]:
+        """Keyframes without a pose, oldest first."""
+        return [m for stamp, m in self._messages.items() if stamp not in self.trajectory][-_WAITING:]
+
+    def _extend(self, message: Correspondences, T: Tensor) -> Window | None:
+        """The window with one more keyframe; the oldest leaves."""
         kept = self.window.stamps.tolist()[-(self.options.keyframes - 1) :]
         poses = torch.cat((self.window.T_world_camera[-len(kept) :], T[None]))
-        messages = [self._keyframes[k] for k in kept] + [message]
+        messages = [self._messages[stamp] for stamp in kept] + [message]
         solved = solve(messages, poses, self.window.track, self.window.points, self.camera, self.options)
-        if solved is None:
-            return None
-        self._keyframes = {m.stamp: m for m in messages}
-        self._take(solved[0])
-        return self.window
+        return solved and self._take(solved[0])
 
-    def _take(self, window: Window) -> None:
-        self.window = window
-        self.trajectory.update(zip(window.stamps.tolist(), window.T_world_camera, strict=True))
-
-    def _initialise(self) -> Window | None:
-        messages = list(self._keyframes.values())[-_BUFFERED:]
-        self._keyframes = {message.stamp: message for message in messages}
-        found = initialise(messages, self.camera, self.options)
+    def _recover(self) -> Window | None:
+        """The newest keyframe fits nowhere: a fresh map of the last posed and the waiting ones, joined to this one."""
+        shared = self.window.stamps.tolist()[-3:]
+        found = initialise(
+            [self._messages[stamp] for stamp in shared] + self._waiting(), self.camera, self.options
+        )
         if found is None:
             return None
-        which, window = found
+        both = [stamp for stamp in shared if stamp in found.stamps.tolist()]
+        common = index_of(self.window.track, found.track)
+        if not both or int((common >= 0).sum()) < self.options.min_landmarks:
+            return None
+        T_world = self.window.T_world_camera[self.window.stamps.tolist().index(both[-1])]
+        T_found = found.T_world_camera[found.stamps.tolist().index(both[-1])]
+        scale = (self.window.points[common[common >= 0]] - T_world[:3]).norm(dim=-1) / (
+            found.points[common >= 0] - T_found[:3]
+        ).norm(dim=-1)
+        scale = float(scale.median())
+        T_found = torch.cat((T_found[:3] * scale, T_found[3:]))
+        return self._take(_placed(found, lie.compose(T_world, lie.inverse(T_found)), scale))
+
+    def _initialise(self) -> Window | None:
+        found = initialise(self._waiting(), self.camera, self.options)
+        if found is None:
+            return None
         if self._origin:
-            window = _placed(window, *self._origin)
-        self.maps, self._origin, self._failures = self.maps + 1, None, 0
-        self._last = None
-        self._take(window)
-        return self.window
+            found = _placed(found, *self._origin)
+        self.maps, self._origin = self.maps + 1, None
+        return self._take(found)
+
+    def _first_map(self, messages: list[Correspondences]) -> Window | None:
+        return initialise(messages, self.camera, self.options)
+
+    def _take(self, window: Window) -> Window:
+        """The window is solved: keep its poses, and give the waiting keyframes theirs where it can."""
+        self.window, self._failures = window, 0
+        self.trajectory.update(zip(window.stamps.tolist(), window.T_world_camera, strict=True))
+        for message in self._waiting():
+            if found := self._register(message, None):
+                self.trajectory[message.stamp] = found[0].T_world_camera
+        keep = set(window.stamps.tolist()) | {message.stamp for message in self._waiting()}
+        self._messages = {stamp: message for stamp, message in self._messages.items() if stamp in keep}
+        return window
 
     def _begin_again(self) -> None:
         """Leave the map behind; the next one begins where this one ended, about as large."""
         distance = (self.window.points - self.window.T_world_camera[-1, :3]).norm(dim=-1).median()
         self._origin = self.window.T_world_camera[-1], float(distance)
-        self.window, self._keyframes, self._failures = None, {}, 0
+        self._messages = {message.stamp: message for message in self._waiting()}
+        self.window, self._failures = None, 0
 
 
 def _placed(window: Window, T: Tensor, scale: float) -> Window:
-    """A first window (oldest keyframe at the origin, median landmark at 1) at a pose and in a scale."""
-    poses = window.T_world_camera.clone()
-    poses[:, :3] *= scale
+    """The window enlarged by ``scale`` and then moved by T."""
+    poses = torch.cat((window.T_world_camera[:, :3] * scale, window.T_world_camera[:, 3:]), -1)
     points = lie.act(T, window.points * scale)
-    return Window(window.stamps, lie.compose(T, poses), window.track, points, window.observations, window.error_px)
+    return replace(window, T_world_camera=lie.compose(T, poses), points=points)

@@ -23,11 +23,11 @@ _MIN_MOTION_PX = 5.0  #: median displacement of an anchor pair, below which no p
 
 def initialise(
     messages: Sequence[Correspondences], camera: Camera, options: BundleOptions
-) -> tuple[list[int], Window] | None:
+) -> Window | None:
     """A first window from buffered keyframes.
 
-    messages: of the keyframes, oldest first. Returns which of them got a pose and their solved window, the oldest at
-    the origin and the median landmark at distance 1, or None: too little parallax so far, or no consistent map.
+    messages: of the keyframes, oldest first. Returns the solved window of all that could be posed, the oldest at the
+    origin and the median landmark at distance 1, or None: too little parallax so far, or no consistent map.
     """
     if len(messages) < 3:
         return None
@@ -51,12 +51,10 @@ def initialise(
             continue
         quality = (len(which), int(window.observations.sum()))
         if best is None or quality > best[0]:
-            best = quality, which, window
+            best = quality, window
         if len(which) == len(messages):
             break
-    if best is None:
-        return None
-    return best[1], _at_origin(best[2])
+    return best and _at_origin(best[1])
 
 
 def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int, int]]:

@@ -76,8 +76,10 @@ def _begun(messages: Sequence[Correspondences], rows: Observations, camera: Came
     ref_stamp = torch.cat([message.ref_stamp for message in messages])
     ref_uv = torch.cat([message.ref_uv for message in messages])
     valid = ref_uv.isfinite().all(-1)
-    pairs = torch.cat((torch.stack((rows.stamp, rows.track), -1), torch.stack((ref_stamp, rows.track), -1)))
-    _, label = torch.unique(pairs, dim=0, return_inverse=True)
+    # Image and track as one number (unique over pairs is a hundred times slower than over numbers).
+    _, image = torch.unique(torch.cat((rows.stamp, ref_stamp)), return_inverse=True)
+    tracks, track = torch.unique(rows.track, return_inverse=True)
+    _, label = torch.unique(image * len(tracks) + torch.cat((track, track)), return_inverse=True)
     seen, asked = label[: len(rows)], label[len(rows) :]
     first = torch.full((int(label.max()) + 1 if len(label) else 0,), len(rows), dtype=torch.int64)
     position = torch.where(valid, torch.arange(len(rows)), len(rows))

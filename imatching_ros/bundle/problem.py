@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from imatching_ros.bundle.robust import Kernel
-from imatching_ros.geometry import triangulation
+from imatching_ros.geometry import lie
 
 #: A point behind its camera costs what a point this many pixels off would, and pulls nowhere.
 BEHIND_PX = 1000.0
@@ -32,8 +32,11 @@ class Problem:
 
     def residual(self) -> tuple[Tensor, Tensor]:
         """Residuals (O, 2) in undistorted pixels, predicted minus observed, and depths (O,)."""
-        predicted, depth = triangulation.reproject(self.T_world_camera[self.pose], self.points[self.landmark])
-        return (predicted - self.xy) * self.focal, depth
+        # One rotation matrix per pose, not per observation.
+        R = lie.rotation(self.T_world_camera[:, 3:])[self.pose]
+        d = self.points[self.landmark] - self.T_world_camera[self.pose, :3]
+        X, Y, depth = (d[:, None] @ R).squeeze(1).unbind(-1)
+        return torch.stack((X / depth - self.xy[:, 0], Y / depth - self.xy[:, 1]), -1) * self.focal, depth
 
     def squared(self) -> Tensor:
         """Squared whitened residuals (O,): what the kernel takes."""

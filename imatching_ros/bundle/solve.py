@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,9 +66,9 @@ def solve(
     zeros = torch.zeros(len(candidates), 3, dtype=torch.float64)
     _, posed = pose_problem(observed, stamps, T_world_camera, candidates, zeros, camera)
     window = _Solver(posed, start, camera.focal, options)
-    if not window.adjust(_LOOSE * options.prune_px, rounds=1):
+    if not window.adjust(_LOOSE * options.prune_px, once=True):
         return None
-    if not window.adjust(options.prune_px, rounds=_ROUNDS):
+    if not window.adjust(options.prune_px):
         return None
     return window.result(stamps, candidates, T_world_camera, known >= 0)
 
@@ -83,23 +84,31 @@ class _Solver:
         self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
         self.dropped = torch.zeros(len(points), dtype=torch.bool)
 
-    def adjust(self, prune_px: float, rounds: int) -> bool:
-        """Re-triangulate what has no sound landmark, then prune and adjust until pruning changes nothing."""
+    def adjust(self, prune_px: float, once: bool = False) -> bool:
+        """Re-triangulate what has no sound landmark, then prune and adjust until pruning changes nothing.
+
+        Roughly while the survivors still change, exactly at the end. False where too few landmarks survive.
+        """
         self._triangulate(prune_px)
         keep = self._survivors(prune_px)
-        for turn in range(2 * rounds):
+        exact = self.options.adjust
+        rough = replace(exact, relative_decrease=max(1e-3, exact.relative_decrease), gradient=1.0)
+        tight = False
+        for turn in range(2 * _ROUNDS):
             if len(torch.unique(self.posed.landmark[keep])) < self.options.min_landmarks:
                 return False
             self.kept = keep
-            self.solution = adjust(self._problem(keep), self.options.adjust)
+            self.solution = adjust(self._problem(keep), exact if tight else rough)
             self.T, self.points = self.solution.T_world_camera, self.solution.points
             keep = self._survivors(prune_px)
-            if rounds == 1 or torch.equal(keep, self.kept):
+            settled = torch.equal(keep, self.kept)
+            if once or (tight and settled):
                 return True
-            if turn >= rounds:
+            if turn >= _ROUNDS:
                 # An observation that is in when left out and out when taken in: do without its landmark.
                 self.dropped[self.posed.landmark[keep != self.kept]] = True
                 keep = self._survivors(prune_px)
+            tight = tight or settled or turn >= 2
         return False
 
     def _problem(self, keep: Tensor) -> Problem:
@@ -109,13 +118,13 @@ class _Solver:
         """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax."""
         finite = self.points.isfinite().all(-1) & ~self.dropped
         keep = survives(self._problem(torch.ones_like(self.kept)), prune_px) & finite[self.posed.landmark]
-        seen = torch.zeros(len(self.points), len(self.T), dtype=torch.bool)
-        seen[self.posed.landmark[keep], self.posed.pose[keep]] = True
-        toward = self.points[:, None] - self.T[:, :3]
-        toward = toward / toward.norm(dim=-1, keepdim=True)
-        both = seen[:, :, None] & seen[:, None, :]
-        cosine = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(-1)
-        sound = cosine < torch.cos(torch.deg2rad(torch.tensor(self.options.min_parallax_deg, dtype=torch.float64)))
+        seen = torch.zeros(len(self.T), len(self.points), dtype=torch.bool)
+        seen[self.posed.pose[keep], self.posed.landmark[keep]] = True
+        toward = self.points.T[:, None] - self.T[:, :3].T[..., None]  # (3, K, N)
+        toward = toward / toward.square().sum(0).sqrt()
+        cosine = (toward[:, :, None] * toward[:, None]).sum(0)  # (K, K, N)
+        widest = torch.where(seen[:, None] & seen, cosine, 1.0).flatten(0, 1).amin(0)
+        sound = widest < math.cos(math.radians(self.options.min_parallax_deg))
         return keep & sound[self.posed.landmark]
 
     def _triangulate(self, prune_px: float) -> None:

@@ -27,7 +27,7 @@ def triangulate(T_world_camera: Tensor, xy: Tensor, mask: Tensor, sweeps: int = 
     """Points that many views see, by the angular error of their rays.
 
     T_world_camera: (..., V, 7). xy: (..., V, 2) on the plane z = 1. mask: (..., V) bool, views that count.
-    Leading shapes broadcast. Returns (..., 3), NaN where fewer than two views count or all rays are parallel to rounding.
+    Leading shapes broadcast. Returns (..., 3), NaN where fewer than two views count or all rays are parallel.
     Weighted midpoint: a ray's distance is divided by the point's distance of the sweep before.
     """
     direction = rays(T_world_camera, torch.where(mask[..., None], xy, torch.zeros_like(xy)))
