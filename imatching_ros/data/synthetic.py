@@ -38,12 +38,13 @@ Motion = Callable[[np.ndarray], np.ndarray]  # seconds (N,) -> T_world_camera (N
 class Sensor:
     """What a camera does to the light that reaches it.
 
-    Out of the scene's irradiance E in [0, 1] comes ``255 * (gain * vignette * E + noise) ** gamma``, where gain and
-    gamma wander with time. Noise is Gaussian; at E = 1/2 a fifth of its variance is read noise, the rest shot noise,
-    which grows with E.
+    Out of the scene's irradiance E in [0, 1] comes ``255 * (gain * vignette * E + pattern + noise) ** gamma``, where
+    gain and gamma wander with time. Noise is Gaussian; at E = 1/2 a fifth of its variance is read noise, the rest
+    shot noise, which grows with E. The pattern stays: most of it is columns, as the amplifiers of a CMOS sensor make.
     """
 
     noise: float = 2.0  #: standard deviation at mid-grey, grey levels of 255
+    fixed_pattern: float = 0.0  #: standard deviation of what each column and pixel adds to every image, grey levels
     grain_px: float = 0.0  #: noise is blurred by a Gaussian of this deviation (as in-camera processing does)
     exposure_s: float = 0.008  #: the shutter's opening: how long motion is averaged
     brightness: float = 1.0  #: mean gain
@@ -64,7 +65,15 @@ class Sensor:
             vignetting=0.25 + 0.3 * strength,
         )
 
-    def expose(self, irradiance: np.ndarray, wander: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def pattern(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+        """The sensor's fixed pattern (H, W) float32, in units of full light, for images of ``size`` (W, H)."""
+        columns = rng.standard_normal((1, size[0]), dtype=np.float32)
+        pixels = rng.standard_normal(size[::-1], dtype=np.float32)
+        return np.float32(self.fixed_pattern / 255) * (np.float32(0.9) * columns + np.float32(0.44) * pixels)
+
+    def expose(
+        self, irradiance: np.ndarray, wander: np.ndarray, rng: np.random.Generator, pattern: np.ndarray | float = 0.0
+    ) -> np.ndarray:
         """The image (H, W) uint8 of an irradiance (H, W) float32 in [0, 1]; wander: two values, about -1 to 1."""
         height, width = irradiance.shape
         gain = np.float32(self.brightness * np.exp(self.wander * wander[0]))
@@ -73,7 +82,7 @@ class Sensor:
         if self.grain_px > 0:
             noise = cv2.GaussianBlur(noise, (0, 0), self.grain_px)
             noise /= noise.std()
-        light += (self.noise / 255) * np.sqrt(0.2 + 1.6 * light) * noise
+        light += (self.noise / 255) * np.sqrt(0.2 + 1.6 * light) * noise + pattern
         np.clip(light, 0, 1, out=light)
         light = cv2.pow(light, float(np.exp(self.wander * wander[1])))
         return np.rint(255 * light).astype(np.uint8)
@@ -369,6 +378,7 @@ def render_recording(
     scene, path_at = make_scene(path, seed, camera, frames / rate_hz)
     rng = np.random.default_rng([seed, 2])
     exposure = [_wander(rng, (0.7, 0.35), (0.13, 0.41)) for _ in range(2)]
+    pattern = sensor.pattern((width, height), np.random.default_rng([seed, 3]))
     times = np.arange(frames) / rate_hz
     stamps = START_NS + np.rint(times * 1e9).astype(np.int64)
     poses = torch.from_numpy(path_at(times))
@@ -381,7 +391,7 @@ def render_recording(
         with _Bag(partial / "bag", camera) as bag:
             for k, stamp in enumerate(stamps.tolist()):
                 light = scene.image(torch.from_numpy(path_at(times[k] + shutter)), camera)
-                bag.write(stamp, sensor.expose(light, np.array([move(times[k]) for move in exposure]), rng), poses[k])
+                bag.write(stamp, sensor.expose(light, np.array([move(times[k]) for move in exposure]), rng, pattern), poses[k])
                 if k % depth_every == 0:
                     np.savez(partial / "depth" / f"{stamp}.npz", depth=scene.depth(poses[k], camera))
                 if progress:
