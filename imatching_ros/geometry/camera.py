@@ -48,6 +48,8 @@ class Camera:
                 f"distortion model '{self.distortion_model}' takes {DISTORTION_MODELS[self.distortion_model]} "
                 f"coefficients, {len(self.distortion)} were given"
             )
+        if any(self.distortion[12:]):
+            raise ValueError("a tilted sensor (distortion coefficients 13 and 14) is not supported; calibrate without")
 
     @classmethod
     def from_camera_info(
@@ -81,17 +83,38 @@ class Camera:
         )  # fmt: skip
 
     def normalise(self, uv: Tensor) -> Tensor:
-        """Pixels (..., 2) to undistorted coordinates on the plane z = 1 (..., 2). Differentiable."""
+        """Pixels (..., 2) to undistorted coordinates on the plane z = 1 (..., 2). Differentiable.
+
+        NaN where the distortion model cannot produce the pixel, as far outside what was calibrated it may not.
+        """
         distorted = (uv - uv.new_tensor([self.cx, self.cy])) / uv.new_tensor([self.fx, self.fy])
         if self.distortion_model == "none":
             return distorted
-        # Newton's method on distort(xy) = distorted; its gradient follows the same iterations.
-        xy = distorted
-        for _ in range(8):
+        with torch.no_grad():
+            xy = self._undistorted_guess(distorted)
+            for _ in range(12):
+                value, jacobian = self._distort_with_jacobian(xy)
+                xy = xy - _solve2(jacobian, value - distorted)
             value, jacobian = self._distort_with_jacobian(xy)
-            step = torch.linalg.solve(jacobian, (value - distorted).unsqueeze(-1)).squeeze(-1)
-            xy = xy - step
-        return xy
+            valid = ((value - distorted).norm(dim=-1) < 1e-3) & (torch.linalg.det(jacobian) > 0)
+            xy = torch.where(valid[..., None], xy, 0.0)  # a NaN here would reach the gradient of the others' sum
+        # One more step of Newton's method, from the solution: by the implicit function theorem all of its gradient.
+        value, jacobian = self._distort_with_jacobian(xy)
+        return torch.where(valid[..., None], xy - _solve2(jacobian.detach(), value.detach() - distorted), torch.nan)
+
+    def _undistorted_guess(self, distorted: Tensor) -> Tensor:
+        if self.distortion_model != "equidistant":
+            return distorted
+        # Towards 90 degrees the plane z = 1 recedes to infinity: solve for the angle, which stays small.
+        k1, k2, k3, k4 = self.distortion
+        theta_d = distorted.norm(dim=-1, keepdim=True)
+        theta = theta_d.clamp_max(1.5)
+        for _ in range(12):
+            t2 = theta * theta
+            value = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4)))) - theta_d
+            theta = theta - value / (1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4))))
+        theta = torch.where((theta >= 0) & (theta < 1.55), theta, torch.nan)
+        return distorted * torch.where(theta_d > 1e-8, torch.tan(theta) / theta_d.clamp_min(1e-8), 1.0)
 
     def project(self, xy: Tensor) -> Tensor:
         """Undistorted coordinates on the plane z = 1 (..., 2) to pixels (..., 2). Differentiable."""
@@ -151,3 +174,10 @@ class Camera:
             -1,
         ).unflatten(-1, (2, 2))  # fmt: skip
         return value, jacobian
+
+
+def _solve2(A: Tensor, b: Tensor) -> Tensor:
+    """A^-1 b for (..., 2, 2) and (..., 2); not finite where A is singular."""
+    (a00, a01), (a10, a11) = (row.unbind(-1) for row in A.unbind(-2))
+    b0, b1 = b.unbind(-1)
+    return torch.stack((a11 * b0 - a01 * b1, a00 * b1 - a10 * b0), -1) / (a00 * a11 - a01 * a10)[..., None]

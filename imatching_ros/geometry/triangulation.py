@@ -81,24 +81,45 @@ def triangulate_robust(
 
     T_world_camera: (V, 7). xy: (L, V, 2). mask: (L, V). threshold: reprojection error on the plane z = 1.
     Returns points (L, 3) (NaN where there is none) and the views that agree (L, V) bool.
-    Every view is paired with the one at the widest angle to it, and all views are tried together; the hypothesis
-    with most agreeing views is fitted again to them. A linear number of pairs, tried exhaustively, needs no chance.
+    All views are tried together; where one of them disagrees, three sets of pairs besides: each view with the next,
+    with the one a third and the one half of the track further (all pairs there are, up to six views). The hypothesis
+    with most agreeing views is fitted again to them. Tried exhaustively, it needs no chance.
     """
-    V = mask.shape[1]
-    direction = rays(T_world_camera, torch.where(mask[..., None], xy, torch.zeros_like(xy)))
-    both = mask[..., :, None] & mask[..., None, :]
-    partner = torch.where(both, direction @ direction.mT, 2.0).argmin(-1)  # (L, V)
-    one = torch.eye(V, dtype=torch.bool)
-    # Views that see nothing propose nothing: only as many hypotheses as the longest track has views.
-    proposing = torch.argsort(~mask, dim=-1, stable=True)[:, : int(mask.sum(-1).max()) if mask.numel() else 0]
-    pairs = (one[proposing] | one[torch.take_along_dim(partner, proposing, 1)]) & mask[:, None]
-    subsets = torch.cat((mask[:, None], pairs), 1)  # (L, H, V)
-    points = triangulate(T_world_camera, xy[:, None], subsets)
-    votes = inliers_of(points, T_world_camera, xy[:, None], mask[:, None], threshold).sum(-1)
-    point = torch.take_along_dim(points, votes.argmax(-1)[:, None, None], 1).squeeze(1)
+    point = triangulate(T_world_camera, xy, mask)
     agree = inliers_of(point, T_world_camera, xy, mask, threshold)
-    fitted = triangulate(T_world_camera, xy, agree)
-    agree_fitted = inliers_of(fitted, T_world_camera, xy, mask, threshold)
-    better = (agree_fitted.sum(-1) >= agree.sum(-1))[:, None]
-    point, agree = torch.where(better, fitted, point), torch.where(better, agree_fitted, agree)
+    views = mask.sum(-1)
+    torn = ((agree.sum(-1) < views) & (views > 2)).nonzero().squeeze(-1)
+    if len(torn):
+        best, most = _best_pair(T_world_camera, xy[torn], mask[torn], threshold)
+        point, agree = _better(point, agree, torn, best, most)
+        fitted = triangulate(T_world_camera, xy[torn], agree[torn])
+        refitted = inliers_of(fitted, T_world_camera, xy[torn], mask[torn], threshold)
+        point, agree = _better(point, agree, torn, fitted, refitted)
     return torch.where(agree.sum(-1, keepdim=True) >= 2, point, torch.nan), agree
+
+
+def _best_pair(T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Of the points that pairs of views give, the one that most views agree with: (L, 3), (L, V)."""
+    views = mask.sum(-1, keepdim=True)
+    longest = int(views.max())
+    seen = torch.argsort(~mask, dim=-1, stable=True)[:, :longest]  # the views that count, first
+    rank = torch.arange(longest).expand(len(mask), longest)
+    firsts, seconds = [], []
+    for stride in (1, views // 3, views // 2):
+        partner = (rank + torch.as_tensor(stride).clamp_min(1)) % views
+        firsts.append(seen)
+        seconds.append(torch.take_along_dim(seen, partner, 1))
+    one = torch.eye(mask.shape[1], dtype=torch.bool)
+    pairs = (one[torch.cat(firsts, 1)] | one[torch.cat(seconds, 1)]) & mask[:, None]
+    points = triangulate(T_world_camera, xy[:, None], pairs)  # (L, H, 3)
+    agree = inliers_of(points, T_world_camera, xy[:, None], mask[:, None], threshold)
+    best = agree.sum(-1).argmax(-1)[:, None, None]
+    return torch.take_along_dim(points, best, 1).squeeze(1), torch.take_along_dim(agree, best, 1).squeeze(1)
+
+
+def _better(point: Tensor, agree: Tensor, where: Tensor, other: Tensor, other_agree: Tensor) -> tuple[Tensor, Tensor]:
+    """``point`` and ``agree`` with those rows ``where`` the other ones agree with more views replaced."""
+    more = other_agree.sum(-1) >= agree[where].sum(-1)
+    point, agree = point.clone(), agree.clone()
+    point[where[more]], agree[where[more]] = other[more], other_agree[more]
+    return point, agree
