@@ -108,9 +108,9 @@ sys.exit(service.run())
 
 
 def start(launch_file, log, *given) -> subprocess.Popen:
-    from imatching_ros.nodes.replay import _free_domain
+    from imatching_ros.nodes.replay import free_domain
 
-    environment = os.environ | {"ROS_DOMAIN_ID": str(_free_domain()), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+    environment = os.environ | {"ROS_DOMAIN_ID": str(free_domain()), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
     with open(log, "wb") as file:
         return subprocess.Popen(
             [sys.executable, "-c", RUN, str(launch_file), *given], stdout=file, stderr=subprocess.STDOUT,

@@ -36,7 +36,7 @@ from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
-from imatching_ros.nodes.replay import ReplayError, _free_domain, replay  # noqa: E402
+from imatching_ros.nodes.replay import ReplayError, free_domain, replay  # noqa: E402
 from imatching_ros.nodes.worker import Worker  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ class Ros:
     """One ROS domain: node processes, and a node in this process that talks to them."""
 
     def __init__(self, logs: Path) -> None:
-        self.logs, self.domain = logs, _free_domain()
+        self.logs, self.domain = logs, free_domain()
         self.processes: dict[str, subprocess.Popen] = {}
         self.heard: dict[str, list] = {}
         self.changed = threading.Condition()

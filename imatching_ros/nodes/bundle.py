@@ -6,6 +6,7 @@ import time
 from pathlib import Path as FilePath
 from typing import Any
 
+import numpy as np
 from geometry_msgs.msg import TransformStamped
 from nav_msgs.msg import Odometry, Path
 from sensor_msgs.msg import PointCloud2
@@ -16,7 +17,7 @@ from imatching_ros.geometry.camera import Camera
 
 from . import messages, parameters
 from .core_node import CoreNode, run
-from .run_files import Map
+from .run_files import write_map
 
 try:
     from tf2_ros import TransformBroadcaster
@@ -31,7 +32,7 @@ class BundleNode(CoreNode):
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__(**node_options)
-        self.map = Map()
+        self._points: dict[int, np.ndarray] = {}  # by track: the last position of every landmark
         self.status = "waiting"
         self.inliers = self.poses = self.windows = 0
         self._world_frame = self.value("world_frame")
@@ -68,7 +69,7 @@ class BundleNode(CoreNode):
             if self._tf is not None:
                 self._send_transform(pose)
         if estimate.window is not None:
-            self.map.add(estimate.window)
+            self._points.update(zip(estimate.window.track.tolist(), estimate.window.points.numpy(), strict=True))
             keyframes, landmarks = messages.window_to_messages(estimate.window, estimate.stamp, self._world_frame)
             self._landmarks.publish(landmarks)
             self._keyframes.publish(keyframes)
@@ -76,13 +77,15 @@ class BundleNode(CoreNode):
         self.health.done(time.perf_counter() - started)
 
     def reset(self) -> str:
-        self.map.clear()
+        self._points.clear()
         return super().reset()
 
     def save_map(self) -> str:
-        """Writes trajectory.txt and landmarks.ply into ``map_dir``."""
-        trajectory, landmarks = self.map.save(FilePath(self.value("map_dir") or ".").expanduser().resolve())
-        return f"{trajectory} and {landmarks}"
+        """Writes every keyframe's pose and every landmark's position into ``map_dir``."""
+        folder = FilePath(self.value("map_dir") or ".").expanduser().resolve()
+        poses = self.core.trajectory if self.core is not None else {}
+        write_map(folder, {stamp: T.numpy() for stamp, T in poses.items()}, self._points)
+        return f"{len(poses)} keyframes and {len(self._points)} landmarks in {folder}"
 
     def values(self) -> dict[str, object]:
         # Monocular: the scale is whatever the first two keyframes made it.

@@ -12,6 +12,7 @@ from typing import Any
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.clock import Clock, ClockType
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
@@ -70,7 +71,8 @@ class CoreNode(Node):
             self._work, lambda: not self.trouble(), self._failed, self._queue_size(), self._dropped, self.idle
         )
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
-        self.create_timer(1.0, self._publish_diagnostics)
+        # Simulated time may stand still; what a node says of itself must not
+        self.create_timer(1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self.create_subscription(CameraInfo, "camera_info", self._on_camera_info, self.input_qos)
         self.serve("~/reset", self.reset)
 
@@ -185,6 +187,8 @@ class CoreNode(Node):
         self.health.dropped += 1
 
     def _failed(self, error: Exception) -> None:
+        if not self.context.ok():
+            return  # the signal to end came first, and nothing can be published any more
         if isinstance(error, ValueError | OSError):
             self.fault(str(error))
         else:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path as FilePath
 from typing import Any
 
-import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticStatus
 from nav_msgs.msg import Path
+from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image, PointCloud2
 from std_msgs.msg import UInt8MultiArray
 from std_srvs.srv import SetBool
@@ -181,11 +181,15 @@ class LearnerNode(CoreNode):
         return f"version {self.version} holds the earlier weights"
 
     def _publish_weights(self, version: int) -> None:
-        """The file first, so that whoever hears of a version finds it there."""
+        """The file first, so that whoever hears of a version finds it there; a full disk does not keep it back."""
         data = self.core.weights()
         self.version = version
         if self.value("weights_dir"):
-            weights.write(self._folder() / f"version_{version:04d}.safetensors", data)
+            path = self._folder() / f"version_{version:04d}.safetensors"
+            try:
+                weights.write(path, data)
+            except OSError as error:
+                self.fault(f"{path} could not be written: {error}")
         self._weights.publish(messages.weights_to_message(data))
 
     def _folder(self) -> FilePath:
@@ -197,7 +201,7 @@ class LearnerNode(CoreNode):
             self.core.enabled = changes["enabled"]
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        self.set_parameters([rclpy.Parameter("enabled", value=request.data)])
+        self.set_parameters([Parameter("enabled", value=request.data)])
         self.worker.request(lambda: None).result(timeout=60.0)  # a step in hand ends first
         response.success, response.message = True, "learning" if request.data else "watching only"
         return response

@@ -243,9 +243,7 @@ def window_from_messages(keyframes: Path, landmarks: PointCloud2) -> Window:
     if to_ns(keyframes.header.stamp) != to_ns(landmarks.header.stamp):
         raise ValueError("keyframes and landmarks have different stamps, so they are not of the same solve")
     rows = cloud_rows(landmarks, LANDMARK)
-    high = np.stack([rows[name] for name in "xyz"], -1).astype(np.float64)
-    low = np.stack([rows[f"{name}_low"] for name in "xyz"], -1)
-    points = torch.from_numpy(high + low)
+    points = torch.from_numpy(_points(rows))
     poses = [pose_from_message(pose.pose) for pose in keyframes.poses]
     T_world_camera = torch.stack(poses) if poses else torch.empty(0, 7, dtype=torch.float64)
     if not (torch.isfinite(points).all() and torch.isfinite(T_world_camera).all()):
@@ -258,6 +256,17 @@ def window_from_messages(keyframes: Path, landmarks: PointCloud2) -> Window:
         observations=torch.from_numpy(rows["observations"].astype(np.int64)),
         error_px=torch.from_numpy(rows["error_px"].astype(np.float64)),
     )
+
+
+def landmarks_from_cloud(message: PointCloud2) -> tuple[np.ndarray, np.ndarray]:
+    """Tracks (L,) and points (L, 3) float64 of ``landmarks``."""
+    rows = cloud_rows(message, LANDMARK)
+    return rows["id"], _points(rows)
+
+
+def _points(rows: np.ndarray) -> np.ndarray:
+    high = np.stack([rows[name] for name in "xyz"], -1).astype(np.float64)
+    return high + np.stack([rows[f"{name}_low"] for name in "xyz"], -1)
 
 
 # Images and cameras

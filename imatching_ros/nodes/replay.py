@@ -27,7 +27,6 @@ except ImportError:
     ) from None
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from nav_msgs.msg import Odometry
-from nav_msgs.msg import Path as PathMessage
 from rclpy.context import Context
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.node import Node
@@ -35,18 +34,23 @@ from rclpy.signals import SignalHandlerOptions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
-from std_srvs.srv import SetBool
+from std_srvs.srv import SetBool, Trigger
 
 from imatching_ros.data.recording import Recording
 from imatching_ros.matching import weights as weights_files
 
 from . import messages, parameters
 from .core_node import latched, lossless
-from .run_files import Map
+from .run_files import read_trajectory
 
 IN_FLIGHT = 3  #: images that may be on their way to the matcher: it never waits for one, and none piles up
 BUNDLE_BACKLOG = 100  #: the player pauses while the bundle is this many images behind
 STALL_S = 60.0  #: no answer from a living node for this long is an error
+#: Environment variable and value that keep ROS on this machine
+LOCALHOST = (
+    ("ROS_LOCALHOST_ONLY", "1") if os.environ.get("ROS_DISTRO") == "humble"
+    else ("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+)  # fmt: skip
 IDLE_S = 15.0  #: learning ends early when no gradient step has come for this long
 
 
@@ -125,10 +129,13 @@ def replay(
     The learner sees the first ``train_fraction`` of the images, then goes on with what it has for up to
     ``learn_seconds``, and is off while the rest is played: those images never train. ``node_parameters`` are further
     parameters for each node, ``{"matcher": {"queries": 300}}``. Writes trajectory.txt, landmarks.ply, weights/ and
-    logs/ into ``run_dir``. Raises ReplayError, and FileNotFoundError or ValueError for unusable weights.
+    logs/ into ``run_dir``. Raises ReplayError; FileNotFoundError or ValueError for unusable weights; FileExistsError
+    where ``run_dir`` holds the weights of another run.
     """
     run_dir = Path(run_dir).resolve()
     weights_dir = run_dir / "weights"
+    if weights_dir.exists():
+        raise FileExistsError(f"{run_dir} holds the weights of another run; choose another run folder")
     source = Path(weights or weights_files.default_path())
     _, info = weights_files.load(source)
     before = weights_dir / f"version_{info.version:04d}.safetensors"
@@ -137,14 +144,14 @@ def replay(
     common = {"image_qos": "keep_all", "image_transport": recording.transport, "weights": str(before)}
     given = {
         "matcher": {**common, "processing_mode": "all"},
-        "bundle": {},
+        "bundle": {"map_dir": str(run_dir)},
         "learner": {**common, "weights_dir": str(weights_dir)},
     }
     roles = parameters.NODES if learn else parameters.NODES[:2]
     frames = len(recording)
     train_frames = round(frames * train_fraction) if learn else 0
     with contextlib.ExitStack() as stack:
-        domain = _free_domain()
+        domain = free_domain()
         nodes = stack.enter_context(_node_processes(roles, given, node_parameters or {}, run_dir / "logs", domain))
         player = stack.enter_context(_player(recording, domain, nodes))
         bar = stack.enter_context(_Bar(progress))
@@ -161,19 +168,15 @@ def replay(
             bar.begin("Playing", frames - train_frames)
             images.play(frames - train_frames, bar)
         player.drain(roles)
-        player.collect(roles)
+        player.collect()
+        player.save_map()
     return _result(player, images, nodes, run_dir, before, train_frames)
 
 
 def _result(
     player: _Player, images: _Images, nodes: _Processes, run_dir: Path, before: Path, train_frames: int
 ) -> ReplayResult:
-    whole = Map()
-    notes = [*player.notes, *nodes.notes]
-    for stamp in sorted(player.keyframes.keys() & player.landmarks.keys()):
-        whole.add(messages.window_from_messages(player.keyframes[stamp], player.landmarks[stamp]))
-    whole.save(run_dir)
-    keyframe_stamps, keyframe_poses = whole.trajectory()
+    keyframe_stamps, keyframe_poses = read_trajectory(run_dir)
     matched = np.array(player.matched, np.int64).reshape(-1, 3)
     versions = sorted((run_dir / "weights").glob("version_*.safetensors"))
     steps = [event.seconds for event in player.learning if event.kind == "step"]
@@ -192,7 +195,7 @@ def _result(
         keyframe_poses=keyframe_poses,
         odometry_stamps=np.array(sorted(player.odometry), np.int64),
         odometry_poses=np.array([player.odometry[stamp] for stamp in sorted(player.odometry)]).reshape(-1, 7),
-        landmarks=whole.points(),
+        landmarks=np.array(list(player.landmarks.values())).reshape(-1, 3),
         learning=player.learning,
         weights_before=before,
         weights_after=versions[-1],
@@ -200,7 +203,7 @@ def _result(
         diagnostics=diagnostics,
         play_seconds=images.seconds,
         learning_seconds=steps[-1] - steps[0] if steps else 0.0,
-        notes=notes,
+        notes=[*player.notes, *nodes.notes],
     )
 
 
@@ -214,8 +217,8 @@ class _Player(Node):
         self.notes: list[str] = []
         self.matched: list[tuple[int, int, int]] = []
         self.odometry: dict[int, np.ndarray] = {}
-        self.keyframes: dict[int, PathMessage] = {}
-        self.landmarks: dict[int, PointCloud2] = {}
+        self.landmarks: dict[int, np.ndarray] = {}
+        self.windows = 0
         self.learning: list[LearningEvent] = []
         self.diagnostics: dict[str, dict[str, str]] = {}
         self._heard: dict[str, int] = {}
@@ -226,10 +229,10 @@ class _Player(Node):
         )
         self.camera_info = self.create_publisher(CameraInfo, "camera_info", lossless())
         self._enable = self.create_client(SetBool, "learner/enable")
+        self._save_map = self.create_client(Trigger, "bundle/save_map")
         for kind, topic, handle, qos in (
             (PointCloud2, "correspondences", self._on_correspondences, lossless()),
             (Odometry, "odometry", self._on_odometry, lossless()),
-            (PathMessage, "keyframes", self._on_keyframes, latched(100)),
             (PointCloud2, "landmarks", self._on_landmarks, latched(100)),
             (DiagnosticStatus, "learning", self._on_learning, lossless()),
             (DiagnosticArray, "/diagnostics", self._on_diagnostics, lossless()),
@@ -254,11 +257,10 @@ class _Player(Node):
     def _on_odometry(self, message: Odometry) -> None:
         self.odometry[messages.to_ns(message.header.stamp)] = messages.pose_from_message(message.pose.pose).numpy()
 
-    def _on_keyframes(self, message: PathMessage) -> None:
-        self.keyframes[messages.to_ns(message.header.stamp)] = message
-
     def _on_landmarks(self, message: PointCloud2) -> None:
-        self.landmarks[messages.to_ns(message.header.stamp)] = message
+        track, points = messages.landmarks_from_cloud(message)
+        self.landmarks.update(zip(track.tolist(), points, strict=True))
+        self.windows += 1
 
     def _on_learning(self, message: DiagnosticStatus) -> None:
         kind = message.name.rpartition(" ")[2]
@@ -297,7 +299,7 @@ class _Player(Node):
     def wait_for_nodes(self, roles: tuple[str, ...]) -> None:
         """Until each node has spoken and every topic has all its ends."""
         learner = int("learner" in roles)
-        subscribers = {"/correspondences": 2 + learner, "/keyframes": 1 + learner, "/landmarks": 1 + learner}
+        subscribers = {"/correspondences": 2 + learner, "/keyframes": learner, "/landmarks": 1 + learner}
         publishers = {"/correspondences": 1, "/odometry": 1, "/keyframes": 1, "/landmarks": 1, "/learning": learner}
 
         def connected() -> bool:
@@ -307,6 +309,7 @@ class _Player(Node):
                 and self.camera_info.get_subscription_count() >= 2 + learner
                 and all(self.count_subscribers(topic) >= ends for topic, ends in subscribers.items())
                 and all(self.count_publishers(topic) >= ends for topic, ends in publishers.items())
+                and self._save_map.service_is_ready()
                 and (not learner or self._enable.service_is_ready())
             )
 
@@ -333,21 +336,29 @@ class _Player(Node):
             )
             self.fresh(roles)
 
-    def collect(self, roles: tuple[str, ...]) -> None:
+    def collect(self) -> None:
         """Until all that the nodes say they published is here."""
 
         def all_here() -> bool:
             kinds = [event.kind for event in self.learning]
             return (
                 len(self.odometry) >= self.count("bundle", "poses")
-                and min(len(self.keyframes), len(self.landmarks)) >= self.count("bundle", "windows")
+                and self.windows >= self.count("bundle", "windows")
                 and kinds.count("step") >= self.count("learner", "steps")
                 and kinds.count("verdict") >= self.count("learner", "verdicts")
             )
 
-        self.fresh(roles)
         if not self.wait(all_here, "collecting", timeout=10.0, stall=False):
             self.notes.append("some messages of the nodes did not arrive, so trajectory or loss may have gaps")
+
+    def save_map(self) -> None:
+        """Has the bundle write what it knows: it alone knows the poses of keyframes that it placed late."""
+        answer = self._save_map.call_async(Trigger.Request())
+        self.wait(answer.done, "saving the map")
+        if not answer.result().success:
+            raise ReplayError(f"the map was not saved: {answer.result().message}")
+        if (maps := self.count("bundle", "maps")) > 1:
+            self.notes.append(f"the bundle lost its way and began {maps} maps, each with a scale of its own")
 
     # The learner
 
@@ -448,7 +459,7 @@ def _node_processes(
     package_root = str(Path(__file__).parents[2])
     environment = os.environ | {
         "ROS_DOMAIN_ID": str(domain),
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        LOCALHOST[0]: LOCALHOST[1],
         "PYTHONPATH": os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH", "")))),
         "PYTHONUNBUFFERED": "1",
         "OMP_NUM_THREADS": "1",
@@ -483,8 +494,9 @@ def _node_processes(
 @contextlib.contextmanager
 def _player(recording: Recording, domain: int, processes: _Processes) -> Iterator[_Player]:
     """A node that spins in a thread of its own, which is joined at the end."""
-    before = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE")
-    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    name, value = LOCALHOST
+    before = os.environ.get(name)
+    os.environ[name] = value
     context = Context()
     rclpy.init(args=[], context=context, domain_id=domain, signal_handler_options=SignalHandlerOptions.NO)
     player = _Player(recording, context, processes)
@@ -505,12 +517,12 @@ def _player(recording: Recording, domain: int, processes: _Processes) -> Iterato
         player.destroy_node()
         rclpy.shutdown(context=context)
         if before is None:
-            del os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"]
+            del os.environ[name]
         else:
-            os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = before
+            os.environ[name] = before
 
 
-def _free_domain() -> int:
+def free_domain() -> int:
     """A ROS domain in which nobody on this machine speaks: its first DDS ports are free."""
     for domain in random.sample(range(1, 100), 99):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:

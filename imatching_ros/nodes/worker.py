@@ -91,12 +91,11 @@ class Worker:
                     future.set_exception(error)
                 busy = True
                 continue
+            busy = bool(take)
             try:
                 if take:
                     self._process(item)
-                    busy = True
                 else:
                     busy = self._idle()
             except Exception as error:
                 self._on_error(error)
-                busy = True
