@@ -1,0 +1,227 @@
+"""The solver: against an independent optimum, its gauge, its gradients, its nerves."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import least_squares
+
+from imatching_ros.bundle.adjust import AdjustOptions, adjust
+from imatching_ros.bundle.problem import problem
+from imatching_ros.bundle.robust import KERNELS, Kernel
+from imatching_ros.geometry import lie, triangulation
+
+FOCAL = torch.tensor([500.0, 520.0], dtype=torch.float64)
+EXACT = dict(relative_decrease=1e-12, gradient=1e-7, max_iterations=200)
+
+
+def window(keyframes=5, landmarks=30, seed=0, noise_px=0.5, outliers=0.0, missing=0.2, disturb=0.02):
+    """A problem whose state is off the truth by ``disturb``; also the true poses and points."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    T = lie.identity(keyframes)
+    T[:, 0] = torch.linspace(0, 1.5, keyframes)
+    T = lie.retract(T, 0.05 * normal(keyframes, 6))
+    p = torch.rand(landmarks, 3, generator=g, dtype=torch.float64) * torch.tensor([5.0, 3, 4]) + torch.tensor(
+        [-2.0, -1.5, 3]
+    )
+    xy, _ = triangulation.reproject(T, p[:, None])
+    xy = xy + noise_px / FOCAL * normal(*xy.shape)
+    wrong = torch.rand(landmarks, keyframes, generator=g) < outliers
+    xy = torch.where(wrong[..., None], xy + 30 / FOCAL * normal(*xy.shape), xy)
+    seen = torch.rand(landmarks, keyframes, generator=g) >= missing
+    seen[:, :2] = True
+    landmark, pose = seen.nonzero().unbind(-1)
+    root = 0.3 * normal(len(pose), 2, 2) + torch.eye(2, dtype=torch.float64)
+    cov = root @ root.mT
+    start = lie.retract(T, disturb * normal(keyframes, 6) * (torch.arange(keyframes) > 0)[:, None])
+    posed = problem(
+        start, p + 2 * disturb * normal(landmarks, 3), pose, landmark, xy[landmark, pose],
+        torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1), FOCAL,
+    )  # fmt: skip
+    return posed, T, p
+
+
+def independent_optimum(posed, kernel):
+    """SciPy's trust region on all parameters, the gauge left free, derivatives by autograd."""
+    K, L = len(posed.T_world_camera), len(posed.points)
+    uu, uv, vv = posed.cov.unbind(-1)
+    half = torch.linalg.cholesky(torch.stack((uu, uv, uv, vv), -1).unflatten(-1, (2, 2)))
+
+    def residuals(x):
+        T = lie.retract(posed.T_world_camera, x[: 6 * K].view(K, 6))
+        points = posed.points + x[6 * K :].view(L, 3)
+        z, _ = triangulation.reproject(T[posed.pose], points[posed.landmark])
+        e = torch.linalg.solve_triangular(half, ((z - posed.xy) * FOCAL)[..., None], upper=False).squeeze(-1)
+        s = e.square().sum(-1)
+        return (e * (kernel.rho(s) / s).sqrt()[:, None]).flatten()
+
+    result = least_squares(
+        lambda x: residuals(torch.tensor(x)).numpy(), np.zeros(6 * K + 3 * L),
+        lambda x: torch.func.jacrev(residuals)(torch.tensor(x)).numpy(),
+        xtol=1e-15, ftol=1e-15, gtol=1e-12, max_nfev=200,
+    )  # fmt: skip
+    return result.cost
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_optimum_is_scipys(name, seed):
+    kernel = Kernel(name, 2.0)
+    # Redescending kernels have many optima: begin where both fall into the same one.
+    disturb = 0.02 if name in ("none", "huber") else 0.002
+    posed, *_ = window(6, 15, seed, outliers=0.1, missing=0.0, disturb=disturb)
+    solution = adjust(posed, AdjustOptions(kernel, **EXACT))
+    assert solution.converged
+    assert solution.cost == pytest.approx(independent_optimum(posed, kernel), rel=1e-8)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_their_own_derivatives(name):
+    kernel = Kernel(name, 1.5)
+    s = torch.tensor([0.0, 0.3, 2.0, 2.3, 9.0, 400.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(kernel.rho(s).sum(), s, create_graph=True)
+    torch.testing.assert_close(kernel.weight(s), slope)
+    if name != "none":
+        (bend,) = torch.autograd.grad(slope.sum(), s)
+        torch.testing.assert_close(kernel.radial(s), 1 + 2 * s * bend / slope)
+    torch.testing.assert_close(kernel.rho(s)[0], torch.zeros((), dtype=torch.float64))
+
+
+def test_exact_input_gives_the_truth():
+    posed, T, p = window(6, 60, noise_px=0.0)
+    start = posed.T_world_camera.clone()
+    start[0] = T[0]
+    solution = adjust(problem(start, *_rest(posed)), AdjustOptions(**EXACT))
+    assert solution.converged and solution.cost < 1e-12
+    # One translation component is the scale's: compare shapes.
+    scale = (p - T[0, :3]).norm() / (solution.points - T[0, :3]).norm()
+    torch.testing.assert_close(T[0, :3] + scale * (solution.points - T[0, :3]), p, rtol=0, atol=1e-7)
+
+
+def _rest(posed):
+    return posed.points, posed.pose, posed.landmark, posed.xy, posed.cov, posed.focal
+
+
+def test_solution_says_how_it_ended():
+    posed, *_ = window(outliers=0.2)
+    solution = adjust(posed)
+    assert solution.converged
+    assert solution.relative_decrease < 1e-6 and solution.gradient_norm < 1e-3 and 1 < solution.iterations < 50
+    assert not adjust(posed, AdjustOptions(max_iterations=1)).converged
+    again = adjust(problem(solution.T_world_camera, solution.points, *_rest(posed)[1:]))
+    assert again.iterations <= 4 and again.cost <= solution.cost * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", ["none", "huber", "cauchy"])
+def test_partial_is_total_derivative_at_the_optimum(name):
+    """Equation 7: at T*, p* the observations' gradient needs no derivative of the solution."""
+    kernel = Kernel(name, 2.0)
+    posed, *_ = window(5, 30, 3, outliers=0.2, disturb=0.01)
+    options = AdjustOptions(kernel, **EXACT)
+    best = adjust(posed, options)
+
+    def at(xy):
+        return problem(best.T_world_camera, best.points, posed.pose, posed.landmark, xy, posed.cov, posed.focal)
+
+    xy = posed.xy.clone().requires_grad_()
+    (partial,) = torch.autograd.grad(at(xy).cost(kernel), xy)
+    for seed in range(3):
+        direction = torch.randn(posed.xy.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        h = 1e-6
+        ahead, back = (adjust(at(posed.xy + sign * h * direction), options).cost for sign in (1, -1))
+        assert float((partial * direction).sum()) == pytest.approx((ahead - back) / (2 * h), rel=1e-4)
+
+
+def test_gauge():
+    posed, *_ = window()
+    solution = adjust(posed)
+    assert torch.equal(solution.T_world_camera[0], posed.T_world_camera[0])
+    offset = posed.T_world_camera[:, :3] - posed.T_world_camera[0, :3]
+    farthest = int(offset.norm(dim=-1).argmax())
+    component = int(offset[farthest].abs().argmax())
+    assert solution.T_world_camera[farthest, component] == pytest.approx(
+        float(posed.T_world_camera[farthest, component]), abs=1e-14
+    )
+
+
+def test_held_poses_stay_and_landmarks_still_move():
+    posed, T, p = window(noise_px=0.1)
+    held = torch.ones(len(T), dtype=torch.bool)
+    solution = adjust(problem(T, *_rest(posed)), fixed=held)
+    assert solution.converged
+    torch.testing.assert_close(solution.T_world_camera, T, rtol=0, atol=1e-15)
+    assert (solution.points - p).norm(dim=-1).median() < 0.02
+    with pytest.raises(ValueError, match="at least one pose must be held"):
+        adjust(posed, fixed=~held)
+
+
+def test_landmarks_and_rows_that_are_no_use_do_no_harm():
+    posed, *_ = window(outliers=0.1)
+    want = adjust(posed)
+    points = torch.cat((posed.points, torch.tensor([[torch.nan] * 3, [1.0, 2, 3], [torch.inf] * 3]).double()))
+    L = len(posed.points)
+    bad_xy = torch.tensor([[torch.nan, 0.0], [0.0, torch.inf], [0.0, 0], [0, 0], [0, 0]], dtype=torch.float64)
+    bad_cov = torch.tensor([[1.0, 0, 1], [1, 0, 1], [torch.nan, 0, 1], [1, 2, 1], [1, 0, 1]], dtype=torch.float64)
+    spoilt = problem(
+        posed.T_world_camera, points, torch.cat((posed.pose, torch.tensor([0, 1, 2, 3, 0]))),
+        torch.cat((posed.landmark, torch.tensor([0, 1, 2, 3, L]))), torch.cat((posed.xy, bad_xy)),
+        torch.cat((posed.cov, bad_cov)), posed.focal,
+    )  # fmt: skip
+    got = adjust(spoilt)
+    assert got.cost == pytest.approx(want.cost, rel=1e-9)
+    torch.testing.assert_close(got.points[:L], want.points, rtol=0, atol=1e-6)
+    torch.testing.assert_close(got.points[L:], points[L:], equal_nan=True)
+
+
+def test_a_point_behind_a_camera_does_not_block_the_others():
+    posed, *_ = window()
+    points = posed.points.clone()
+    points[0, 2] = -4.0
+    solution = adjust(problem(posed.T_world_camera, points, *_rest(posed)[1:]))
+    want = adjust(posed)
+    assert solution.points.isfinite().all()
+    torch.testing.assert_close(solution.T_world_camera, want.T_world_camera, rtol=0, atol=5e-3)
+
+
+def test_bad_shapes_are_named():
+    posed, *_ = window()
+    with pytest.raises(ValueError, match="as many pose and landmark indices"):
+        problem(posed.T_world_camera, posed.points, posed.pose[1:], *_rest(posed)[2:])
+    with pytest.raises(ValueError, match="every pose of a bundle must be finite"):
+        problem(posed.T_world_camera * torch.nan, *_rest(posed))
+    with pytest.raises(ValueError, match="no valid observation"):
+        adjust(posed.select(torch.zeros(len(posed.pose), dtype=torch.bool)))
+    with pytest.raises(ValueError, match="'l1' is not known"):
+        Kernel("l1")
+    with pytest.raises(ValueError, match="must be positive"):
+        Kernel("huber", 0.0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(0, 10**6), st.integers(2, 12), st.floats(0, 0.6), st.floats(0, 0.7), st.floats(0, 0.1),
+    st.sampled_from(KERNELS),
+)  # fmt: skip
+def test_any_window(seed, keyframes, outliers, missing, spoilt, name):
+    """Cost never rises, everything stays finite, the gauge holds, and twice the same gives the same bits."""
+    posed, *_ = window(keyframes, 40, seed, outliers=outliers, missing=missing)
+    g = torch.Generator().manual_seed(seed)
+    xy = torch.where(torch.rand(len(posed.xy), 1, generator=g) < spoilt, torch.nan, posed.xy)
+    double = torch.cat((torch.arange(len(xy)), torch.arange(0, len(xy), 5)))  # duplicate rows
+    posed = problem(
+        posed.T_world_camera, posed.points, posed.pose[double], posed.landmark[double], xy[double],
+        posed.cov[double], posed.focal,
+    )  # fmt: skip
+    options = AdjustOptions(Kernel(name))
+    one, two = adjust(posed, options), adjust(posed, options)
+    assert torch.equal(one.T_world_camera, two.T_world_camera) and torch.equal(one.points, two.points)
+    assert one.cost <= float(posed.cost(options.kernel)) * (1 + 1e-12)
+    assert one.T_world_camera.isfinite().all() and one.points.isfinite().all()
+    assert torch.equal(one.T_world_camera[0], posed.T_world_camera[0])
+    after = problem(one.T_world_camera, one.points, *_rest(posed)[1:])
+    assert float(after.cost(options.kernel)) == pytest.approx(one.cost, rel=1e-9, abs=1e-9)
