@@ -464,6 +464,8 @@ def test_learner_node_answers_its_services(ros, first_weights, tmp_path):
         model, info = weights.loads(messages.weights_from_message(message))
         assert info.version > 3
         assert weights.load(tmp_path / f"version_{info.version:04d}.safetensors")[1] == info
+    if "matcher" in ros.processes:  # it took over what the learner published
+        ros.wait(lambda: ros.says("matcher")["model_version"] == str(info.version))
 
 
 # Their end
