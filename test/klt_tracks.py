@@ -10,7 +10,7 @@ from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
 
 _LK = dict(
-    winSize=(21, 21), maxLevel=4, criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 30, 0.01)
+    winSize=(17, 17), maxLevel=4, criteria=(cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 0.02)
 )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def path(frames, velocity=(0.06, 0.0, 0.0), turn=(0.0, 0.0, 0.0), sway=0.01):
     """Constant velocity and turning rate per image, and a little swaying."""
     T = lie.identity(frames)
     i = torch.arange(frames, dtype=torch.float64)[:, None]
-    t = i * torch.tensor(velocity).double() + sway * torch.stack((torch.sin(i[:, 0]), torch.cos(i[:, 0]), 0 * i[:, 0]), -1)
+    t = i * torch.tensor(velocity).double() + sway * torch.cat((torch.sin(i), torch.cos(i), 0 * i), -1)
     return lie.retract(T, torch.cat((t, i * torch.tensor(turn).double()), -1))
 
 
@@ -315,7 +315,8 @@ def test_poses_are_pyposes_at_the_edge():
 
 
 @pytest.mark.parametrize(
-    "changes, says", [(dict(keyframes=2), "at least 3"), (dict(prune_px=0.0), "prune_px"), (dict(patience=0), "patience")]
+    "changes, says",
+    [(dict(keyframes=2), "at least 3"), (dict(prune_px=0.0), "prune_px"), (dict(patience=0), "patience")],
 )
 def test_bad_options_are_named(changes, says):
     with pytest.raises(ValueError, match=says):
@@ -375,7 +376,7 @@ def recording(name):
 @pytest.mark.parametrize("name", ["kitti_street", "redkitchen"])
 def test_real_recording(name):
     frames, camera, truth = recording(name)
-    tracker, bundle = KltTracker(camera), Bundle(camera)
+    tracker, bundle = KltTracker(camera, corners=400), Bundle(camera)
     for stamp, image in frames:
         bundle.add(tracker.track(stamp, image))
     assert bundle.maps == 1 and bundle.keyframes > 30

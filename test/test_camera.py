@@ -107,7 +107,8 @@ def test_scaling_keeps_the_geometry():
 def test_camera_info():
     camera = Camera.from_camera_info(640, 480, [500, 0, 320, 0, 501, 240, 0, 0, 1], [0.0] * 5, "plumb_bob")
     assert (camera.fx, camera.fy, camera.cx, camera.cy, camera.distortion_model) == (500, 501, 320, 240, "none")
-    assert Camera.from_camera_info(640, 480, [500, 0, 320, 0, 501, 240, 0, 0, 1], [0.1] * 5, "").distortion == (0.1,) * 5
+    camera = Camera.from_camera_info(640, 480, [500, 0, 320, 0, 501, 240, 0, 0, 1], [0.1] * 5, "")
+    assert (camera.distortion_model, camera.distortion) == ("plumb_bob", (0.1,) * 5)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from imatching_ros.bundle.adjust import AdjustOptions
 
 @dataclass(frozen=True)
 class BundleOptions:
-    keyframes: int = 10  #: of the window; the oldest leave
+    keyframes: int = 8  #: of the window; the oldest leave (a first map may hold more, until the next keyframe)
     prune_px: float = 3.0  #: an observation farther from its landmark, in undistorted pixels, is pruned
     min_parallax_deg: float = 1.0  #: widest angle between a landmark's rays
     min_landmarks: int = 20  #: fewer inliers than this and a frame, or a map, is not trusted

@@ -54,6 +54,21 @@ def absolute_pose(points: Tensor, xy: Tensor, threshold_px: float, focal: float)
     return _result(pose, info, finite, _ABSOLUTE_MINIMUM)
 
 
+def sampson_error(T_j_i: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
+    """First-order distance of correspondences from the epipolar geometry (Hartley and Zisserman, 11.4.3).
+
+    T_j_i: (7,). xy_i, xy_j: (N, 2) undistorted, on the plane z = 1. Returns (N,), in units of that plane.
+    """
+    R, t = lie.matrix(T_j_i).split((3, 1), -1)
+    E = torch.linalg.cross(t.expand(3, 3), R, dim=0)
+    one = torch.ones_like(xy_i[:, :1])
+    line_j = torch.cat((xy_i, one), -1) @ E.mT
+    line_i = torch.cat((xy_j, one), -1) @ E
+    algebraic = (torch.cat((xy_j, one), -1) * line_j).sum(-1)
+    scale = line_j[:, :2].square().sum(-1) + line_i[:, :2].square().sum(-1)
+    return algebraic.abs() / scale.sqrt().clamp_min(1e-12)
+
+
 def _camera(focal: float) -> dict:
     # The origin at the principal point: PoseLib then normalises by the focal length alone.
     return {"model": "SIMPLE_PINHOLE", "width": 0, "height": 0, "params": [focal, 0.0, 0.0]}
