@@ -18,7 +18,7 @@ from . import __version__
 
 GAP = 10  #: images between the last that trained and the first that is measured
 PICTURE_STEP = 10  #: images between the two of the report's picture
-DEMO_FRAMES, DEMO_SEED, DEMO_DARKNESS = 300, 0, 0.5
+DEMO_FRAMES, DEMO_SEED = 300, 0
 
 console = Console()
 
@@ -37,7 +37,7 @@ def demo(options: argparse.Namespace) -> None:
             run_dir / "recording",
             seed=options.seed,
             frames=DEMO_FRAMES,
-            sensor=Sensor.low_light(DEMO_DARKNESS),
+            sensor=replace(Sensor.low_light(0.5), fixed_pattern=12.0),
             depth_every=5,
             progress=lambda done, total: progress.update(task, completed=done),
         )
@@ -120,6 +120,7 @@ def tune(options: argparse.Namespace) -> None:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Matching accuracy, pose accuracy and trajectory error of weights, side by side."""
+    import torch
     from rich.table import Table
 
     from .bundle.bundle import Bundle
@@ -143,7 +144,8 @@ def evaluate(options: argparse.Namespace) -> None:
         tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
         for stamp, image in recording:
             bundle.add(tracker.track(stamp, image))
-        stamps, poses = bundle.trajectory_arrays()
+        stamps = sorted(bundle.trajectory)
+        poses = torch.stack([bundle.trajectory[stamp] for stamp in stamps]) if stamps else torch.empty(0, 7)
         ate = trajectory_accuracy(stamps, poses, recording.ground_truth).ate_percent
         rows.append([getattr(accuracy, key) for key in ACCURACY] + [ate])
         table.add_column(f"{Path(path).stem}\nversion {info.version}", justify="right")
@@ -174,9 +176,9 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     figures = {
         "input": {
             "frames": result.frames,
-            "frames_matched": result.matched - result.refused,
+            "frames_matched": result.matched,
             "keyframes": len(result.keyframe_stamps),
-            "dropped": result.dropped + result.refused,
+            "dropped": result.dropped,
         },
         "trajectory": trajectory,
         "matching": {"before": before, "after": after},

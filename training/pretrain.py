@@ -17,7 +17,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect

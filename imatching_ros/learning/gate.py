@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from ..bundle.options import BundleOptions
+from ..geometry import lie
+from ..geometry.two_view import sampson_error
+from ..matching.detector import detect
 from ..matching.protocol import Matcher
-from .lesson import Lesson, rematch, resolve
+from .lesson import Lesson, match, rematch, resolve
 from .probe import Probe, probe_error
 
+CORNERS = 200  # per image
 TRUNCATE_PX = 5.0  # an error beyond counts as this: how wrong a wrong match is says nothing
 Z = 1.64  # one-sided 95 %
 
@@ -20,8 +24,9 @@ Z = 1.64  # one-sided 95 %
 class Evidence:
     """Errors of one model on the held-out windows and on the known warps, each truncated."""
 
-    windows: list[Tensor]  #: per window (M,) px, reprojection error of all rows at the window's own optimum
-    probes: list[Tensor]  #: per probe (N,) px, distance from the truth
+    reprojection: Tensor  #: (M,) px, of all rows of the held-out windows, each at its own optimum
+    epipolar: Tensor  #: (N,) px, of corners, those included that no track began from, at the same poses
+    probe: Tensor  #: (P,) px, distance from the truth
 
 
 @dataclass(frozen=True)
@@ -38,32 +43,53 @@ class Verdict:
 
 def gather(matcher: Matcher, lessons: list[Lesson], probes: list[Probe], options: BundleOptions) -> Evidence:
     """The evidence of one model. The lower level is solved for each model anew: T*, p* are its own."""
-    windows = []
+    reprojection, epipolar = [], []
     for lesson in lessons:
         matched = rematch(matcher, lesson)
         solved = resolve(matched, options)
-        error = solved.error_px() if solved else torch.full_like(matched.error_px(), torch.inf)
-        windows.append(error.clamp(max=TRUNCATE_PX))
-    return Evidence(windows, [probe_error(matcher, probe).clamp(max=TRUNCATE_PX) for probe in probes])
+        if solved is None:  # a model under which the window falls apart is wrong everywhere in it
+            reprojection.append(torch.full_like(matched.error_px(), torch.inf))
+            epipolar.append(torch.full_like(epipolar_error(matcher, matched), torch.inf))
+        else:
+            reprojection.append(solved.error_px())
+            epipolar.append(epipolar_error(matcher, solved))
+    probe = [probe_error(matcher, known) for known in probes]
+    return Evidence(*(torch.cat(errors).clamp(max=TRUNCATE_PX) for errors in (reprojection, epipolar, probe)))
+
+
+@torch.no_grad()
+def epipolar_error(matcher: Matcher, lesson: Lesson) -> Tensor:
+    """Sampson distances (N,), undistorted px, of the corners of each pair's reference at the window's poses.
+
+    The rows of a window are matches that were kept; a matcher that fails half of the time has a fair half of rows.
+    Corners are the frozen detector's: they ask the matcher everywhere.
+    """
+    camera, window = lesson.camera, lesson.window
+    corners = {i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS)) for i in {p.reference for p in lesson.pairs}}
+    errors = []
+    for pair, matches in zip(lesson.pairs, match(matcher, lesson, lesson.pairs, corners), strict=True):
+        T = lie.compose(lie.inverse(window.T_world_camera[pair.target]), window.T_world_camera[pair.reference])
+        xy_i = camera.normalise(corners[pair.reference].double())
+        xy_j = camera.normalise(matches.uv[0].cpu().double())
+        errors.append(sampson_error(T, xy_i, xy_j) * camera.focal)
+    return torch.cat(errors)
 
 
 def judge(candidate: Evidence, incumbent: Evidence) -> tuple[int, str, dict[str, float]]:
     """+1 promote, 0 undecided, -1 worse; the reason; the figures. Paired on the same rows and the same points."""
-    window = torch.cat([c - i for c, i in zip(candidate.windows, incumbent.windows, strict=True)])
-    probe = torch.cat([c - i for c, i in zip(candidate.probes, incumbent.probes, strict=True)])
+    window = torch.cat(
+        (candidate.reprojection - incumbent.reprojection, candidate.epipolar - incumbent.epipolar)
+    )
     window_mean, window_error = _mean_and_error(window)
-    probe_mean, probe_error_ = _mean_and_error(probe)
-    figures = {
-        "reprojection_px": float(torch.cat(candidate.windows).mean()),
-        "reprojection_px_before": float(torch.cat(incumbent.windows).mean()),
-        "inliers": _share(candidate.windows, 2.0),
-        "inliers_before": _share(incumbent.windows, 2.0),
-        "probe_px": float(torch.cat(candidate.probes).mean()),
-        "probe_px_before": float(torch.cat(incumbent.probes).mean()),
-        "probe_1px": _share(candidate.probes, 1.0),
-        "probe_1px_before": _share(incumbent.probes, 1.0),
-    }
-    if probe_mean - Z * probe_error_ > 0 or figures["probe_1px"] < figures["probe_1px_before"] - 0.5:
+    probe_mean, probe_error = _mean_and_error(candidate.probe - incumbent.probe)
+    figures = {}
+    for name, evidence in (("", candidate), ("_before", incumbent)):
+        figures[f"reprojection_px{name}"] = float(evidence.reprojection.mean())
+        figures[f"epipolar_px{name}"] = float(evidence.epipolar.mean())
+        figures[f"epipolar_1px{name}"] = _share(evidence.epipolar)
+        figures[f"probe_px{name}"] = float(evidence.probe.mean())
+        figures[f"probe_1px{name}"] = _share(evidence.probe)
+    if probe_mean - Z * probe_error > 0 or figures["probe_1px"] < figures["probe_1px_before"] - 0.5:
         return -1, f"known warps are matched worse by {probe_mean:+.3f} px", figures
     if window_mean - Z * window_error > 0:
         return -1, f"held-out windows are explained worse by {window_mean:+.3f} px", figures
@@ -78,5 +104,5 @@ def _mean_and_error(x: Tensor) -> tuple[float, float]:
     return float(x.mean()), float(x.std() / len(x) ** 0.5)
 
 
-def _share(errors: list[Tensor], px: float) -> float:
-    return float((torch.cat(errors) < px).float().mean() * 100)
+def _share(error: Tensor) -> float:
+    return float((error < 1).float().mean() * 100)

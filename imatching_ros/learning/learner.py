@@ -36,7 +36,7 @@ class LearnerOptions:
     new_keyframes: int = 3  #: by which a window must differ from the last one remembered
     held_out: int = 8  #: of so many windows one is held out, its images never train: the gate's evidence
     images: int = 200  #: that wait for their window
-    verdict_every: int = 40  #: steps
+    verdict_every: int = 30  #: steps
     patience: int = 3  #: verdicts "worse" in a row before the candidate goes back to the weights in use
     seed: int = 0
 
@@ -117,7 +117,8 @@ class Learner:
         if self._windows % self.options.held_out == 2:
             self._held_out = (self._held_out + [lesson])[-4:]
             self._held_stamps |= stamps
-            self._probes = (self._probes + [make_probe(lesson.images[k, 0].numpy(), self._windows) for k in (0, -1)])[-8:]
+            images = list(lesson.images[:, 0].numpy())
+            self._probes = (self._probes + [make_probe(images, k, self._windows) for k in (0, len(images) // 2)])[-8:]
         else:
             self._train = (self._train + [lesson])[-self.options.lessons :]
         return True
@@ -152,15 +153,18 @@ class Learner:
         self._steps_left -= 1
         lesson, survivors = self._lesson
         pairs = self._trainable(lesson)
+        # Neighbours share their references, so that few images are encoded for many pairs
         frames = sorted({pair.target for pair in pairs})
-        chosen = self._random.sample(frames, min(self.options.targets, len(frames)))
-        pairs = [pair for pair in pairs if pair.target in chosen]
+        first = self._random.randrange(max(len(frames) - self.options.targets, 0) + 1)
+        pairs = [pair for pair in pairs if pair.target in frames[first : first + self.options.targets]]
         fine, coarse, rows = objective(
             lesson, survivors, pairs, match(self._candidate, lesson, pairs), self.bundle.adjust.kernel
         )
         if rows == 0:
             return None
         loss = fine / rows + self.options.coarse * coarse
+        for group in self._optimiser.param_groups:
+            group["lr"] = self.options.rate
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._candidate.parameters(), self.options.clip)
@@ -171,9 +175,10 @@ class Learner:
         self.step_count += 1
         return StepResult(self.step_count, float(fine.detach()) / rows, rows, time.perf_counter() - started)
 
-    def verdict(self) -> Verdict | None:
-        """The gate's word on the candidate, every ``verdict_every`` steps; None between."""
-        if not self.ready or self.step_count == self._judged or self.step_count % self.options.verdict_every:
+    def verdict(self, now: bool = False) -> Verdict | None:
+        """The gate's word on the candidate, every ``verdict_every`` steps, or ``now``; None where no word is due."""
+        steps = self.step_count - self._judged
+        if not self._held_out or steps == 0 or (steps < self.options.verdict_every and not now):
             return None
         self._judged = self.step_count
         if self._evidence is None or self._evidence[0] != self._windows:

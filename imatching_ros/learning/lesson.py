@@ -81,17 +81,19 @@ def select(message: Correspondences, rows: Tensor) -> Correspondences:
     return replace(message, **{name: getattr(message, name)[rows] for name in columns})
 
 
-def match(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> list[Matches]:
-    """f_theta again on the rows of some pairs; each image is encoded once. Differentiable."""
+def match(
+    matcher: Matcher, lesson: Lesson, pairs: list[Pair], queries: Mapping[int, Tensor] | None = None
+) -> list[Matches]:
+    """f_theta again on some pairs, each image encoded once: at the pairs' rows, or at the points (N, 2) px that
+    ``queries`` has for each reference. Differentiable.
+    """
     device = next(matcher.parameters()).device
-    used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
-    features = matcher.encode(lesson.images[used].to(device, torch.float32) / 255)
-    place = {index: n for n, index in enumerate(used)}
+    used = {index for pair in pairs for index in (pair.reference, pair.target)}
+    features = {k: matcher.encode(lesson.images[k : k + 1].to(device, torch.float32) / 255) for k in sorted(used)}
     matches = []
     for pair in pairs:
-        i, j = place[pair.reference], place[pair.target]
-        queries = lesson.messages[pair.target].ref_uv[pair.rows].to(device).unsqueeze(0)
-        matches.append(matcher.match(features[i : i + 1], features[j : j + 1], queries))
+        asked = queries[pair.reference] if queries else lesson.messages[pair.target].ref_uv[pair.rows]
+        matches.append(matcher.match(features[pair.reference], features[pair.target], asked.to(device).unsqueeze(0)))
     return matches
 
 

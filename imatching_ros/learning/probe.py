@@ -5,6 +5,7 @@ Reprojection error alone can be fooled; a matcher that got worse at plain matchi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
@@ -14,33 +15,54 @@ from torch import Tensor
 
 from ..matching.detector import detect
 from ..matching.protocol import Matcher
-from ..matching.warps import apply_homography, in_frame, photometric, random_homography
+from ..matching.warps import apply_homography, in_frame, random_homography
 
 QUERIES = 300
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One image, the same image warped, and where its corners went."""
+    """One image, the same scene warped, and where its corners went."""
 
     images: Tensor  #: (2, 1, H, W) float32 in [0, 1]
     queries: Tensor  #: (N, 2) px in the first
     truth: Tensor  #: (N, 2) px in the second
 
 
-def make_probe(image: np.ndarray, seed: int) -> Probe:
-    """A probe of an image (H, W) uint8. The same seed makes the same probe."""
+def make_probe(images: Sequence[np.ndarray], index: int, seed: int) -> Probe:
+    """A probe of ``images[index]``, (H, W) uint8 like the others of the same camera. The same seed, the same probe.
+
+    The scene is warped, the camera's noise is not: it stays with the pixels, as it does when a robot moves. (Noise
+    that moved along with the scene would be a texture like any other, and a matcher that learned to look through
+    the noise would seem to get worse.) What all images have in common is the sensor's fixed pattern, what denoising
+    takes away is its noise; both are put back onto the warped scene, the noise from another image.
+    """
     rng = np.random.default_rng(seed)
+    image = images[index].astype(np.float32)
     size = (image.shape[1], image.shape[0])
+    pattern = np.mean([other - cv2.GaussianBlur(other, (0, 0), 5.0) for other in map(np.float32, images)], axis=0)
+    another = images[(index + len(images) // 2) % len(images)].astype(np.float32)
+    noise = (another - pattern) - _denoise(another - pattern)
     H = random_homography(rng, size, 0.5)
-    queries = detect(image, QUERIES)
-    warped = cv2.warpPerspective(image, H, size, flags=cv2.INTER_LINEAR)
+    warped = cv2.warpPerspective(_denoise(image - pattern), H, size, flags=cv2.INTER_LINEAR)
+    gain, bias = np.exp(rng.normal(0, 0.1)), rng.normal(0, 5)
+    other = np.clip(warped * gain + bias + pattern + noise, 0, 255)
+    queries = detect(images[index], QUERIES)
     truth = apply_homography(H, queries) if len(queries) else queries
     seen = in_frame(truth, size)
-    images = np.stack((image, photometric(rng, warped, 0.5)))[:, None]
     return Probe(
-        torch.from_numpy(images).float() / 255, torch.from_numpy(queries[seen]), torch.from_numpy(truth[seen]).float()
+        torch.from_numpy(np.stack((image, other))[:, None] / 255).float(),
+        torch.from_numpy(queries[seen]),
+        torch.from_numpy(truth[seen]).float(),
     )
+
+
+def _denoise(image: np.ndarray) -> np.ndarray:
+    """Non-local means, as strong as the noise (median of the high frequencies) asks for."""
+    high = cv2.filter2D(image, -1, np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32) / 6)
+    deviation = float(np.median(np.abs(high))) / 0.6745
+    grey = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+    return cv2.fastNlMeansDenoising(grey, None, max(deviation, 1.0), 5, 15).astype(np.float32)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def tune(
         while learner.step_count < target and failures < 50:
             step = learner.step()
             failures = failures + 1 if step is None else 0
-            verdict = learner.verdict() if step else None
+            verdict = learner.verdict(now=learner.step_count == steps)
             if step:
                 history.steps.append(step)
             if verdict:

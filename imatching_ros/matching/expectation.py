@@ -26,50 +26,61 @@ class Features:
         return Features(self.coarse[index], self.fine[index], self.size)
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
-    )
-
-
 class ExpectationMatcher(nn.Module):
     """f_theta by expectation (paper, equation 5), in two stages (paper 3.2.3).
 
     Equation 5 weights every location of the target by its similarity S. Over a whole image that mean is dragged
     between look-alike places, so each stage takes it over a window: the coarse one around the most similar cell of
     the whole image, the fine one around the coarse result. S is the softmax of scaled cosine similarities.
+
+    ``batch_norm`` is for training from nothing; ``folded`` gives the same function without, which is what ships.
     """
 
     family = "expectation"
 
-    def __init__(self) -> None:
+    def __init__(self, batch_norm: bool = False) -> None:
         super().__init__()
-        self.to_2 = nn.Sequential(_conv(1, 16, 2), _conv(16, 24))
-        self.to_4 = nn.Sequential(_conv(24, 48, 2), _conv(48, 48))
-        self.to_8 = nn.Sequential(_conv(48, 64, 2), _conv(64, 64))
-        self.to_16 = nn.Sequential(_conv(64, 96, 2), _conv(96, 96))
-        self.to_32 = nn.Sequential(_conv(96, 128, 2), _conv(128, 128))
-        self.from_32 = nn.Conv2d(128, 64, 1)
-        self.from_16 = nn.Conv2d(96, 64, 1)
-        self.from_8 = nn.Conv2d(64, 64, 1)
-        self.coarse_head = nn.Sequential(_conv(64, 64), nn.Conv2d(64, 64, 1))
-        self.context_4 = nn.Conv2d(64, 32, 1)
-        self.from_4 = nn.Conv2d(48, 32, 1)
-        self.from_2 = nn.Conv2d(24, 32, 1)
+
+        def conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+            layers = [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=not batch_norm)]
+            return nn.Sequential(*layers, *[nn.BatchNorm2d(outputs)] * batch_norm, nn.ReLU(inplace=True))
+
+        self.to_2 = nn.Sequential(conv(1, 16, 2), conv(16, 24))
+        self.to_4 = nn.Sequential(conv(24, 48, 2), conv(48, 48))
+        self.to_8 = nn.Sequential(conv(48, 64, 2), conv(64, 64))
+        self.to_16 = nn.Sequential(conv(64, 96, 2), conv(96, 96))
+        self.to_32 = nn.Sequential(conv(96, 128, 2), conv(128, 128))
+        self.from_32 = _Pointwise(128, 64)
+        self.from_16 = _Pointwise(96, 64)
+        self.from_8 = _Pointwise(64, 64)
+        self.coarse_head = nn.Sequential(conv(64, 64), _Pointwise(64, 64))
+        self.context_4 = _Pointwise(64, 32)
+        self.from_4 = _Pointwise(48, 32)
+        self.from_2 = _Pointwise(24, 32)
         self.fine_head = nn.Sequential(
             nn.ReLU(inplace=True),
-            nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=False),
-            nn.BatchNorm2d(32),
-            nn.Conv2d(32, 32, 1),
+            nn.Sequential(
+                nn.Conv2d(32, 32, 3, padding=1, groups=32, bias=not batch_norm), *[nn.BatchNorm2d(32)] * batch_norm
+            ),
+            _Pointwise(32, 32),
             nn.ReLU(inplace=True),
-            nn.Conv2d(32, 32, 1),
+            _Pointwise(32, 32),
         )
         self.log_scale_coarse = nn.Parameter(torch.tensor(3.0))
         self.log_scale_fine = nn.Parameter(torch.tensor(3.0))
         # Covariance = exp(a) * spread of the fine expectation + exp(b) px^2: calibrated in training.
         self.log_cov = nn.Parameter(torch.tensor([-1.0, -2.0]))
+
+    def folded(self) -> ExpectationMatcher:
+        """The same function in evaluation mode, each batch normalisation folded into the convolution before it."""
+        plain = ExpectationMatcher()
+        state = {name: tensor for name, tensor in self.state_dict().items() if name in plain.state_dict()}
+        for name, block in self.named_modules():
+            if len(kinds := [type(layer) for layer in block.children()]) > 1 and kinds[:2] == [nn.Conv2d, nn.BatchNorm2d]:
+                fused = nn.utils.fusion.fuse_conv_bn_eval(block[0].eval(), block[1].eval())
+                state[f"{name}.0.weight"], state[f"{name}.0.bias"] = fused.weight, fused.bias
+        plain.load_state_dict(state)
+        return plain.eval()
 
     def encode(self, images: Tensor) -> Features:
         """Features of images (B, 1, H, W) in [0, 1]; brightness and contrast are normalised away."""
@@ -77,6 +88,7 @@ class ExpectationMatcher(nn.Module):
         std, mean = torch.std_mean(images, dim=(-2, -1), keepdim=True)
         x = (images - mean) / (std + 1e-3)
         x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
+        x = x.contiguous(memory_format=torch.channels_last)
         x2 = self.to_2(x)
         x4 = self.to_4(x2)
         x8 = self.to_8(x4)
@@ -86,7 +98,7 @@ class ExpectationMatcher(nn.Module):
         y8 = self.from_8(x8) + _resize(y16, x8)
         y4 = self.from_4(x4) + _resize(self.context_4(y8), x4)
         y2 = self.from_2(x2) + _resize(y4, x2)
-        coarse = F.normalize(self.coarse_head(y8), dim=1)
+        coarse = F.normalize(self.coarse_head(y8), dim=1).contiguous()
         fine = F.normalize(self.fine_head(y2), dim=1).permute(0, 2, 3, 1).contiguous()
         return Features(coarse, fine, (height, width))
 
@@ -105,7 +117,8 @@ class ExpectationMatcher(nn.Module):
     def coarse_similarity(self, reference: Features, target: Features, queries: Tensor) -> Tensor:
         """Scaled cosine similarities of queries (B, N, 2) with all cells of the target (B, N, h * w)."""
         descriptors = F.normalize(_sample(reference.coarse, queries, COARSE), dim=1)  # (B, 64, N)
-        return torch.bmm(descriptors.transpose(1, 2), target.coarse.flatten(2)) * self.log_scale_coarse.exp()
+        scaled = descriptors.transpose(1, 2) * self.log_scale_coarse.exp()
+        return torch.bmm(scaled, target.coarse.flatten(2))
 
     def coarse_expectation(self, log_similarity: Tensor, target: Features) -> tuple[Tensor, Tensor]:
         """Equation 5 over the window around the mode: coarse_uv (B, N, 2) px, and S within the window (B, N)."""
@@ -128,12 +141,20 @@ class ExpectationMatcher(nn.Module):
         cells, index = _window(cell[..., 1], cell[..., 0], FINE_RADIUS, h, w)  # (B, N, 81, 2), (B, N, 81)
         first = torch.arange(batch, device=index.device).view(-1, 1, 1) * (h * w)
         window = target.fine.reshape(-1, channels)[index + first]  # (B, N, 81, 32)
-        similarity = torch.einsum("bnkc,bcn->bnk", window, descriptors) * self.log_scale_fine.exp()
+        descriptors = descriptors.transpose(1, 2) * self.log_scale_fine.exp()
+        similarity = (window @ descriptors.unsqueeze(-1)).squeeze(-1)
         weights = similarity.softmax(-1).unsqueeze(-1)
         mean = (weights * cells).sum(-2)
         offset = cells - mean.unsqueeze(-2)
         spread = torch.einsum("bnki,bnkj->bnij", weights * offset, offset) * FINE**2
         return mean * FINE + (FINE - 1) / 2, spread
+
+
+class _Pointwise(nn.Linear):
+    """A 1x1 convolution as the matrix product that it is: torch's own takes a slow path on one thread."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

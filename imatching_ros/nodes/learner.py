@@ -89,11 +89,7 @@ class LearnerNode(CoreNode):
         if result is None:
             return False
         self._report_step(result)
-        verdict = self.core.verdict()
-        if verdict is not None:
-            self._report_verdict(verdict)
-            if verdict.promoted:
-                self._publish_weights(verdict.version)
+        self._judge()
         return True
 
     def reset(self) -> str:
@@ -154,6 +150,13 @@ class LearnerNode(CoreNode):
         while len(self._halves) > HALVES:
             del self._halves[next(iter(self._halves))]
 
+    def _judge(self, now: bool = False) -> None:
+        verdict = self.core.verdict(now) if self.core is not None else None
+        if verdict is not None:
+            self._report_verdict(verdict)
+            if verdict.promoted:
+                self._publish_weights(verdict.version)
+
     def _report_step(self, result: StepResult) -> None:
         self.steps += 1
         self.last_loss = result.loss
@@ -202,7 +205,8 @@ class LearnerNode(CoreNode):
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self.set_parameters([Parameter("enabled", value=request.data)])
-        self.worker.request(lambda: None).result(timeout=60.0)  # a step in hand ends first
+        # A step in hand ends first; what was learned since the last verdict is judged before the learner rests
+        self.worker.request(lambda: None if request.data else self._judge(now=True)).result(timeout=120.0)
         response.success, response.message = True, "learning" if request.data else "watching only"
         return response
 
