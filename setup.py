@@ -34,7 +34,6 @@ setup(
         "rosbags",
         "evo",
         "matplotlib",
-        "typer",
         "rich",
     ],
     extras_require={

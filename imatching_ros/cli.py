@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     added = command(tune, "tune")
     added.add_argument("bag", type=Path, nargs="+", metavar="BAG")
     added.add_argument("--out", type=Path, required=True, metavar="W", help="weights file; if it exists, go on from it")
-    added.add_argument("--weights", type=Path, metavar="W", help="to start from (default: --out, else the shipped ones)")
+    added.add_argument("--weights", type=Path, metavar="W", help="to start from (default: --out, or the shipped)")
     added.add_argument("--run-dir", type=Path, metavar="DIR", help="for the report (default: a new one in runs/)")
     added.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
     added.add_argument("--train-fraction", type=_fraction, default=0.7, help="of each bag's images (default: 0.7)")

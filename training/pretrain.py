@@ -16,6 +16,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 
 from imatching_ros.matching import weights
@@ -26,6 +28,7 @@ from imatching_ros.matching.warps import apply_homography, in_frame, photometric
 SIZE = (320, 240)  # W, H px of the training views
 QUERIES = 256  # per pair
 PATCHES = 3  # at most, moving in front
+RATE = 2e-3
 
 
 def read_photographs(paths: list[Path]) -> list[np.ndarray]:
@@ -53,7 +56,7 @@ def crop(rng: np.random.Generator, photographs: list[np.ndarray]) -> tuple[np.nd
     return image, np.array([[1, 0, -x], [0, 1, -y], [0, 0, 1.0]])
 
 
-def draw_pair(rng: np.random.Generator, photographs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def draw_pair(rng: np.random.Generator, photographs: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     """Two views (H, W) uint8, queries (N, 2) in the first and their truth (N, 2) in the second, both px."""
     layers = []
     for index in range(1 + (rng.integers(1, PATCHES + 1) if rng.random() < 0.6 else 0)):
@@ -146,17 +149,11 @@ def main() -> None:
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
     photographs = read_photographs(options.photographs)
-    matcher = ExpectationMatcher().to(memory_format=torch.channels_last).train()
-    optimiser = torch.optim.AdamW(matcher.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, options.steps, pct_start=0.1)
-    state = options.out.with_suffix(".progress.pt")
-    first = 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        matcher.load_state_dict(saved["matcher"])
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
-        first = saved["step"]
+    matcher = ExpectationMatcher(batch_norm=True).to(memory_format=torch.channels_last).train()
+    optimiser = torch.optim.AdamW(matcher.parameters(), lr=RATE, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, options.steps, pct_start=0.1)
+    progress = options.out.with_suffix(".progress")
+    first = resume(progress, matcher, optimiser, schedule) if progress.exists() else 0
     figures, started = [], time.perf_counter()
     for step in range(first + 1, options.steps + 1):
         pairs = [draw_pair(np.random.default_rng((options.seed, step, i)), photographs) for i in range(options.batch)]
@@ -172,18 +169,41 @@ def main() -> None:
         schedule.step()
         figures.append(torch.stack((coarse, fine, calibration, hit, coarse_hit)).detach())
         if step % 100 == 0 or step == options.steps:
-            values = "  ".join(
-                f"{name} {value:.3f}"
-                for name, value in zip(("coarse", "fine_px", "nll", "hit_1px", "coarse_hit"), torch.stack(figures).mean(0), strict=True)
-            )
-            print(f"step {step}  {values}  {(time.perf_counter() - started) / (step - first):.3f} s/step", flush=True)
+            names = ("coarse", "fine_px", "nll", "hit_1px", "coarse_hit")
+            means = torch.stack(figures).mean(0).tolist()
+            seconds = (time.perf_counter() - started) / (step - first)
+            values = "  ".join(f"{name} {value:.3f}" for name, value in zip(names, means, strict=True))
+            print(f"step {step}  {values}  {seconds:.3f} s/step", flush=True)
             figures.clear()
-            torch.save(
-                {"matcher": matcher.state_dict(), "optimiser": optimiser.state_dict(), "schedule": schedule.state_dict(), "step": step},
-                state,
-            )  # fmt: skip
-    print(weights.save(options.out, matcher.eval(), version=0, parent=0))
-    state.unlink(missing_ok=True)
+            keep(progress, step, matcher, optimiser)
+    print(weights.save(options.out, matcher.folded(), version=0, parent=0))
+    progress.unlink(missing_ok=True)
+
+
+def keep(path: Path, step: int, matcher: ExpectationMatcher, optimiser: torch.optim.Optimizer) -> None:
+    """Writes what a later run needs to go on from here."""
+    tensors = {f"matcher.{name}": tensor.contiguous() for name, tensor in matcher.state_dict().items()}
+    for index, state in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{name}": tensor.contiguous() for name, tensor in state.items()}
+    weights.write(path, safetensors.torch.save(tensors, {"step": str(step)}))
+
+
+def resume(path: Path, matcher: ExpectationMatcher, optimiser: torch.optim.Optimizer, schedule) -> int:
+    """Goes on from what ``keep`` wrote; returns the steps already done."""
+    with safetensors.safe_open(path, "pt") as file:
+        step = int(file.metadata()["step"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    matcher.load_state_dict({name[8:]: tensor for name, tensor in tensors.items() if name.startswith("matcher.")})
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, field = name.split(".")
+            state.setdefault(int(index), {})[field] = tensor
+    for _ in range(step):
+        schedule.step()
+    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
+    print(f"going on from step {step}")
+    return step
 
 
 if __name__ == "__main__":

@@ -391,7 +391,8 @@ def render_recording(
         with _Bag(partial / "bag", camera) as bag:
             for k, stamp in enumerate(stamps.tolist()):
                 light = scene.image(torch.from_numpy(path_at(times[k] + shutter)), camera)
-                bag.write(stamp, sensor.expose(light, np.array([move(times[k]) for move in exposure]), rng, pattern), poses[k])
+                wander = np.array([move(times[k]) for move in exposure])
+                bag.write(stamp, sensor.expose(light, wander, rng, pattern), poses[k])
                 if k % depth_every == 0:
                     np.savez(partial / "depth" / f"{stamp}.npz", depth=scene.depth(poses[k], camera))
                 if progress:

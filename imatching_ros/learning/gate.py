@@ -65,7 +65,8 @@ def epipolar_error(matcher: Matcher, lesson: Lesson) -> Tensor:
     Corners are the frozen detector's: they ask the matcher everywhere.
     """
     camera, window = lesson.camera, lesson.window
-    corners = {i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS)) for i in {p.reference for p in lesson.pairs}}
+    references = {pair.reference for pair in lesson.pairs}
+    corners = {i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS)) for i in references}
     errors = []
     for pair, matches in zip(lesson.pairs, match(matcher, lesson, lesson.pairs, corners), strict=True):
         T = lie.compose(lie.inverse(window.T_world_camera[pair.target]), window.T_world_camera[pair.reference])

@@ -19,7 +19,7 @@ from ..geometry.correspondences import Correspondences
 from ..matching import weights
 from . import gate
 from .gate import Evidence, Verdict
-from .lesson import Lesson, Pair, make_lesson, match, objective, rematch, resolve, survivors_of
+from .lesson import Lesson, Pair, Survivors, make_lesson, match, objective, rematch, resolve, survivors_of
 from .probe import Probe, make_probe
 
 
@@ -97,7 +97,7 @@ class Learner:
     def add_image(self, stamp: int, image: np.ndarray) -> None:
         """An image (H, W) uint8."""
         if self.enabled:
-            _remember(self._images, stamp, torch.from_numpy(image).unsqueeze(0), self.options.images)
+            _remember(self._images, stamp, torch.tensor(image).unsqueeze(0), self.options.images)
 
     def add_correspondences(self, correspondences: Correspondences) -> None:
         """The rows of an image."""
@@ -228,11 +228,11 @@ class Learner:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _start_candidate(self, matcher: nn.Module) -> None:
-        self._candidate = copy.deepcopy(matcher).eval()  # batch statistics stay those of the first training
+        self._candidate = copy.deepcopy(matcher)
         self._optimiser = torch.optim.Adam(self._candidate.parameters(), lr=self.options.rate)
         self._lesson = None
         self._steps_left = self._worse = 0
-        self._judged = self.step_count = getattr(self, "step_count", 0)
+        self._judged = self.step_count
 
     def _use(self, matcher: nn.Module, parent: int) -> None:
         self._version += 1
@@ -247,16 +247,18 @@ class Learner:
         free = [stamp not in self._held_stamps for stamp in lesson.window.stamps.tolist()]
         return [pair for pair in lesson.pairs if free[pair.reference] and free[pair.target]]
 
-    def _next_lesson(self):
+    def _next_lesson(self) -> tuple[Lesson, Survivors] | None:
         """A window as the candidate sees it now: matched again, the lower level solved again, with its survivors."""
-        index = self._random.randrange(len(self._train))
-        lesson = resolve(rematch(self._candidate, self._train[index]), self.bundle)
-        if lesson is None or not self._trainable(lesson):  # the bundle found no stationary point with enough survivors: nothing to be learned
+        while self._train:
+            index = self._random.randrange(len(self._train))
+            lesson = resolve(rematch(self._candidate, self._train[index]), self.bundle)
+            if lesson is not None and self._trainable(lesson):
+                self._train[index] = lesson
+                return lesson, survivors_of(lesson, self.bundle.prune_px)
+            # No stationary point with enough survivors, or nothing but held-out images: nothing to be learned
             del self._train[index]
             self.skipped += 1
-            return None
-        self._train[index] = lesson
-        return lesson, survivors_of(lesson, self.bundle.prune_px)
+        return None
 
 
 def _remember(buffer: OrderedDict, key: int, value: object, most: int) -> None:

@@ -76,7 +76,7 @@ class ExpectationMatcher(nn.Module):
         plain = ExpectationMatcher()
         state = {name: tensor for name, tensor in self.state_dict().items() if name in plain.state_dict()}
         for name, block in self.named_modules():
-            if len(kinds := [type(layer) for layer in block.children()]) > 1 and kinds[:2] == [nn.Conv2d, nn.BatchNorm2d]:
+            if [type(layer) for layer in block.children()][:2] == [nn.Conv2d, nn.BatchNorm2d]:
                 fused = nn.utils.fusion.fuse_conv_bn_eval(block[0].eval(), block[1].eval())
                 state[f"{name}.0.weight"], state[f"{name}.0.bias"] = fused.weight, fused.bias
         plain.load_state_dict(state)

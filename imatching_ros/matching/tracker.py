@@ -91,7 +91,7 @@ class Tracker:
         return correspondences
 
     def _encode(self, image: np.ndarray) -> Any:
-        return self._matcher.encode(torch.from_numpy(image).to(self._device, torch.float32)[None, None] / 255)
+        return self._matcher.encode(torch.tensor(image, dtype=torch.float32, device=self._device)[None, None] / 255)
 
     @property
     def _device(self) -> torch.device:
