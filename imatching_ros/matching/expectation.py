@@ -18,7 +18,7 @@ COARSE_RADIUS, FINE_RADIUS = 2, 4  # half sizes of the windows of the two expect
 class Features:
     """Unit descriptors of a batch of images; what a keyframe caches."""
 
-    coarse: Tensor  #: (B, 64, ceil(H/16)*2, ceil(W/16)*2)
+    coarse: Tensor  #: (B, 64, ceil(H/16)*2, ceil(W/16)*2), 6x6 at least
     fine: Tensor  #: (B, ceil(H/16)*8, ceil(W/16)*8, 32), channels last: windows gather whole descriptors
     size: tuple[int, int]  #: H, W of the images
 
@@ -87,7 +87,8 @@ class ExpectationMatcher(nn.Module):
         height, width = images.shape[-2:]
         std, mean = torch.std_mean(images, dim=(-2, -1), keepdim=True)
         x = (images - mean) / (std + 1e-3)
-        x = F.pad(x, (0, -width % 16, 0, -height % 16), mode="replicate")
+        # A multiple of 16, and enough for one window of the coarse expectation
+        x = F.pad(x, (0, max(-width % 16, 48 - width), 0, max(-height % 16, 48 - height)), mode="replicate")
         x = x.contiguous(memory_format=torch.channels_last)
         x2 = self.to_2(x)
         x4 = self.to_4(x2)
@@ -176,8 +177,7 @@ def _window(row: Tensor, column: Tensor, radius: int, h: int, w: int) -> tuple[T
 
     At the image's border the window is moved inwards, not cut: every query sees as many cells.
     """
-    row = row.clamp(min(radius, (h - 1) // 2), max(h - 1 - radius, h // 2))
-    column = column.clamp(min(radius, (w - 1) // 2), max(w - 1 - radius, w // 2))
+    row, column = row.clamp(radius, h - 1 - radius), column.clamp(radius, w - 1 - radius)
     offset = torch.arange(-radius, radius + 1, device=row.device)
     rows = (row[..., None, None] + offset[:, None]).expand(*row.shape, len(offset), len(offset)).flatten(-2)
     columns = (column[..., None, None] + offset).expand(*row.shape, len(offset), len(offset)).flatten(-2)

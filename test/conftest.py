@@ -1,0 +1,49 @@
+"""What the tests of several rooms share: recordings that are rendered once, and the shipped matcher."""
+
+from dataclasses import replace
+
+import pytest
+
+from imatching_ros.data.recording import open_recording
+from imatching_ros.data.synthetic import Sensor, render_recording
+from imatching_ros.matching import weights
+
+SIZE = (320, 240)
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The shipped matcher and what its file says of itself. It is shared: copy it before changing it."""
+    return weights.load(weights.default_path())
+
+
+@pytest.fixture(scope="session")
+def daylight(tmp_path_factory):
+    """The folder of a room seen for two seconds by a good camera."""
+    return render_recording(tmp_path_factory.mktemp("rendered") / "daylight", frames=40, size=SIZE, depth_every=5)
+
+
+@pytest.fixture(scope="session")
+def dusk(tmp_path_factory):
+    """The folder of the same room seen for four seconds by a bad camera in low light: what there is to learn from."""
+    return render_recording(
+        tmp_path_factory.mktemp("rendered") / "dusk",
+        frames=80,
+        size=SIZE,
+        sensor=replace(Sensor.low_light(0.5), fixed_pattern=12.0),
+        depth_every=5,
+    )
+
+
+@pytest.fixture(scope="session")
+def day(daylight):
+    """The camera and the images (stamp, (H, W) uint8) of the daylight recording."""
+    recording = open_recording(daylight)
+    return recording.camera, list(recording)
+
+
+@pytest.fixture(scope="session")
+def night(dusk):
+    """The camera and the images (stamp, (H, W) uint8) of the recording in low light."""
+    recording = open_recording(dusk)
+    return recording.camera, list(recording)
