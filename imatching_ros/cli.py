@@ -16,7 +16,7 @@ from rich.console import Console
 
 from . import __version__
 
-GAP = 10  #: images between the last that trained and the first that is measured
+GAP = 5  #: images between the last that trained and the first that is measured
 PICTURE_STEP = 10  #: images between the two of the report's picture
 DEMO_FRAMES, DEMO_SEED = 300, 0
 
@@ -171,6 +171,11 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
         console.print(f"[yellow]{note}[/]")
     trajectory = trajectory_accuracy(result.keyframe_stamps, result.keyframe_poses, recording.ground_truth)
     before, after, pictures = _measure(recording, result.train_frames, [result.weights_before, result.weights_after])
+
+    def count(key: str) -> int | None:
+        value = result.figure("learner", key)
+        return None if value is None else int(value)
+
     steps = [event.values for event in result.learning if event.kind == "step"]
     verdicts = [event.values for event in result.learning if event.kind == "verdict"]
     figures = {
@@ -183,10 +188,10 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
         "trajectory": trajectory,
         "matching": {"before": before, "after": after},
         "learning": {
-            "steps": result.figure("learner", "steps"),
-            "windows": result.figure("learner", "windows"),
-            "promotions": result.figure("learner", "promotions"),
-            "rollbacks": result.figure("learner", "rollbacks"),
+            "steps": count("steps"),
+            "windows": count("windows"),
+            "promotions": count("promotions"),
+            "rollbacks": count("rollbacks"),
             "seconds": result.learning_seconds if steps else None,
             "model_version": int(result.frame_models.max()),
         },

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import least_squares
 
-from imatching_ros.bundle.adjust import AdjustOptions, adjust
+from imatching_ros.bundle.adjust import BACKENDS, AdjustOptions, adjust
 from imatching_ros.bundle.problem import problem
 from imatching_ros.bundle.robust import KERNELS, Kernel
 from imatching_ros.geometry import lie, triangulation

@@ -1,4 +1,4 @@
-"""Levenberg-Marquardt with Schur elimination (paper, equation 1b): the reference implementation, plain torch.
+"""Levenberg-Marquardt with Schur elimination (paper, equation 1b), and its reference implementation in plain torch.
 
 For pose k = (R, c) and landmark p let d = p - c. An observation's residual e has the Jacobian A = de/dp (2x3);
 moving the camera by ``lie.retract`` gives de/dc = -A and, for a rotation about the world's axes, de/dw = A [d]x:
@@ -11,14 +11,20 @@ normal equations are
 
 from __future__ import annotations
 
+import importlib
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, Problem
-from imatching_ros.bundle.robust import Kernel
+from imatching_ros.bundle.robust import KERNELS, Kernel
 from imatching_ros.geometry import lie
+
+BACKENDS = ("auto", "eager", "cpu")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,11 @@ class AdjustOptions:
     max_iterations: int = 50
     relative_decrease: float = 1e-6  #: of the cost in the last step
     gradient: float = 1e-3  #: largest cosine between the whitened residual and a column of its Jacobian
+    backend: str = "auto"  #: "eager": torch, any device; "cpu": compiled by numba; "auto": this one where it can be
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"bundle back end '{self.backend}' is not known; use one of {', '.join(BACKENDS)}")
 
 
 @dataclass(frozen=True)
@@ -47,18 +58,52 @@ def adjust(problem: Problem, options: AdjustOptions | None = None, fixed: Tensor
     translation component of the pose farthest from it.
     Converged: the last step's relative decrease and the gradient are both below their bounds, or the cost is rounding.
     Deterministic on the CPU. While solving, the first pose is the origin, for the sake of rounding.
-    Raises ValueError where there is no observation or no pose is held.
+    Raises ValueError where there is no observation or no pose is held, or the back end is "cpu" and cannot be had.
     """
     options = options or AdjustOptions()
     if len(problem.pose) == 0:
         raise ValueError("there is nothing to adjust: the bundle has no valid observation")
+    on_cpu = problem.points.device.type == "cpu"
+    if options.backend == "cpu" and not (on_cpu and compiled()):
+        raise ValueError("the bundle's back end 'cpu' wants tensors on the CPU and numba; use 'auto' or 'eager'")
     with torch.inference_mode():
         free = _free(problem.T_world_camera, fixed)
-        solution = _minimise(_System(problem, options.kernel, free), options)
+        if options.backend != "eager" and on_cpu and compiled():
+            solution = _minimise_compiled(problem, options, free)
+        else:
+            solution = _minimise(_System(problem, options.kernel, free), options)
     # Cloned outside, they are ordinary tensors that autograd may use.
     return replace(
         solution, T_world_camera=solution.T_world_camera.clone(), points=solution.points.clone()
     )
+
+
+@cache
+def compiled() -> ModuleType | None:
+    """compiled.py, or None with a notice where numba is not to be had. The first time on a machine this compiles for
+    some twenty seconds: call it when starting up."""
+    try:
+        return importlib.import_module("imatching_ros.bundle.compiled")
+    except (ImportError, RuntimeError) as error:  # numba absent, at odds with numpy, or nowhere to keep its cache
+        logging.getLogger(__name__).warning(
+            "bundle adjustment runs ten times slower, in plain torch: numba cannot be used (%s)", error
+        )
+        return None
+
+
+def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -> Solution:
+    def array(tensor: Tensor):
+        return tensor.detach().contiguous().numpy()
+
+    fx, fy = problem.focal.tolist()
+    mask = torch.zeros(len(problem.T_world_camera), 6, dtype=torch.bool)
+    mask.view(-1)[free] = True
+    T, points, *rest = compiled().minimise(
+        array(problem.T_world_camera), array(problem.points), array(problem.pose), array(problem.landmark),
+        array(problem.xy), array(problem.cov), fx, fy, array(mask), KERNELS.index(options.kernel.name),
+        float(options.kernel.scale), options.max_iterations, options.relative_decrease, options.gradient,
+    )  # fmt: skip
+    return Solution(torch.from_numpy(T), torch.from_numpy(points), *rest)
 
 
 def _minimise(system: _System, options: AdjustOptions) -> Solution:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
@@ -29,6 +30,7 @@ class LearnerOptions:
 
     rate: float = 3e-4  #: Adam's learning rate (the paper's is 1e-4, over hours)
     clip: float = 1.0  #: largest norm of a gradient
+    average: float = 0.9  #: of the candidate's weights: what one step adds is one part in ten of what is judged
     coarse: float = 0.1  #: weight of the coarse head's loss
     targets: int = 2  #: keyframes j per step; each with all its references
     steps_per_solve: int = 5  #: gradient steps before the window is matched and solved anew
@@ -77,12 +79,14 @@ class Learner:
         self._images: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._messages: OrderedDict[int, Correspondences] = OrderedDict()
         self._train: list[Lesson] = []
-        self._held_out: list[Lesson] = []
+        self._held_out: list[tuple[Lesson, list[Pair]]] = []  # with the pairs of which neither image ever trained
         self._probes: list[Probe] = []
         self._held_stamps: set[int] = set()
+        self._trained_stamps: set[int] = set()
         self._windows = 0
         self._last_stamps: set[int] = set()
         self._evidence: tuple[int, Evidence] | None = None  # of the incumbent, with the number of windows it is of
+        self._device = next(matcher.parameters()).device
         self._start_candidate(matcher)
 
     def start_recording(self, camera: Camera) -> None:
@@ -114,11 +118,14 @@ class Learner:
             return False
         self._last_stamps = stamps
         self._windows += 1
-        if self._windows % self.options.held_out == 2:
-            self._held_out = (self._held_out + [lesson])[-4:]
+        fresh = _pairs_without(lesson, self._trained_stamps)  # windows overlap: some of its images may have trained
+        if self._windows % self.options.held_out == 2 and fresh:
+            self._held_out = (self._held_out + [(lesson, fresh)])[-4:]
             self._held_stamps |= stamps
             images = list(lesson.images[:, 0].numpy())
-            self._probes = (self._probes + [make_probe(images, k, self._windows) for k in (0, len(images) // 2)])[-8:]
+            chosen = sorted({index for pair in fresh for index in (pair.reference, pair.target)})
+            chosen = chosen[0], chosen[len(chosen) // 2]
+            self._probes = (self._probes + [make_probe(images, k, self._windows) for k in chosen])[-8:]
         else:
             self._train = (self._train + [lesson])[-self.options.lessons :]
         return True
@@ -152,7 +159,7 @@ class Learner:
                 return None
         self._steps_left -= 1
         lesson, survivors = self._lesson
-        pairs = self._trainable(lesson)
+        pairs = _pairs_without(lesson, self._held_stamps)
         # Neighbours share their references, so that few images are encoded for many pairs
         frames = sorted({pair.target for pair in pairs})
         first = self._random.randrange(max(len(frames) - self.options.targets, 0) + 1)
@@ -172,7 +179,10 @@ class Learner:
             self.skipped += 1
             return None
         self._optimiser.step()
+        self._average.update_parameters(self._candidate)
         self.step_count += 1
+        stamps = lesson.window.stamps.tolist()
+        self._trained_stamps.update(stamps[index] for pair in pairs for index in (pair.reference, pair.target))
         return StepResult(self.step_count, float(fine.detach()) / rows, rows, time.perf_counter() - started)
 
     def verdict(self, now: bool = False) -> Verdict | None:
@@ -183,13 +193,13 @@ class Learner:
         self._judged = self.step_count
         if self._evidence is None or self._evidence[0] != self._windows:
             incumbent, _ = weights.loads(self._history[-1][0])
-            incumbent.to(next(self._candidate.parameters()).device)
-            self._evidence = (self._windows, self._gather(incumbent))
-        evidence = self._gather(self._candidate)
+            self._evidence = (self._windows, self._gather(incumbent.to(self._device)))
+        candidate = self._average.module
+        evidence = self._gather(candidate)
         mark, reason, figures = gate.judge(evidence, self._evidence[1])
         self._worse = self._worse + 1 if mark < 0 else 0
         if mark > 0:
-            self._use(self._candidate, parent=self._version)
+            self._use(candidate, parent=self._version)
             self._evidence = (self._windows, evidence)
             self.promotions += 1
         rolled_back = self._worse >= self.options.patience
@@ -220,7 +230,8 @@ class Learner:
         self._messages.clear()
         self._train, self._held_out, self._probes = [], [], []
         self._held_stamps.clear()
-        self._last_stamps, self._evidence = set(), None
+        self._trained_stamps.clear()
+        self._last_stamps = set()
         self._use(matcher, parent=info.version)
         self._start_candidate(matcher)
         return self._version
@@ -228,37 +239,40 @@ class Learner:
     # ----------------------------------------------------------------------------------------------------------------
 
     def _start_candidate(self, matcher: nn.Module) -> None:
-        self._candidate = copy.deepcopy(matcher)
+        self._candidate = copy.deepcopy(matcher).to(self._device)
         self._optimiser = torch.optim.Adam(self._candidate.parameters(), lr=self.options.rate)
+        self._average = AveragedModel(self._candidate, multi_avg_fn=get_ema_multi_avg_fn(self.options.average))
         self._lesson = None
         self._steps_left = self._worse = 0
         self._judged = self.step_count
 
     def _use(self, matcher: nn.Module, parent: int) -> None:
         self._version += 1
+        self._evidence = None
         self._history.append(weights.dumps(matcher, self._version, parent))
         del self._history[1:-10]  # the first and the last ten
 
     def _gather(self, matcher: nn.Module) -> Evidence:
         return gate.gather(matcher, self._held_out, self._probes, self.bundle)
 
-    def _trainable(self, lesson: Lesson) -> list[Pair]:
-        """The pairs of which neither image is held out."""
-        free = [stamp not in self._held_stamps for stamp in lesson.window.stamps.tolist()]
-        return [pair for pair in lesson.pairs if free[pair.reference] and free[pair.target]]
-
     def _next_lesson(self) -> tuple[Lesson, Survivors] | None:
         """A window as the candidate sees it now: matched again, the lower level solved again, with its survivors."""
         while self._train:
             index = self._random.randrange(len(self._train))
             lesson = resolve(rematch(self._candidate, self._train[index]), self.bundle)
-            if lesson is not None and self._trainable(lesson):
+            if lesson is not None and _pairs_without(lesson, self._held_stamps):
                 self._train[index] = lesson
                 return lesson, survivors_of(lesson, self.bundle.prune_px)
             # No stationary point with enough survivors, or nothing but held-out images: nothing to be learned
             del self._train[index]
             self.skipped += 1
         return None
+
+
+def _pairs_without(lesson: Lesson, stamps: set[int]) -> list[Pair]:
+    """The pairs of which neither image has one of these stamps."""
+    free = [stamp not in stamps for stamp in lesson.window.stamps.tolist()]
+    return [pair for pair in lesson.pairs if free[pair.reference] and free[pair.target]]
 
 
 def _remember(buffer: OrderedDict, key: int, value: object, most: int) -> None:

@@ -102,7 +102,7 @@ TABLE: tuple[Parameter, ...] = (
     # The upper level
     Parameter("learning_rate", _L, 3e-4, "Adam's learning rate.", 1e-8, 0.1, option="learner.rate"),
     Parameter("clip", _L, 1.0, "Largest norm of a gradient.", 1e-6, 1e6, option="learner.clip"),
-    Parameter("verdict_every", _L, 40, "Gradient steps between two verdicts of the gate.", 1, 100_000,
+    Parameter("verdict_every", _L, 30, "Gradient steps between two verdicts of the gate.", 1, 100_000,
               option="learner.verdict_every"),
     Parameter("lessons", _L, 24, "Windows that are remembered.", 1, 1000, read_only=True, option="learner.lessons"),
     Parameter("seed", _L, 0, "Of the order of lessons.", 0, 2**31 - 1, read_only=True, option="learner.seed"),

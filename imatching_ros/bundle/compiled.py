@@ -1,0 +1,664 @@
+"""The solver of adjust.py compiled for the CPU: the same equations and the same decisions, landmarks side by side.
+
+Observed landmarks are sorted by the keyframes they span and stand in blocks of ``LANES``, one per SIMD lane. A block
+holds a *cell* for every pose that any of its landmarks is seen by, a cell one *layer* per row that observes it; what
+is missing has no information. Sums run in a fixed order on one thread, so that equal input gives equal bits.
+
+State, residual, gradient, cost and Cholesky factors are float64. The Jacobian is rounded to float32 before anything
+is made of it, so that the normal equations are exactly those of one matrix; the elimination's products are float32,
+their sum float64. That costs a step about seven digits, which the next step repairs.
+
+Importing this module compiles it, once per machine: numba keeps the result beside the file or in the user's cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+
+from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
+from imatching_ros.bundle.robust import KERNELS
+
+LANES = 64
+HUBER, CAUCHY, GEMAN_MCCLURE = (KERNELS.index(name) for name in ("huber", "cauchy", "geman_mcclure"))
+
+# Rows of the flat scratch memory, LANES values each. One array with constant offsets: the compiler then sees that
+# nothing overlaps, and vectorises.
+N = LANES
+DX, DY, DZ, U, V, INVERSE, FRONT = 0, N, 2 * N, 3 * N, 4 * N, 5 * N, 6 * N
+EX, EY, GX, GY, S, WEIGHT, BEND = 7 * N, 8 * N, 9 * N, 10 * N, 11 * N, 12 * N, 13 * N
+XX, XY, YY, BX, BY = 14 * N, 15 * N, 16 * N, 17 * N, 18 * N
+W0, W1, W2, W3, W4, W5 = 19 * N, 20 * N, 21 * N, 22 * N, 23 * N, 24 * N
+L00, L10, L11, L20, L21, L22 = 25 * N, 26 * N, 27 * N, 28 * N, 29 * N, 30 * N
+Q0, Q1, Q2 = 31 * N, 32 * N, 33 * N
+SCRATCH = 34 * N
+
+# Not "nnan" or "ninf": comparisons with what is not finite must keep their meaning.
+_compiled = njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
+
+
+@_compiled
+def layout(pose, landmark, poses, landmarks):
+    """Where every observation goes: blocks of cells of layers, and the envelope of the reduced system."""
+    O = len(pose)
+    low, high = np.full(landmarks, poses), np.full(landmarks, -1)
+    for o in range(O):
+        l = landmark[o]
+        low[l], high[l] = min(low[l], pose[o]), max(high[l], pose[o])
+    # Counting sort of the observed landmarks by first pose and last, these up and down: neighbours see much the same.
+    start = np.zeros(poses * poses + 1, np.int64)
+    place = np.full(landmarks, -1)
+    for l in range(landmarks):
+        if high[l] >= 0:
+            place[l] = low[l] * poses + (high[l] if low[l] % 2 else poses - 1 - high[l])
+            start[place[l] + 1] += 1
+    start = np.cumsum(start)
+    total = start[-1]
+    for l in range(landmarks):
+        if place[l] >= 0:
+            start[place[l]] += 1
+            place[l] = start[place[l]] - 1
+    blocks = (total + LANES - 1) // LANES
+    order = np.full(blocks * LANES, -1)
+    first_row = np.zeros(landmarks + 1, np.int64)
+    for l in range(landmarks):
+        if place[l] >= 0:
+            order[place[l]] = l
+    for o in range(O):
+        first_row[landmark[o] + 1] += 1
+    first_row = np.cumsum(first_row)
+
+    cell_of_block = np.zeros(blocks + 1, np.int64)
+    most = min(O, blocks * poses)
+    cell_pose, layer_of_cell = np.zeros(most, np.int64), np.zeros(most + 1, np.int64)
+    slot, lane = np.zeros(O, np.int64), np.zeros(O, np.int64)
+    envelope = np.arange(poses)
+    count = np.zeros((poses, LANES), np.int64)
+    cells, layers = 0, 0
+    base = np.zeros(poses, np.int64)
+    for b in range(blocks):
+        begin, end = poses, -1
+        for i in range(LANES):
+            l = order[b * LANES + i]
+            if l < 0:
+                continue
+            begin, end = min(begin, low[l]), max(end, high[l])
+            for o in range(first_row[l], first_row[l + 1]):
+                k = pose[o]
+                slot[o], lane[o] = count[k, i], i
+                count[k, i] += 1
+                envelope[k] = min(envelope[k], low[l])
+        for k in range(begin, end + 1):
+            deepest = 0
+            for i in range(LANES):
+                if count[k, i] > 0:
+                    deepest = max(deepest, count[k, i])
+                    count[k, i] = 0
+            if deepest:
+                base[k] = layers
+                cell_pose[cells] = k
+                layers += deepest
+                cells += 1
+                layer_of_cell[cells] = layers
+        cell_of_block[b + 1] = cells
+        for i in range(LANES):
+            l = order[b * LANES + i]
+            if l >= 0:
+                for o in range(first_row[l], first_row[l + 1]):
+                    slot[o] += base[pose[o]]
+    return order, cell_of_block, cell_pose[:cells], layer_of_cell[: cells + 1], slot, lane, envelope
+
+
+@_compiled
+def place_observations(slot, lane, layers, xy, cov):
+    """(layers, 5 * LANES): x, y and the information's uu, uv, vv; all zero where nothing is observed."""
+    rows = np.zeros((layers, 5 * LANES))
+    for o in range(len(slot)):
+        row, i = rows[slot[o]], lane[o]
+        uu, uv, vv = cov[o, 0], cov[o, 1], cov[o, 2]
+        determinant = uu * vv - uv * uv
+        row[i], row[LANES + i] = xy[o, 0], xy[o, 1]
+        row[2 * LANES + i], row[3 * LANES + i], row[4 * LANES + i] = vv / determinant, -uv / determinant, uu / determinant
+    return rows
+
+
+@_compiled
+def rotations(q):
+    """(K, 9), row by row."""
+    R = np.empty((len(q), 9))
+    for k in range(len(q)):
+        size = math.sqrt(q[k, 0] ** 2 + q[k, 1] ** 2 + q[k, 2] ** 2 + q[k, 3] ** 2)
+        x, y, z, w = q[k, 0] / size, q[k, 1] / size, q[k, 2] / size, q[k, 3] / size
+        R[k, 0], R[k, 1], R[k, 2] = 1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)
+        R[k, 3], R[k, 4], R[k, 5] = 2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)
+        R[k, 6], R[k, 7], R[k, 8] = 2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)
+    return R
+
+
+@_compiled
+def project(t, p, R, c):
+    """A block's landmarks in one camera."""
+    c0, c1, c2 = c[0], c[1], c[2]
+    r0, r1, r2, r3, r4, r5, r6, r7, r8 = R[0], R[1], R[2], R[3], R[4], R[5], R[6], R[7], R[8]
+    for i in range(LANES):
+        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+        depth = r2 * x + r5 * y + r8 * z
+        front = depth > MIN_DEPTH
+        inverse = 1.0 / (depth if front else 1.0)
+        t[DX + i], t[DY + i], t[DZ + i] = x, y, z
+        t[U + i] = (r0 * x + r3 * y + r6 * z) * inverse
+        t[V + i] = (r1 * x + r4 * y + r7 * z) * inverse
+        t[INVERSE + i] = inverse
+        t[FRONT + i] = 1.0 if front else 0.0
+
+
+@_compiled
+def residual(t, row, fx, fy):
+    """g = information times residual, and s, of one layer of a projected cell."""
+    for i in range(LANES):
+        ex = fx * (t[U + i] - row[i])
+        ey = fy * (t[V + i] - row[N + i])
+        xx, xy, yy = row[2 * N + i], row[3 * N + i], row[4 * N + i]
+        gx, gy = xx * ex + xy * ey, xy * ex + yy * ey
+        behind = BEHIND_PX * BEHIND_PX if xx > 0 else 0.0
+        t[GX + i], t[GY + i] = gx, gy
+        t[S + i] = ex * gx + ey * gy if t[FRONT + i] > 0 else behind
+
+
+@_compiled
+def rho(t, kernel, scale):
+    """Sum of the kernel's values (robust.Kernel.rho)."""
+    c2, total = scale * scale, 0.0
+    if kernel == HUBER:
+        for i in range(LANES):
+            s = t[S + i]
+            total += s if s <= c2 else 2 * scale * math.sqrt(s) - c2
+    elif kernel == CAUCHY:
+        for i in range(LANES):
+            total += c2 * math.log1p(t[S + i] / c2)
+    elif kernel == GEMAN_MCCLURE:
+        for i in range(LANES):
+            total += c2 * t[S + i] / (c2 + t[S + i])
+    else:
+        for i in range(LANES):
+            total += t[S + i]
+    return total
+
+
+@_compiled
+def reweight(t, kernel, scale, curved):
+    """Weights and, if ``curved``, what they lose along the residual (robust.Kernel.weight and .radial)."""
+    c2 = scale * scale
+    if kernel == HUBER:
+        for i in range(LANES):
+            s = t[S + i]
+            t[WEIGHT + i] = scale / math.sqrt(max(s, c2))
+            t[BEND + i] = 0.0 if s <= c2 else 0.8
+    elif kernel == CAUCHY:
+        for i in range(LANES):
+            s = t[S + i]
+            t[WEIGHT + i] = c2 / (c2 + s)
+            t[BEND + i] = min(1 - (c2 - s) / (c2 + s), 0.8)
+    elif kernel == GEMAN_MCCLURE:
+        for i in range(LANES):
+            s = t[S + i]
+            w = c2 / (c2 + s)
+            t[WEIGHT + i] = w * w
+            t[BEND + i] = min(1 - (c2 - 3 * s) / (c2 + s), 0.8)
+    else:
+        for i in range(LANES):
+            t[WEIGHT + i], t[BEND + i] = 1.0, 0.0
+    energy = 0.0
+    for i in range(LANES):
+        w = t[WEIGHT + i] * t[FRONT + i]
+        t[WEIGHT + i] = w
+        energy += w * t[S + i]
+        t[BEND + i] = w * t[BEND + i] / max(t[S + i], 1e-12) if curved else 0.0
+    return energy
+
+
+@_compiled
+def evaluate(t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale):
+    """1/2 sum rho(s)."""
+    R, total = rotations(q), 0.0
+    for b in range(len(p)):
+        for cell in range(cell_of_block[b], cell_of_block[b + 1]):
+            k = cell_pose[cell]
+            project(t, p[b], R[k], c[k])
+            for layer in range(layer_of_cell[cell], layer_of_cell[cell + 1]):
+                residual(t, rows[layer], fx, fy)
+                total += rho(t, kernel, scale)
+    return 0.5 * total
+
+
+@_compiled
+def linearise(
+    t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, curved, jacobian, point, camera
+):
+    """The blocks of the normal equations at a state, lane by lane; returns the weighted residuals' square.
+
+    jacobian: (cells, 6 * LANES), W. point: (blocks, 9 * LANES), Hpp and gp. camera: (K, 27 * LANES), Hcc and -gc.
+    """
+    R, energy = rotations(q), 0.0
+    point[:] = 0.0
+    camera[:] = 0.0
+    for b in range(len(p)):
+        for cell in range(cell_of_block[b], cell_of_block[b + 1]):
+            k = cell_pose[cell]
+            project(t, p[b], R[k], c[k])
+            t[XX : BY + N] = 0.0
+            for layer in range(layer_of_cell[cell], layer_of_cell[cell + 1]):
+                row = rows[layer]
+                residual(t, row, fx, fy)
+                energy += reweight(t, kernel, scale, curved)
+                for i in range(LANES):
+                    w, bend, gx, gy = t[WEIGHT + i], t[BEND + i], t[GX + i], t[GY + i]
+                    t[XX + i] += w * row[2 * N + i] - bend * gx * gx
+                    t[XY + i] += w * row[3 * N + i] - bend * gx * gy
+                    t[YY + i] += w * row[4 * N + i] - bend * gy * gy
+                    t[BX + i] += w * gx
+                    t[BY + i] += w * gy
+            add_cell(t, R[k], fx, fy, jacobian[cell], point[b], camera[k])
+    return energy
+
+
+@_compiled
+def add_cell(t, R, fx, fy, w, point, camera):
+    """A cell's W = A^T C to w; W W^T and b = A^T g added to the landmarks'; V V^T, the lower triangle row by row, and
+    [b; d x b] to the camera's."""
+    r0, r1, r2, r3, r4, r5, r6, r7, r8 = R[0], R[1], R[2], R[3], R[4], R[5], R[6], R[7], R[8]
+    for i in range(LANES):
+        sx, sy, u, v = fx * t[INVERSE + i], fy * t[INVERSE + i], t[U + i], t[V + i]
+        ax0, ax1, ax2 = sx * (r0 - u * r2), sx * (r3 - u * r5), sx * (r6 - u * r8)
+        ay0, ay1, ay2 = sy * (r1 - v * r2), sy * (r4 - v * r5), sy * (r7 - v * r8)
+        gx, gy = t[BX + i], t[BY + i]
+        g0, g1, g2 = ax0 * gx + ay0 * gy, ax1 * gx + ay1 * gy, ax2 * gx + ay2 * gy
+        c00 = math.sqrt(t[XX + i])
+        c10 = t[XY + i] / (c00 if c00 > 0 else 1.0)
+        c11 = math.sqrt(max(t[YY + i] - c10 * c10, 0.0))
+        # Rounded, and from here on the same for everybody.
+        s0, s1 = np.float32(c00 * ax0 + c10 * ay0), np.float32(c00 * ax1 + c10 * ay1)
+        s2, s3 = np.float32(c00 * ax2 + c10 * ay2), np.float32(c11 * ay0)
+        s4, s5 = np.float32(c11 * ay1), np.float32(c11 * ay2)
+        w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i] = s0, s1, s2, s3, s4, s5
+        a0, a1, a2 = np.float64(s0), np.float64(s1), np.float64(s2)
+        b0, b1, b2 = np.float64(s3), np.float64(s4), np.float64(s5)
+        h0, h1, h2 = a0 * a0 + b0 * b0, a1 * a0 + b1 * b0, a1 * a1 + b1 * b1
+        h3, h4, h5 = a2 * a0 + b2 * b0, a2 * a1 + b2 * b1, a2 * a2 + b2 * b2
+        point[i] += h0
+        point[N + i] += h1
+        point[2 * N + i] += h2
+        point[3 * N + i] += h3
+        point[4 * N + i] += h4
+        point[5 * N + i] += h5
+        point[6 * N + i] += g0
+        point[7 * N + i] += g1
+        point[8 * N + i] += g2
+        x, y, z = t[DX + i], t[DY + i], t[DZ + i]
+        a3, a4, a5 = y * a2 - z * a1, z * a0 - x * a2, x * a1 - y * a0
+        b3, b4, b5 = y * b2 - z * b1, z * b0 - x * b2, x * b1 - y * b0
+        camera[i] += h0
+        camera[N + i] += h1
+        camera[2 * N + i] += h2
+        camera[3 * N + i] += h3
+        camera[4 * N + i] += h4
+        camera[5 * N + i] += h5
+        camera[6 * N + i] += a3 * a0 + b3 * b0
+        camera[7 * N + i] += a3 * a1 + b3 * b1
+        camera[8 * N + i] += a3 * a2 + b3 * b2
+        camera[9 * N + i] += a3 * a3 + b3 * b3
+        camera[10 * N + i] += a4 * a0 + b4 * b0
+        camera[11 * N + i] += a4 * a1 + b4 * b1
+        camera[12 * N + i] += a4 * a2 + b4 * b2
+        camera[13 * N + i] += a4 * a3 + b4 * b3
+        camera[14 * N + i] += a4 * a4 + b4 * b4
+        camera[15 * N + i] += a5 * a0 + b5 * b0
+        camera[16 * N + i] += a5 * a1 + b5 * b1
+        camera[17 * N + i] += a5 * a2 + b5 * b2
+        camera[18 * N + i] += a5 * a3 + b5 * b3
+        camera[19 * N + i] += a5 * a4 + b5 * b4
+        camera[20 * N + i] += a5 * a5 + b5 * b5
+        camera[21 * N + i] += g0
+        camera[22 * N + i] += g1
+        camera[23 * N + i] += g2
+        camera[24 * N + i] += y * g2 - z * g1
+        camera[25 * N + i] += z * g0 - x * g2
+        camera[26 * N + i] += x * g1 - y * g0
+
+
+@_compiled
+def sum_lanes(camera):
+    """(K, 27 * LANES) to Hcc (K, 21) and gc (K, 6)."""
+    H, g = np.empty((len(camera), 21)), np.empty((len(camera), 6))
+    for k in range(len(camera)):
+        for j in range(27):
+            row, total = camera[k, j * LANES : (j + 1) * LANES], 0.0
+            for i in range(LANES):
+                total += row[i]
+            if j < 21:
+                H[k, j] = total
+            else:
+                g[k, j - 21] = -total
+    return H, g
+
+
+@_compiled
+def steepest(point, H, g, free, energy):
+    """The largest cosine between the whitened residual and a column of its Jacobian."""
+    worst = 0.0
+    for b in range(len(point)):
+        h = point[b]
+        for i in range(LANES):
+            worst = max(worst, h[6 * N + i] ** 2 / max(h[i], 1e-300))
+            worst = max(worst, h[7 * N + i] ** 2 / max(h[2 * N + i], 1e-300))
+            worst = max(worst, h[8 * N + i] ** 2 / max(h[5 * N + i], 1e-300))
+    for k in range(len(H)):
+        for j in range(6):
+            if free[k, j]:
+                worst = max(worst, g[k, j] ** 2 / max(H[k, j * (j + 3) // 2], 1e-300))
+    return math.sqrt(worst / energy) if energy > 0 else 0.0
+
+
+@_compiled
+def factor_points(t, h, damping):
+    """Closed-form Cholesky of a block's damped Hpp; the diagonal is kept as its inverse."""
+    lift = 1 + damping
+    for i in range(LANES):
+        h00, h10, h11, h20, h21, h22 = h[i], h[N + i], h[2 * N + i], h[3 * N + i], h[4 * N + i], h[5 * N + i]
+        trace = h00 + h11 + h22
+        floor = 1e-14 * trace if trace > 0 else 1.0
+        l00 = 1 / math.sqrt(max(h00 * lift, floor))
+        l10, l20 = h10 * l00, h20 * l00
+        l11 = 1 / math.sqrt(max(h11 * lift - l10 * l10, floor))
+        l21 = (h21 - l20 * l10) * l11
+        l22 = 1 / math.sqrt(max(h22 * lift - l20 * l20 - l21 * l21, floor))
+        t[L00 + i], t[L10 + i], t[L11 + i], t[L20 + i], t[L21 + i], t[L22 + i] = l00, l10, l11, l20, l21, l22
+
+
+@_compiled
+def solve_points(t):
+    """Q becomes (L L^T)^-1 Q."""
+    for i in range(LANES):
+        l00, l10, l11, l20, l21, l22 = t[L00 + i], t[L10 + i], t[L11 + i], t[L20 + i], t[L21 + i], t[L22 + i]
+        z0 = t[Q0 + i] * l00
+        z1 = (t[Q1 + i] - l10 * z0) * l11
+        z2 = (t[Q2 + i] - l20 * z0 - l21 * z1) * l22 * l22
+        z1 = (z1 - l21 * z2) * l11
+        t[Q0 + i], t[Q1 + i], t[Q2 + i] = (z0 - l10 * z1 - l20 * z2) * l00, z1, z2
+
+
+@_compiled
+def eliminate(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, held, envelope, reduced, rhs, e):
+    """E E^T into ``reduced`` (K, K, 6, 6), lower blocks, and E y into the lanes of ``rhs`` (K, 6 * LANES).
+
+    Without the poses ``held``. e: (K, 18 * LANES) float32, room for a block's E.
+    """
+    for k in range(len(c)):
+        reduced[k, envelope[k] : k + 1] = 0.0
+    rhs[:] = 0.0
+    poses = np.empty(len(c), np.int64)
+    for b in range(len(p)):
+        h, n = point[b], 0
+        factor_points(t, h, damping)
+        for i in range(3 * LANES):
+            t[Q0 + i] = h[6 * N + i]
+        solve_points(t)
+        for cell in range(cell_of_block[b], cell_of_block[b + 1]):
+            k = cell_pose[cell]
+            if not held[k]:
+                whiten(t, p[b], c[k], jacobian[cell], e[n], rhs[k])
+                poses[n] = k
+                n += 1
+        for i in range(n):
+            for j in range(i + 1):
+                x = reduced[poses[i], poses[j]]
+                add_products(e[i], e[j], x, 0, 0)
+                add_products(e[i], e[j], x, 3, 0)
+                add_products(e[i], e[j], x, 3, 3)
+                if i > j:
+                    add_products(e[i], e[j], x, 0, 3)
+
+
+@_compiled
+def whiten(t, p, c, w, e, rhs):
+    """E = V (L^-1 W)^T of a cell, row by row: e (18 * LANES). And V W^T of Q, added to ``rhs``."""
+    c0, c1, c2 = c[0], c[1], c[2]
+    for i in range(6 * LANES):
+        t[W0 + i] = w[i]
+    for i in range(LANES):
+        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+        a0, a1, a2, b0, b1, b2 = t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i]
+        a, b = a0 * t[Q0 + i] + a1 * t[Q1 + i] + a2 * t[Q2 + i], b0 * t[Q0 + i] + b1 * t[Q1 + i] + b2 * t[Q2 + i]
+        m0, m1, m2 = a0 * a + b0 * b, a1 * a + b1 * b, a2 * a + b2 * b
+        rhs[i] += m0
+        rhs[N + i] += m1
+        rhs[2 * N + i] += m2
+        rhs[3 * N + i] += y * m2 - z * m1
+        rhs[4 * N + i] += z * m0 - x * m2
+        rhs[5 * N + i] += x * m1 - y * m0
+    for i in range(LANES):
+        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+        a0, a1, a2, b0, b1, b2 = t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i]
+        u0 = a0 * t[L00 + i]
+        u1 = (a1 - t[L10 + i] * u0) * t[L11 + i]
+        u2 = (a2 - t[L20 + i] * u0 - t[L21 + i] * u1) * t[L22 + i]
+        v0 = b0 * t[L00 + i]
+        v1 = (b1 - t[L10 + i] * v0) * t[L11 + i]
+        v2 = (b2 - t[L20 + i] * v0 - t[L21 + i] * v1) * t[L22 + i]
+        e0, e1, e2 = a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0
+        e[i], e[3 * N + i], e[6 * N + i] = e0, e1, e2
+        e[9 * N + i], e[12 * N + i], e[15 * N + i] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+        e0, e1, e2 = a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1
+        e[N + i], e[4 * N + i], e[7 * N + i] = e0, e1, e2
+        e[10 * N + i], e[13 * N + i], e[16 * N + i] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+        e0, e1, e2 = a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2
+        e[2 * N + i], e[5 * N + i], e[8 * N + i] = e0, e1, e2
+        e[11 * N + i], e[14 * N + i], e[17 * N + i] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+
+
+@_compiled
+def add_products(a, b, x, row, column):
+    """x += E E^T, three rows by three columns at a time so that what is read is used thrice: the innermost loop."""
+    a0, a1, a2 = a[row * 3 * N :], a[(row + 1) * 3 * N :], a[(row + 2) * 3 * N :]
+    b0, b1, b2 = b[column * 3 * N :], b[(column + 1) * 3 * N :], b[(column + 2) * 3 * N :]
+    s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = np.float32(0)
+    for i in range(3 * LANES):
+        s00 += a0[i] * b0[i]
+        s01 += a0[i] * b1[i]
+        s02 += a0[i] * b2[i]
+        s10 += a1[i] * b0[i]
+        s11 += a1[i] * b1[i]
+        s12 += a1[i] * b2[i]
+        s20 += a2[i] * b0[i]
+        s21 += a2[i] * b1[i]
+        s22 += a2[i] * b2[i]
+    x[row, column] += s00
+    x[row, column + 1] += s01
+    x[row, column + 2] += s02
+    x[row + 1, column] += s10
+    x[row + 1, column + 1] += s11
+    x[row + 1, column + 2] += s12
+    x[row + 2, column] += s20
+    x[row + 2, column + 1] += s21
+    x[row + 2, column + 2] += s22
+
+
+@_compiled
+def solve_cameras(H, g, reduced, rhs, free, damping, envelope, A, step):
+    """(Hcc - E E^T) step = -(gc + E y), E y with its sign; A: (6 K, 6 K) to be overwritten. False if not definite."""
+    K = len(H)
+    for k in range(K):
+        for r in range(6):
+            row = A[6 * k + r]
+            for j in range(envelope[k], k + 1):
+                for s in range(6):
+                    row[6 * j + s] = -reduced[k, j, r, s] if free[k, r] and free[j, s] else 0.0
+            if free[k, r]:
+                for s in range(r + 1):
+                    if free[k, s]:
+                        row[6 * k + s] += H[k, r * (r + 1) // 2 + s] * (1 + damping if r == s else 1.0)
+                step[k, r] = -g[k, r] - rhs[k, r * LANES : (r + 1) * LANES].sum()
+            else:
+                row[6 * k + r], step[k, r] = 1.0, 0.0
+    # Cholesky by rows inside the envelope, which it preserves.
+    x = step.reshape(6 * K)
+    for i in range(6 * K):
+        begin, row = 6 * envelope[i // 6], A[i]
+        for j in range(begin, i):
+            lower = max(begin, 6 * envelope[j // 6])
+            row[j] = (row[j] - dot(row[lower:j], A[j, lower:j])) * A[j, j]
+        pivot = row[i] - dot(row[begin:i], row[begin:i])
+        if not pivot > 0:
+            return False
+        row[i] = 1 / math.sqrt(pivot)  # kept as its inverse
+        x[i] = (x[i] - dot(row[begin:i], x[begin:i])) * row[i]
+    for i in range(6 * K - 1, -1, -1):
+        begin, row = 6 * envelope[i // 6], A[i]
+        x[i] *= row[i]
+        for j in range(begin, i):
+            x[j] -= row[j] * x[i]
+    return True
+
+
+@_compiled
+def dot(a, b):
+    total = 0.0
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@_compiled
+def step_points(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, step, moved):
+    """Landmarks after the step that follows the cameras'; returns its slope and its damped length."""
+    slope, length = 0.0, 0.0
+    for b in range(len(p)):
+        h, here, there = point[b], p[b], moved[b]
+        for i in range(3 * LANES):
+            t[Q0 + i] = -h[6 * N + i]
+        for cell in range(cell_of_block[b], cell_of_block[b + 1]):
+            k = cell_pose[cell]
+            recall(t, here, c[k], jacobian[cell], step[k])
+        factor_points(t, h, damping)
+        solve_points(t)
+        for i in range(LANES):
+            x, y, z = t[Q0 + i], t[Q1 + i], t[Q2 + i]
+            slope += x * h[6 * N + i] + y * h[7 * N + i] + z * h[8 * N + i]
+            length += x * x * h[i] + y * y * h[2 * N + i] + z * z * h[5 * N + i]
+        for i in range(3 * LANES):
+            there[i] = here[i] + t[Q0 + i]
+    return slope, length
+
+
+@_compiled
+def recall(t, p, c, w, step):
+    """W V^T of a camera's step, added to Q: what the step does to a block's landmarks."""
+    c0, c1, c2 = c[0], c[1], c[2]
+    s0, s1, s2, s3, s4, s5 = step[0], step[1], step[2], step[3], step[4], step[5]
+    for i in range(LANES):
+        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+        v0, v1, v2 = s0 + s4 * z - s5 * y, s1 + s5 * x - s3 * z, s2 + s3 * y - s4 * x
+        a0, a1, a2, b0, b1, b2 = w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i]
+        a, b = a0 * v0 + a1 * v1 + a2 * v2, b0 * v0 + b1 * v1 + b2 * v2
+        t[Q0 + i] += a0 * a + b0 * b
+        t[Q1 + i] += a1 * a + b1 * b
+        t[Q2 + i] += a2 * a + b2 * b
+
+
+@_compiled
+def retract(q, c, step, q_new, c_new):
+    """lie.retract."""
+    for k in range(len(q)):
+        for j in range(3):
+            c_new[k, j] = c[k, j] + step[k, j]
+        hx, hy, hz = 0.5 * step[k, 3], 0.5 * step[k, 4], 0.5 * step[k, 5]
+        angle = math.sqrt(hx * hx + hy * hy + hz * hz)
+        size = math.sin(angle) / angle if angle > 0 else 1.0
+        hx, hy, hz, hw = size * hx, size * hy, size * hz, math.cos(angle)
+        x, y, z, w = q[k, 0], q[k, 1], q[k, 2], q[k, 3]
+        x, y, z, w = (
+            hw * x + w * hx + hy * z - hz * y, hw * y + w * hy + hz * x - hx * z, hw * z + w * hz + hx * y - hy * x,
+            hw * w - hx * x - hy * y - hz * z,
+        )  # fmt: skip
+        size = math.sqrt(x * x + y * y + z * z + w * w)
+        q_new[k, 0], q_new[k, 1], q_new[k, 2], q_new[k, 3] = x / size, y / size, z / size, w / size
+
+
+_f8, _i8 = types.float64, types.int64
+
+
+@njit(
+    types.Tuple((_f8[:, ::1], _f8[:, ::1], _i8, _f8, _f8, _f8, types.boolean))(
+        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, types.boolean[:, ::1],
+        _i8, _f8, _i8, _f8, _f8,
+    ),
+    cache=True, error_model="numpy",
+)  # fmt: skip
+def minimise(
+    T, points, pose, landmark, xy, cov, fx, fy, free, kernel, scale, max_iterations, relative_decrease, gradient
+):
+    """adjust.py's ``_minimise``: T (K, 7), points (L, 3), iterations, cost, relative decrease, gradient, converged."""
+    K = len(T)
+    order, cell_of_block, cell_pose, layer_of_cell, slot, lane, envelope = layout(pose, landmark, K, len(points))
+    rows = place_observations(slot, lane, layer_of_cell[-1], xy, cov)
+    blocks, cells, origin = len(cell_of_block) - 1, len(cell_pose), T[0, :3].copy()
+    q, c, p = T[:, 3:].copy(), T[:, :3] - origin, np.zeros((blocks, 3 * LANES))
+    for b in range(blocks):
+        for i in range(LANES):
+            l = order[b * LANES + i]
+            for j in range(3):
+                p[b, j * LANES + i] = points[l, j] - origin[j] if l >= 0 else 0.0
+    q_new, c_new, p_new = q.copy(), c.copy(), p.copy()
+    t, jacobian = np.zeros(SCRATCH), np.empty((cells, 6 * LANES), np.float32)
+    point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27 * LANES))
+    reduced, rhs, A = np.empty((K, K, 6, 6)), np.empty((K, 6 * LANES)), np.empty((6 * K, 6 * K))
+    e, step, held = np.empty((K, 18 * LANES), np.float32), np.zeros((K, 6)), np.empty(K, np.bool_)
+    for k in range(K):
+        held[k] = not free[k].any()
+
+    cost = evaluate(t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale)
+    iterations, decrease, damping, growth = 0, 1.0, 1e-4, 2.0
+    while True:
+        energy = linearise(
+            t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, decrease < 1e-2,
+            jacobian, point, camera,
+        )  # fmt: skip
+        H, g = sum_lanes(camera)
+        slope_norm = steepest(point, H, g, free, energy)
+        converged = cost <= 1e-18 * len(pose) or (decrease < relative_decrease and slope_norm < gradient)
+        if converged or iterations >= max_iterations:
+            break
+        cost_new, predicted = np.inf, 0.0
+        while damping < 1e12:
+            eliminate(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, held, envelope, reduced, rhs, e)
+            if solve_cameras(H, g, reduced, rhs, free, damping, envelope, A, step):
+                slope, length = step_points(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, step, p_new)
+                for k in range(K):
+                    for j in range(6):
+                        slope += g[k, j] * step[k, j]
+                        length += H[k, j * (j + 3) // 2] * step[k, j] * step[k, j]
+                predicted = 0.5 * (damping * length - slope)
+                retract(q, c, step, q_new, c_new)
+                cost_new = evaluate(
+                    t, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale
+                )
+                if cost_new < cost or predicted <= 1e-13 * cost:
+                    break
+            damping, growth = damping * growth, growth * 2
+        if not cost_new < cost:
+            decrease, converged = 0.0, slope_norm < gradient
+            break
+        gain = (cost - cost_new) / max(predicted, 1e-300)
+        damping, growth = max(damping * max(0.1, 1 - (2 * gain - 1) ** 3), 1e-12), 2.0
+        decrease, cost = (cost - cost_new) / cost, cost_new
+        q, c, p, q_new, c_new, p_new = q_new, c_new, p_new, q, c, p
+        iterations += 1
+
+    T_best, points_best = np.concatenate((c + origin, q), 1), points.copy()
+    for n in range(len(order)):
+        if order[n] >= 0:
+            for j in range(3):
+                points_best[order[n], j] = p[n // LANES, j * LANES + n % LANES] + origin[j]
+    return T_best, points_best, iterations, cost, decrease, slope_norm, converged
