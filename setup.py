@@ -26,6 +26,7 @@ setup(
     install_requires=[
         "setuptools",
         "numpy",
+        "numba",
         "opencv-python-headless",
         "torch",
         "pypose",

@@ -42,38 +42,38 @@ _compiled = njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, er
 @_compiled
 def layout(pose, landmark, poses, landmarks):
     """Where every observation goes: blocks of cells of layers, and the envelope of the reduced system."""
-    O = len(pose)
+    observations = len(pose)
     low, high = np.full(landmarks, poses), np.full(landmarks, -1)
-    for o in range(O):
-        l = landmark[o]
-        low[l], high[l] = min(low[l], pose[o]), max(high[l], pose[o])
+    for o in range(observations):
+        m = landmark[o]
+        low[m], high[m] = min(low[m], pose[o]), max(high[m], pose[o])
     # Counting sort of the observed landmarks by first pose and last, these up and down: neighbours see much the same.
     start = np.zeros(poses * poses + 1, np.int64)
     place = np.full(landmarks, -1)
-    for l in range(landmarks):
-        if high[l] >= 0:
-            place[l] = low[l] * poses + (high[l] if low[l] % 2 else poses - 1 - high[l])
-            start[place[l] + 1] += 1
+    for m in range(landmarks):
+        if high[m] >= 0:
+            place[m] = low[m] * poses + (high[m] if low[m] % 2 else poses - 1 - high[m])
+            start[place[m] + 1] += 1
     start = np.cumsum(start)
     total = start[-1]
-    for l in range(landmarks):
-        if place[l] >= 0:
-            start[place[l]] += 1
-            place[l] = start[place[l]] - 1
+    for m in range(landmarks):
+        if place[m] >= 0:
+            start[place[m]] += 1
+            place[m] = start[place[m]] - 1
     blocks = (total + LANES - 1) // LANES
     order = np.full(blocks * LANES, -1)
     first_row = np.zeros(landmarks + 1, np.int64)
-    for l in range(landmarks):
-        if place[l] >= 0:
-            order[place[l]] = l
-    for o in range(O):
+    for m in range(landmarks):
+        if place[m] >= 0:
+            order[place[m]] = m
+    for o in range(observations):
         first_row[landmark[o] + 1] += 1
     first_row = np.cumsum(first_row)
 
     cell_of_block = np.zeros(blocks + 1, np.int64)
-    most = min(O, blocks * poses)
+    most = min(observations, blocks * poses)
     cell_pose, layer_of_cell = np.zeros(most, np.int64), np.zeros(most + 1, np.int64)
-    slot, lane = np.zeros(O, np.int64), np.zeros(O, np.int64)
+    slot, lane = np.zeros(observations, np.int64), np.zeros(observations, np.int64)
     envelope = np.arange(poses)
     count = np.zeros((poses, LANES), np.int64)
     cells, layers = 0, 0
@@ -81,15 +81,15 @@ def layout(pose, landmark, poses, landmarks):
     for b in range(blocks):
         begin, end = poses, -1
         for i in range(LANES):
-            l = order[b * LANES + i]
-            if l < 0:
+            m = order[b * LANES + i]
+            if m < 0:
                 continue
-            begin, end = min(begin, low[l]), max(end, high[l])
-            for o in range(first_row[l], first_row[l + 1]):
+            begin, end = min(begin, low[m]), max(end, high[m])
+            for o in range(first_row[m], first_row[m + 1]):
                 k = pose[o]
                 slot[o], lane[o] = count[k, i], i
                 count[k, i] += 1
-                envelope[k] = min(envelope[k], low[l])
+                envelope[k] = min(envelope[k], low[m])
         for k in range(begin, end + 1):
             deepest = 0
             for i in range(LANES):
@@ -104,9 +104,9 @@ def layout(pose, landmark, poses, landmarks):
                 layer_of_cell[cells] = layers
         cell_of_block[b + 1] = cells
         for i in range(LANES):
-            l = order[b * LANES + i]
-            if l >= 0:
-                for o in range(first_row[l], first_row[l + 1]):
+            m = order[b * LANES + i]
+            if m >= 0:
+                for o in range(first_row[m], first_row[m + 1]):
                     slot[o] += base[pose[o]]
     return order, cell_of_block, cell_pose[:cells], layer_of_cell[: cells + 1], slot, lane, envelope
 
@@ -120,7 +120,8 @@ def place_observations(slot, lane, layers, xy, cov):
         uu, uv, vv = cov[o, 0], cov[o, 1], cov[o, 2]
         determinant = uu * vv - uv * uv
         row[i], row[LANES + i] = xy[o, 0], xy[o, 1]
-        row[2 * LANES + i], row[3 * LANES + i], row[4 * LANES + i] = vv / determinant, -uv / determinant, uu / determinant
+        row[2 * LANES + i], row[3 * LANES + i] = vv / determinant, -uv / determinant
+        row[4 * LANES + i] = uu / determinant
     return rows
 
 
@@ -568,9 +569,12 @@ def recall(t, p, c, w, step):
 
 
 @_compiled
-def retract(q, c, step, q_new, c_new):
-    """lie.retract."""
+def retract(q, c, step, held, q_new, c_new):
+    """lie.retract; poses ``held`` stay to the last bit."""
     for k in range(len(q)):
+        if held[k]:
+            q_new[k], c_new[k] = q[k], c[k]
+            continue
         for j in range(3):
             c_new[k, j] = c[k, j] + step[k, j]
         hx, hy, hz = 0.5 * step[k, 3], 0.5 * step[k, 4], 0.5 * step[k, 5]
@@ -607,9 +611,9 @@ def minimise(
     q, c, p = T[:, 3:].copy(), T[:, :3] - origin, np.zeros((blocks, 3 * LANES))
     for b in range(blocks):
         for i in range(LANES):
-            l = order[b * LANES + i]
+            m = order[b * LANES + i]
             for j in range(3):
-                p[b, j * LANES + i] = points[l, j] - origin[j] if l >= 0 else 0.0
+                p[b, j * LANES + i] = points[m, j] - origin[j] if m >= 0 else 0.0
     q_new, c_new, p_new = q.copy(), c.copy(), p.copy()
     t, jacobian = np.zeros(SCRATCH), np.empty((cells, 6 * LANES), np.float32)
     point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27 * LANES))
@@ -640,7 +644,7 @@ def minimise(
                         slope += g[k, j] * step[k, j]
                         length += H[k, j * (j + 3) // 2] * step[k, j] * step[k, j]
                 predicted = 0.5 * (damping * length - slope)
-                retract(q, c, step, q_new, c_new)
+                retract(q, c, step, held, q_new, c_new)
                 cost_new = evaluate(
                     t, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale
                 )

@@ -32,11 +32,12 @@ class Problem:
 
     def residual(self) -> tuple[Tensor, Tensor]:
         """Residuals (O, 2) in undistorted pixels, predicted minus observed, and depths (O,)."""
-        # One rotation matrix per pose, not per observation.
-        R = lie.rotation(self.T_world_camera[:, 3:])[self.pose]
-        d = self.points[self.landmark] - self.T_world_camera[self.pose, :3]
-        X, Y, depth = (d[:, None] @ R).squeeze(1).unbind(-1)
-        return torch.stack((X / depth - self.xy[:, 0], Y / depth - self.xy[:, 1]), -1) * self.focal, depth
+        # One rotation matrix per pose, not per observation; and rows of O numbers, which torch is fastest at.
+        R = lie.rotation(self.T_world_camera[:, 3:]).flatten(1).T.index_select(1, self.pose).view(3, 3, -1)
+        d = self.points.T.index_select(1, self.landmark) - self.T_world_camera[:, :3].T.index_select(1, self.pose)
+        X, Y, depth = (R * d[:, None]).sum(0)
+        x, y = self.xy.unbind(-1)
+        return torch.stack(((X / depth - x) * self.focal[0], (Y / depth - y) * self.focal[1]), -1), depth
 
     def squared(self) -> Tensor:
         """Squared whitened residuals (O,): what the kernel takes."""
@@ -49,6 +50,7 @@ class Problem:
 
     def select(self, keep: Tensor) -> Problem:
         """The same poses and landmarks with the observations ``keep`` ((O,) bool) only."""
+        keep = keep.nonzero().squeeze(-1)
         return replace(
             self, pose=self.pose[keep], landmark=self.landmark[keep], xy=self.xy[keep], cov=self.cov[keep]
         )

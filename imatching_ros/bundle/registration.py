@@ -47,7 +47,8 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """Levenberg-Marquardt on one pose (7,); returns it and its Hessian (6, 6). Arguments as in :func:`register`."""
     uu, uv, vv = cov.unbind(-1)
-    information = torch.stack((vv, -uv, -uv, uu), -1).unflatten(-1, (2, 2)) / (uu * vv - uv * uv)[:, None, None]
+    information = torch.stack((vv, -uv, uu)) / (uu * vv - uv * uv)
+    points, xy = points.T.contiguous(), xy.T.contiguous()
     T, damping = T_world_camera, 1e-4
     cost, H, g = _normal_equations(T, points, xy, information, focal, kernel)
     for _ in range(iterations):
@@ -67,20 +68,21 @@ def refine(
 
 
 def _normal_equations(T, points, xy, information, focal, kernel: Kernel) -> tuple[float, Tensor, Tensor]:
-    R, d = lie.rotation(T[3:]), points - T[:3]
-    q = d @ R
-    front = q[:, 2] > MIN_DEPTH
-    inverse = torch.where(front, q[:, 2], 1.0).reciprocal()[:, None]
-    z = q[:, :2] * inverse
-    e = (z - xy) * focal
-    scaled = (information @ e[..., None]).squeeze(-1)
-    s = torch.where(front, (e * scaled).sum(-1), BEHIND_PX**2)
+    """points: (3, N), xy: (2, N), information: (3, N): rows of N numbers, as in adjust.py."""
+    R, d = lie.rotation(T[3:]), points - T[:3, None]
+    q = R.T @ d
+    front = q[2] > MIN_DEPTH
+    inverse = torch.where(front, q[2], 1.0).reciprocal()
+    z = q[:2] * inverse
+    ex, ey = (z - xy) * focal[:, None]
+    xx, uv, yy = information
+    gx, gy = xx * ex + uv * ey, uv * ex + yy * ey
+    s = torch.where(front, ex * gx + ey * gy, BEHIND_PX**2)
     weight = torch.where(front, kernel.weight(s), 0.0)
-    A = (R.T[:2] - z[..., None] * R.T[2]) * (focal * inverse)[..., None]  # (N, 2, 3), as in adjust.py
-    J = torch.cat((-A, torch.linalg.cross(A, d[:, None].expand_as(A))), -1)
-    WJ = (weight[:, None, None] * information) @ J
-    H = J.flatten(0, 1).T @ WJ.flatten(0, 1)
-    g = (WJ * e[..., None]).sum((0, 1))
+    A = (R.T[:2, :, None] - z[:, None] * R.T[2, :, None]) * (focal[:, None] * inverse)[:, None]  # (2, 3, N)
+    Jx, Jy = torch.cat((-A, torch.linalg.cross(A, d.expand_as(A), dim=1)), 1)  # (6, N) each
+    H = (weight * (xx * Jx + uv * Jy)) @ Jx.T + (weight * (uv * Jx + yy * Jy)) @ Jy.T
+    g = Jx @ (weight * gx) + Jy @ (weight * gy)
     return 0.5 * kernel.rho(s).sum().item(), H, g
 
 

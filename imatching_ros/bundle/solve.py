@@ -98,7 +98,7 @@ class _Solver:
             if len(torch.unique(self.posed.landmark[keep])) < self.options.min_landmarks:
                 return False
             self.kept = keep
-            self.solution = adjust(self._problem(keep), exact if tight else rough)
+            self.solution = adjust(self._problem().select(keep), exact if tight else rough)
             self.T, self.points = self.solution.T_world_camera, self.solution.points
             keep = self._survivors(prune_px)
             settled = torch.equal(keep, self.kept)
@@ -111,19 +111,19 @@ class _Solver:
             tight = tight or settled or turn >= 2
         return False
 
-    def _problem(self, keep: Tensor) -> Problem:
-        return Problem(**{**vars(self.posed), "T_world_camera": self.T, "points": self.points}).select(keep)
+    def _problem(self) -> Problem:
+        return replace(self.posed, T_world_camera=self.T, points=self.points)
 
     def _survivors(self, prune_px: float) -> Tensor:
         """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax."""
         finite = self.points.isfinite().all(-1) & ~self.dropped
-        keep = survives(self._problem(torch.ones_like(self.kept)), prune_px) & finite[self.posed.landmark]
+        keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
         seen = torch.zeros(len(self.T), len(self.points), dtype=torch.bool)
         seen[self.posed.pose[keep], self.posed.landmark[keep]] = True
-        toward = self.points.T[:, None] - self.T[:, :3].T[..., None]  # (3, K, N)
-        toward = toward / toward.square().sum(0).sqrt()
-        cosine = (toward[:, :, None] * toward[:, None]).sum(0)  # (K, K, N)
-        widest = torch.where(seen[:, None] & seen, cosine, 1.0).flatten(0, 1).amin(0)
+        toward = self.points[:, None] - self.T[:, :3]  # (N, K, 3)
+        toward = toward / toward.norm(dim=-1, keepdim=True)
+        both = seen.T[:, :, None] & seen.T[:, None]
+        widest = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(1)
         sound = widest < math.cos(math.radians(self.options.min_parallax_deg))
         return keep & sound[self.posed.landmark]
 
@@ -159,7 +159,7 @@ class _Solver:
         T = self.T.clone()
         T[:, :3] = origin + scale * (T[:, :3] - origin)
         points = origin + scale * (self.points - origin)
-        squared = self._problem(self.kept).residual()[0].square().sum(-1)
+        squared = self._problem().select(self.kept).residual()[0].square().sum(-1)
         total = torch.zeros(len(track), dtype=torch.float64).index_add_(0, landmark, squared)
         alive = count > 0
         window = Window(stamps, T, track[alive], points[alive], count[alive], (total / count)[alive].sqrt())

@@ -1,0 +1,365 @@
+"""Windowed bundle adjustment beside Ceres and GTSAM: the same problems, one thread each, in one process run.
+
+    python benchmarks/bundle.py [--quick] [--scaling] [--json PATH]
+
+The peers are optional: ``pip install pycolmap pyceres gtsam``. All begin at the same state and are judged by this
+package's own cost function. Times are the process's processor time, all threads together, on one core; repetitions
+are interleaved and the fastest counts: a busy machine then disturbs little, and all alike. ``ms_per_iteration`` is
+the slope between runs of one iteration and of many (set-up excluded); ``ms_to_1e-4`` and ``ms_to_1e-6`` are whole
+runs, set-up included, until the cost is that close, relatively, to the best one any solver found. A peer's problem
+is built beforehand and not timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[variable] = "1"
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from imatching_ros.bundle.adjust import AdjustOptions, adjust, compiled  # noqa: E402
+from imatching_ros.bundle.problem import Problem, problem  # noqa: E402
+from imatching_ros.bundle.robust import Kernel  # noqa: E402
+from imatching_ros.geometry import lie, triangulation  # noqa: E402
+
+FOCAL, HUBER_PX = 500.0, 2.0
+KERNEL = Kernel("huber", HUBER_PX)
+#: Keyframes, points, and metres between keyframes: 3,000, 16,000 and 58,000 observations.
+SIZES = ((8, 500, 0.5), (12, 2000, 0.55), (20, 5000, 0.41))
+SCALING = (8, 12, 20, 50, 100, 200)
+
+
+def synthetic(keyframes: int, points: int, spacing: float, disturb: float = 0.02, seed: int = 0) -> Problem:
+    """A camera that passes a cloud 3 to 9 m away: 0.5 px of noise, 20 % outliers of 30 px, tracks of three or more.
+
+    disturb: standard deviation, m and rad, of the start's poses; twice that of its points.
+    """
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    T = lie.identity(keyframes)
+    T[:, 0] = spacing * torch.arange(keyframes)
+    T = lie.retract(T, 0.02 * normal(keyframes, 6))
+    size = torch.tensor([spacing * keyframes + 4, 4.0, 6.0], dtype=torch.float64)
+    p = torch.rand(points, 3, generator=g, dtype=torch.float64) * size + torch.tensor([-2.0, -2.0, 3.0])
+    xy, _ = triangulation.reproject(T, p[:, None])
+    seen = (xy.abs() < torch.tensor([0.64, 0.48])).all(-1)
+    seen &= seen.sum(-1, keepdim=True) >= 3
+    xy = xy + 0.5 / FOCAL * normal(*xy.shape)
+    wrong = torch.rand(points, keyframes, generator=g) < 0.2
+    xy = torch.where(wrong[..., None], xy + 30 / FOCAL * normal(*xy.shape), xy)
+    landmark, pose = seen.nonzero().unbind(-1)
+    start = lie.retract(T, disturb * normal(keyframes, 6) * (torch.arange(keyframes) > 0)[:, None])
+    cov = torch.tensor([1.0, 0.0, 1.0]).expand(len(pose), 3)
+    focal = torch.tensor([FOCAL, FOCAL])
+    return problem(start, p + 2 * disturb * normal(points, 3), pose, landmark, xy[landmark, pose], cov, focal)
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    iterations: int
+    T_world_camera: torch.Tensor
+    points: torch.Tensor
+
+
+Solver = Callable[[int, bool], Run]  #: after so many iterations, or at convergence if the flag says so
+
+
+def ours(posed: Problem, backend: str) -> Solver:
+    def run(iterations: int, converge: bool) -> Run:
+        stop = dict(relative_decrease=1e-10, gradient=1.0) if converge else dict(relative_decrease=0.0)
+        options = AdjustOptions(KERNEL, max_iterations=iterations, backend=backend, **stop)
+        begin = time.process_time()
+        solution = adjust(posed, options)
+        seconds = time.process_time() - begin
+        return Run(seconds, solution.iterations, solution.T_world_camera, solution.points)
+
+    return run
+
+
+def ceres(posed: Problem) -> Solver:
+    """Through pycolmap: compiled residuals, dense Schur complement, pose 0 and one translation component held."""
+    import pycolmap
+
+    def reconstruction():
+        scene = pycolmap.Reconstruction()
+        side = int(2 * FOCAL)
+        scene.add_camera_with_trivial_rig(
+            pycolmap.Camera(camera_id=1, model="PINHOLE", width=side, height=side, params=[FOCAL, FOCAL, 0, 0])
+        )
+        poses = lie.inverse(posed.T_world_camera).numpy()
+        rows = [(posed.pose == k).nonzero().squeeze(-1) for k in range(len(poses))]
+        for k, pose in enumerate(poses):
+            image = pycolmap.Image(
+                name=str(k), keypoints=(posed.xy[rows[k]] * FOCAL).numpy(), camera_id=1, image_id=k + 1
+            )
+            rigid = pycolmap.Rigid3d(pycolmap.Rotation3d(pose[3:]), pose[:3])
+            scene.add_image_with_trivial_frame(image, rigid)
+        index = torch.empty(len(posed.pose), dtype=torch.int64)
+        for of_image in rows:
+            index[of_image] = torch.arange(len(of_image))
+        tracks: dict[int, pycolmap.Track] = {}
+        for k, landmark, i in zip(posed.pose.tolist(), posed.landmark.tolist(), index.tolist(), strict=True):
+            tracks.setdefault(landmark, pycolmap.Track()).add_element(k + 1, i)
+        ids = {landmark: scene.add_point3D(posed.points[landmark].numpy(), track) for landmark, track in tracks.items()}
+        return scene, ids
+
+    def run(iterations: int, converge: bool) -> Run:
+        scene, ids = reconstruction()
+        options = pycolmap.BundleAdjustmentOptions()
+        options.refine_focal_length = options.refine_extra_params = options.print_summary = False
+        options.ceres.loss_function_type = pycolmap.LossFunctionType.HUBER
+        options.ceres.loss_function_scale = HUBER_PX
+        options.ceres.auto_select_solver_type = False
+        solver = options.ceres.solver_options
+        solver.num_threads, solver.max_num_iterations = 1, iterations
+        import pyceres
+
+        dense = len(posed.T_world_camera) <= 20
+        solver.linear_solver_type = getattr(pyceres.LinearSolverType, "DENSE_SCHUR" if dense else "SPARSE_SCHUR")
+        solver.function_tolerance = 1e-10 if converge else 0.0
+        solver.gradient_tolerance = solver.parameter_tolerance = 0.0
+        config = pycolmap.BundleAdjustmentConfig()
+        for k in range(len(posed.T_world_camera)):
+            config.add_image(k + 1)
+        config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
+        adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, scene)
+        begin = time.process_time()
+        summary = adjuster.solve()
+        seconds = time.process_time() - begin
+        found = summary.ceres_summary
+        steps = found.num_successful_steps + found.num_unsuccessful_steps
+        rigid = [scene.image(k + 1).cam_from_world() for k in range(len(posed.T_world_camera))]
+        T = torch.from_numpy(np.stack([np.concatenate((r.translation, r.rotation.quat)) for r in rigid]))
+        points = posed.points.clone()
+        for landmark, i in ids.items():
+            points[landmark] = torch.from_numpy(scene.point3D(i).xyz)
+        return Run(seconds, steps, lie.inverse(T), points)
+
+    return run
+
+
+def gtsam_(posed: Problem) -> Solver:
+    """Levenberg-Marquardt, multifrontal Cholesky, Ceres' damping schedule: the fastest of its settings here."""
+    import gtsam
+    from gtsam.symbol_shorthand import L as point_key
+    from gtsam.symbol_shorthand import X as pose_key
+
+    graph, start = gtsam.NonlinearFactorGraph(), gtsam.Values()
+    noise = gtsam.noiseModel.Robust.Create(
+        gtsam.noiseModel.mEstimator.Huber.Create(HUBER_PX), gtsam.noiseModel.Unit.Create(2)
+    )
+    calibration = gtsam.Cal3_S2(FOCAL, FOCAL, 0.0, 0.0, 0.0)
+    for k, landmark, xy in zip(posed.pose.tolist(), posed.landmark.tolist(), posed.xy.numpy(), strict=True):
+        graph.add(gtsam.GenericProjectionFactorCal3_S2(
+            xy * FOCAL, noise, pose_key(k), point_key(landmark), calibration, False, False
+        ))  # fmt: skip
+    poses = [gtsam.Pose3(gtsam.Rot3(Rt[:, :3]), Rt[:, 3]) for Rt in lie.matrix(posed.T_world_camera).numpy()]
+    for k, pose in enumerate(poses):
+        start.insert(pose_key(k), pose)
+    # It cannot hold one component; its damping takes care of the scale, which costs nothing.
+    graph.add(gtsam.PriorFactorPose3(pose_key(0), poses[0], gtsam.noiseModel.Isotropic.Sigma(6, 1e-4)))
+    landmarks = posed.landmark.unique().tolist()
+    for landmark in landmarks:
+        start.insert(point_key(landmark), posed.points[landmark].numpy())
+
+    def run(iterations: int, converge: bool) -> Run:
+        params = gtsam.LevenbergMarquardtParams.CeresDefaults()
+        params.setMaxIterations(iterations)
+        params.setRelativeErrorTol(1e-10 if converge else 0.0)
+        params.setAbsoluteErrorTol(0.0)
+        params.setErrorTol(0.0)
+        params.setLinearSolverType("MULTIFRONTAL_CHOLESKY")
+        begin = time.process_time()
+        optimizer = gtsam.LevenbergMarquardtOptimizer(graph, start, params)
+        values = optimizer.optimize()
+        seconds = time.process_time() - begin
+        Rt = np.stack([values.atPose3(pose_key(k)).matrix()[:3] for k in range(len(poses))])
+        points = posed.points.clone()
+        for landmark in landmarks:
+            points[landmark] = torch.from_numpy(values.atPoint3(point_key(landmark)))
+        return Run(seconds, optimizer.iterations(), lie.from_matrix(torch.from_numpy(Rt)), points)
+
+    return run
+
+
+def solvers(names: list[str] | None = None) -> dict[str, Callable[[Problem], Solver]]:
+    """Those that are at hand."""
+    found: dict[str, Callable[[Problem], Solver]] = {"eager": lambda posed: ours(posed, "eager")}
+    if compiled():
+        found["cpu"] = lambda posed: ours(posed, "cpu")
+    for name, package, solver in (("ceres", "pycolmap", ceres), ("gtsam", "gtsam", gtsam_)):
+        if importlib.util.find_spec(package):
+            found[name] = solver
+        else:
+            print(f"{name} is left out: pip install {package}", file=sys.stderr)
+    return {name: solver for name, solver in found.items() if not names or name in names}
+
+
+def cost(posed: Problem, run: Run) -> float:
+    return float(replace(posed, T_world_camera=run.T_world_camera, points=run.points).cost(KERNEL))
+
+
+def iterations_to(posed: Problem, solver: Solver, goal: float, limit: int) -> int | None:
+    """The fewest iterations after which the cost is below ``goal``, by bisection: costs never rise."""
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(posed, solver(middle, False)) <= goal else (middle, high)
+    return high
+
+
+def compare(posed: Problem, size: tuple[int, int], names: list[str] | None, repeats: int, case: str) -> list[dict]:
+    """One row per solver."""
+    running = {name: make(posed) for name, make in solvers(names).items()}
+    ends = {name: solver(100, True) for name, solver in running.items()}
+    final = {name: cost(posed, end) for name, end in ends.items()}
+    best = min(final.values())
+    stops: dict[str, dict[float, int]] = {}
+    for name, solver in running.items():
+        limit, stops[name] = max(ends[name].iterations, 1), {}
+        for tolerance in (1e-6, 1e-4):
+            if final[name] <= best * (1 + tolerance):
+                limit = stops[name][tolerance] = iterations_to(posed, solver, best * (1 + tolerance), limit)
+    seconds: dict[tuple[str, int], float] = {}
+    for _ in range(repeats):
+        for name, solver in running.items():
+            for n in {1, min(6, ends[name].iterations), *stops[name].values()}:
+                run = solver(n, False)
+                key = name, n
+                seconds[key] = min(seconds.get(key, np.inf), run.seconds)
+    rows = []
+    for name in running:
+        long = max(max(stops[name].values(), default=0), min(6, ends[name].iterations))
+        slope = (seconds[name, long] - seconds[name, 1]) / (long - 1) if long > 1 else seconds[name, 1]
+        ms = {t: 1e3 * seconds[name, n] for t, n in stops[name].items()}
+        mine = name in ("eager", "cpu")
+        rows.append({
+            "case": case, "keyframes": size[0], "points": size[1], "observations": len(posed.pose),
+            "solver": "imatching" if mine else name, "backend": name if mine else None,
+            "dtype": "float64/float32" if name == "cpu" else "float64", "threads": 1,
+            "ms_per_iteration": 1e3 * slope, "ms_to_1e-4": ms.get(1e-4), "ms_to_1e-6": ms.get(1e-6),
+            "iterations_to_1e-6": stops[name].get(1e-6), "final_cost": final[name], "peak_mb": None,
+        })  # fmt: skip
+    return rows
+
+
+def peak_mb(name: str, keyframes: int, points: int, spacing: float) -> float | None:
+    """How much a solver's memory grows, at its highest, over the problem it was given: in a process of its own."""
+    command = [sys.executable, __file__, "--peak", name, str(keyframes), str(points), str(spacing)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return float(result.stdout.split()[-1]) if result.returncode == 0 and result.stdout else None
+
+
+def _measure_peak(name: str, keyframes: int, points: int, spacing: float) -> None:
+    def memory(field: str) -> float:
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+
+    # A small one first: what libraries take once is no part of it.
+    solvers([name])[name](synthetic(4, 60, 0.3))(2, False)
+    posed = synthetic(keyframes, points, spacing)
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # begin VmHWM anew
+    solvers([name])[name](posed)(3, False)
+    print(memory("VmHWM") - before)
+
+
+def show(rows: list[dict], title: str) -> None:
+    table = Table(title=title)
+    for column in ("keyframes / points / observations", "solver"):
+        table.add_column(column)
+    for column in ("ms / iteration", "to Ceres", "to GTSAM", "ms to 1e-4", "ms to 1e-6", "iterations", "cost", "MB"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        peers = {
+            peer["solver"]: peer["ms_per_iteration"] for peer in rows
+            if all(peer[key] == row[key] for key in ("case", "keyframes", "points"))
+        }  # fmt: skip
+
+        def number(value, form=".3f"):
+            return "-" if value is None else format(value, form)
+
+        def ratio(peer, row=row, peers=peers):
+            return f"{peers[peer] / row['ms_per_iteration']:.1f}" if peer in peers else "-"
+
+        table.add_row(
+            f"{row['keyframes']} / {row['points']} / {row['observations']}",
+            row["solver"] + (f" {row['backend']}" if row["backend"] else ""),
+            number(row["ms_per_iteration"]), ratio("ceres"), ratio("gtsam"), number(row["ms_to_1e-4"], ".2f"),
+            number(row["ms_to_1e-6"], ".2f"), number(row["iterations_to_1e-6"], "d"),
+            number(row["final_cost"], ".6f"), number(row["peak_mb"], ".1f"),
+        )  # fmt: skip
+    Console(width=150).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser.add_argument("--scaling", action="store_true", help="also the curve from 8 to 200 keyframes")
+    parser.add_argument("--quick", action="store_true", help="only the smallest window, few repetitions")
+    parser.add_argument("--solver", action="append", help="eager, cpu, ceres or gtsam; may be repeated")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.peak:
+        name, keyframes, points, spacing = options.peak
+        return _measure_peak(name, int(keyframes), int(points), float(spacing))
+    if hasattr(os, "sched_setaffinity"):  # GTSAM's threads cannot be told otherwise
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    repeats = 3 if options.quick else 7
+
+    rows = []
+    for keyframes, points, spacing in SIZES[:1] if options.quick else SIZES:
+        posed = synthetic(keyframes, points, spacing)
+        rows += compare(posed, (keyframes, points), options.solver, repeats, "cold")
+    if not options.no_memory:
+        spacings = {(keyframes, points): spacing for keyframes, points, spacing in SIZES}
+        for row in rows:
+            size = row["keyframes"], row["points"]
+            row["peak_mb"] = peak_mb(row["backend"] or row["solver"], *size, spacings[size])
+    show(rows, "Cold start: poses off by 2 cm and 1 degree, points by 4 cm")
+    if not options.quick:
+        keyframes, points, spacing = SIZES[1]
+        posed = synthetic(keyframes, points, spacing, disturb=0.0)
+        solved = adjust(posed, AdjustOptions(KERNEL, relative_decrease=1e-12, gradient=1e-7))
+        g = torch.Generator().manual_seed(1)
+        noise = 2e-3 * torch.randn(keyframes, 6, generator=g, dtype=torch.float64)
+        noise[0] = 0  # the gauge
+        warm = replace(
+            posed, T_world_camera=lie.retract(solved.T_world_camera, noise),
+            points=solved.points + 4e-3 * torch.randn(points, 3, generator=g, dtype=torch.float64),
+        )  # fmt: skip
+        found = compare(warm, (keyframes, points), options.solver, repeats, "warm")
+        show(found, "Warm start: poses off by 2 mm and 0.1 degree, points by 4 mm")
+        rows += found
+    if options.scaling:
+        found = []
+        for keyframes in SCALING:
+            posed = synthetic(keyframes, 100 * keyframes, 0.55)
+            found += compare(posed, (keyframes, 100 * keyframes), options.solver, 2, "scaling")
+        show(found, "Growing with the path: 100 points per keyframe")
+        rows += found
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
