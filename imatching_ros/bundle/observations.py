@@ -14,7 +14,7 @@ from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
 
 #: Covariance (uu, uv, vv), px^2, of the detected point that begins a track.
-QUERY_COV = (0.01, 0.0, 0.01)
+QUERY_COV = (0.25, 0.0, 0.25)
 
 
 @dataclass(frozen=True)
