@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from imatching_ros.bundle.adjust import compiled
 from imatching_ros.bundle.initialise import initialise
 from imatching_ros.bundle.observations import index_of, observations
 from imatching_ros.bundle.options import BundleOptions
@@ -44,6 +45,8 @@ class Bundle:
 
     def __init__(self, camera: Camera, options: BundleOptions | None = None) -> None:
         self.camera, self.options = camera, options or BundleOptions()
+        if self.options.adjust.backend != "eager":
+            compiled()  # now, not when the first keyframe waits for it
         self.reset()
 
     def reset(self) -> None:
