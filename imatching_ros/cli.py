@@ -95,7 +95,9 @@ def tune(options: argparse.Namespace) -> None:
             on_step=on_step,
         )
     weights.write(options.out, learner.weights())
-    before, after, pictures = _measure(recordings[0], splits[0], [start, options.out])
+    # Not from the files: where --out is gone on from, `start` is overwritten by now
+    tuned, _ = weights.loads(learner.weights())
+    before, after, pictures = _measure(recordings[0], splits[0], [matcher, tuned])
     figures = {
         "input": {"frames": sum(map(len, recordings)), "frames_matched": sum(splits), "dropped": 0},
         "matching": {"before": before, "after": after},
@@ -157,6 +159,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: str) -> None:
     from .evaluation.report import Pictures
     from .evaluation.trajectory import trajectory_accuracy
+    from .matching import weights
     from .nodes.replay import replay as play
 
     result = play(
@@ -170,7 +173,8 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     for note in result.notes:
         console.print(f"[yellow]{note}[/]")
     trajectory = trajectory_accuracy(result.keyframe_stamps, result.keyframe_poses, recording.ground_truth)
-    before, after, pictures = _measure(recording, result.train_frames, [result.weights_before, result.weights_after])
+    matchers = [weights.load(path)[0] for path in (result.weights_before, result.weights_after)]
+    before, after, pictures = _measure(recording, result.train_frames, matchers)
 
     def count(key: str) -> int | None:
         value = result.figure("learner", key)
@@ -216,20 +220,18 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     _report(run_dir, figures, pictures, title)
 
 
-def _measure(recording: Any, train_frames: int, paths: Sequence[Path]) -> tuple[Any, Any, Any]:
+def _measure(recording: Any, train_frames: int, matchers: Sequence[Any]) -> tuple[Any, Any, Any]:
     """Accuracy before and after on images that did not train, and their picture; None where it cannot be had."""
     from .evaluation.matching import accuracy, evaluation_pairs, match_pairs
     from .evaluation.report import Pictures
-    from .matching import weights
 
     first = train_frames + GAP if train_frames else 0
     pairs = evaluation_pairs(recording, first, len(recording) - 1)
     if not pairs:
         return None, None, None
     matched = []
-    for path in paths:
-        matcher, _ = weights.load(path)
-        with console.status(f"Measuring {path.name} on {len(pairs)} pairs that did not train"):
+    for when, matcher in zip(("before", "after"), matchers, strict=True):
+        with console.status(f"Measuring the weights {when} on {len(pairs)} pairs that did not train"):
             matched.append(list(match_pairs(matcher, recording, pairs)))
     # The pair whose matches changed the median way: neither the prettiest nor the worst
     change = [

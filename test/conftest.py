@@ -25,12 +25,13 @@ def daylight(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def dusk(tmp_path_factory):
-    """The folder of the same room seen for four seconds by a bad camera in low light: what there is to learn from."""
+    """The folder of a room seen for four seconds by a bad camera in dim light: there is something to learn."""
     return render_recording(
         tmp_path_factory.mktemp("rendered") / "dusk",
+        seed=1,
         frames=80,
         size=SIZE,
-        sensor=replace(Sensor.low_light(0.5), fixed_pattern=12.0),
+        sensor=replace(Sensor.low_light(0.2), fixed_pattern=20.0),
         depth_every=5,
     )
 
@@ -44,6 +45,6 @@ def day(daylight):
 
 @pytest.fixture(scope="session")
 def night(dusk):
-    """The camera and the images (stamp, (H, W) uint8) of the recording in low light."""
+    """The camera and the images (stamp, (H, W) uint8) of the recording in dim light."""
     recording = open_recording(dusk)
     return recording.camera, list(recording)

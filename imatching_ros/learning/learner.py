@@ -119,7 +119,8 @@ class Learner:
         self._last_stamps = stamps
         self._windows += 1
         fresh = _pairs_without(lesson, self._trained_stamps)  # windows overlap: some of its images may have trained
-        if self._windows % self.options.held_out == 2 and fresh:
+        due = not self._held_out or (self._windows - 2) % self.options.held_out == 0
+        if self._train and due and fresh:
             self._held_out = (self._held_out + [(lesson, fresh)])[-4:]
             self._held_stamps |= stamps
             images = list(lesson.images[:, 0].numpy())
@@ -244,7 +245,7 @@ class Learner:
         self._average = AveragedModel(self._candidate, multi_avg_fn=get_ema_multi_avg_fn(self.options.average))
         self._lesson = None
         self._steps_left = self._worse = 0
-        self._judged = self.step_count
+        self._judged = self._started = self.step_count
 
     def _use(self, matcher: nn.Module, parent: int) -> None:
         self._version += 1
@@ -257,15 +258,22 @@ class Learner:
 
     def _next_lesson(self) -> tuple[Lesson, Survivors] | None:
         """A window as the candidate sees it now: matched again, the lower level solved again, with its survivors."""
+        fallen = []
         while self._train:
             index = self._random.randrange(len(self._train))
-            lesson = resolve(rematch(self._candidate, self._train[index]), self.bundle)
-            if lesson is not None and _pairs_without(lesson, self._held_stamps):
-                self._train[index] = lesson
-                return lesson, survivors_of(lesson, self.bundle.prune_px)
+            if _pairs_without(self._train[index], self._held_stamps):
+                lesson = resolve(rematch(self._candidate, self._train[index]), self.bundle)
+                if lesson is not None:
+                    self._train[index] = lesson
+                    return lesson, survivors_of(lesson, self.bundle.prune_px)
+                fallen.append(self._train[index])
             # No stationary point with enough survivors, or nothing but held-out images: nothing to be learned
             del self._train[index]
             self.skipped += 1
+        if fallen and self.step_count > self._started:  # one after the other: the fault is the candidate's
+            self._train = fallen
+            self._start_candidate(weights.loads(self._history[-1][0])[0])
+            self.rollbacks += 1
         return None
 
 

@@ -156,6 +156,7 @@ def objective(
     distance (px) of the coarse ones from the reprojected landmarks, which is their target (paper 3.2.3), and the
     number of rows.
     """
+    posed = survivors.problem
     fine, coarse, rows = [], [], 0
     for pair, matched in zip(pairs, matches, strict=True):
         place, mine = survivors.of(pair)
@@ -163,7 +164,7 @@ def objective(
             continue
         uv, coarse_uv = matched.uv[0].cpu()[mine], matched.coarse_uv[0].cpu()[mine]
         rows += len(place)
-        at_optimum = survivors.problem.select(place)
+        at_optimum = replace(posed, pose=posed.pose[place], landmark=posed.landmark[place], cov=posed.cov[place])
         fine.append(replace(at_optimum, xy=lesson.camera.normalise(uv.double())).cost(kernel))
         # The residual of the coarse head is no part of the lower level: its target is a constant.
         residual = replace(at_optimum, xy=lesson.camera.normalise(coarse_uv.double())).residual()[0]

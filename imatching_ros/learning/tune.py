@@ -59,11 +59,6 @@ def tune(
                 if estimate.window is not None:
                     learner.add_window(estimate.window)
                 on_frame(epoch, stamp)
-        if not learner.ready:
-            raise ValueError(
-                f"the recordings gave {learner.windows} solved windows, too few to learn from and to judge by; they "
-                "need more images, more sideways motion, or more texture"
-            )
         target = steps * (epoch + 1) // epochs
         failures = 0
         while learner.step_count < target and failures < 50:
@@ -75,4 +70,9 @@ def tune(
             if verdict:
                 history.verdicts.append(verdict)
             on_step(learner, step, verdict)
+        if target and learner.step_count == 0:
+            raise ValueError(
+                f"the recordings gave {learner.windows} solved windows, too few to learn from and to judge by; they "
+                "need more images, more sideways motion, or more texture"
+            )
     return learner, history

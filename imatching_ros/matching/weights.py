@@ -54,7 +54,12 @@ def dumps(matcher: nn.Module, version: int, parent: int) -> tuple[bytes, Weights
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in matcher.state_dict().items()}
     info = WeightsInfo(version, parent, matcher.family, _digest(tensors))
     metadata = {"version": str(version), "parent": str(parent), "family": info.family, "sha256": info.sha256}
-    return safetensors.torch.save(tensors, metadata), info
+    data = safetensors.torch.save(tensors, metadata)
+    # The library shuffles the metadata: in order, the same weights are the same bytes.
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header + data[8 + length :], info
 
 
 def loads(data: bytes, source: str = "the weights") -> tuple[nn.Module, WeightsInfo]:

@@ -1,0 +1,626 @@
+"""The upper level on rendered recordings: its gradient, what it learns from, and what the gate lets through."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from imatching_ros.bundle.adjust import AdjustOptions, adjust
+from imatching_ros.bundle.bundle import Bundle
+from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.robust import Kernel
+from imatching_ros.data.recording import open_recording
+from imatching_ros.evaluation.matching import evaluate_matching, evaluation_pairs
+from imatching_ros.learning import gate
+from imatching_ros.learning import learner as learner_module
+from imatching_ros.learning.learner import Learner, LearnerOptions
+from imatching_ros.learning.lesson import make_lesson, match, objective, rematch, resolve, select, survivors_of
+from imatching_ros.learning.probe import make_probe, probe_error
+from imatching_ros.learning.tune import tune
+from imatching_ros.matching import weights
+from imatching_ros.matching.expectation import ExpectationMatcher
+from imatching_ros.matching.tracker import Tracker, TrackerOptions
+from imatching_ros.matching.warps import apply_homography
+
+TRAINED, MEASURED = 56, 60  # of the recording in dim light: images that train, and the first that is measured
+TIGHT = AdjustOptions(max_iterations=200, relative_decrease=1e-12, gradient=1e-7)
+
+
+def recorded(matcher, camera, images, options=None):
+    """(stamp, image, correspondences, window or None) of each image."""
+    tracker, bundle = Tracker(matcher, 0, camera, options), Bundle(camera)
+    events = []
+    for stamp, image in images:
+        correspondences = tracker.track(stamp, image)
+        events.append((stamp, image, correspondences, bundle.add(correspondences).window))
+    return events
+
+
+@pytest.fixture(scope="module")
+def events(shipped, night):
+    """What the nodes would say of the first part of the recording in dim light."""
+    return recorded(shipped[0], night[0], night[1][:TRAINED])
+
+
+def teach(learner, events):
+    for stamp, image, correspondences, window in events:
+        learner.add_image(stamp, image)
+        learner.add_correspondences(correspondences)
+        if window is not None:
+            learner.add_window(window)
+    return learner
+
+
+def taught(shipped, night, events, **options):
+    return teach(Learner(*shipped, night[0], LearnerOptions(**options)), events)
+
+
+def state(data):
+    return weights.loads(data)[0].state_dict()
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# The gradient: equation 7 -----------------------------------------------------------------------------------------
+
+
+class InDouble(ExpectationMatcher):
+    """The same network in float64, so that differences of costs are not rounding."""
+
+    def __init__(self, matcher):
+        super().__init__()
+        self.load_state_dict(matcher.state_dict())
+        self.double()
+
+    def encode(self, images):
+        return super().encode(images.double())
+
+
+class Upper:
+    """A window solved tightly for what the network says, and both levels over its fixed survivors.
+
+    Queries, covariances and survivors are held: they are constants of equation 3 on both levels.
+    """
+
+    def __init__(self, matcher, lesson, kernel):
+        self.matcher, self.kernel = InDouble(matcher), kernel
+        self.options = BundleOptions(prune_px=2.0, adjust=replace(TIGHT, kernel=kernel))
+        lesson = replace(lesson, messages=[
+            replace(m, uv=m.uv.double(), cov=m.cov.double(), score=m.score.double()) for m in lesson.messages
+        ])  # fmt: skip
+        lesson = rematch(self.matcher, lesson)
+        camera = lesson.camera
+        lesson = replace(lesson, messages=[replace(m, xy=camera.normalise(m.uv)) for m in lesson.messages])
+        self.lesson = resolve(lesson, self.options)
+        self.survivors = survivors_of(self.lesson, self.options.prune_px)
+
+    def matches(self, matcher=None):
+        return match(matcher or self.matcher, self.lesson, self.lesson.pairs)
+
+    def cost(self, uv, kernel=None, resolved=True):
+        """The objective of all survivors, the pairs' rows at the matches ``uv``, at T*, p* of these matches."""
+        posed = self.survivors.problem
+        xy = posed.xy.clone()
+        for pair, found in zip(self.lesson.pairs, uv, strict=True):
+            place, mine = self.survivors.of(pair)
+            xy[place] = self.lesson.camera.normalise(found[mine])
+        posed = replace(posed, xy=xy)
+        if resolved:
+            solution = adjust(posed, self.options.adjust)
+            assert solution.converged
+            posed = replace(posed, T_world_camera=solution.T_world_camera, points=solution.points)
+        return posed.cost(kernel or self.kernel).item()
+
+    def difference(self, moved, step, **how):
+        """Central difference of the cost; ``moved(x)`` are the matches x along some direction."""
+        with torch.no_grad():
+            return (self.cost(moved(step), **how) - self.cost(moved(-step), **how)) / (2 * step)
+
+    def along(self, direction):
+        """Matches of the network whose parameters are moved along a direction, one tensor per parameter."""
+
+        def moved(x):
+            matcher = copy.deepcopy(self.matcher)
+            for parameter, d in zip(matcher.parameters(), direction, strict=True):
+                parameter.add_(x * d)
+            return [m.uv[0] for m in self.matches(matcher)]
+
+        return moved
+
+    def gradient(self, kernel=None):
+        """Equation 7 with respect to the parameters."""
+        fine, _, _ = objective(
+            self.lesson, self.survivors, self.lesson.pairs, self.matches(), kernel or self.kernel
+        )
+        gradients = torch.autograd.grad(fine, list(self.matcher.parameters()), materialize_grads=True)
+        return [gradient.detach() for gradient in gradients]
+
+
+def unit(direction):
+    norm = torch.sqrt(sum(d.square().sum() for d in direction))
+    return [d / norm for d in direction]
+
+
+def random_direction(matcher, seed):
+    """Each parameter moves about as much as it is large."""
+    g = torch.Generator().manual_seed(seed)
+    return unit([
+        p.detach().abs().mean() * torch.randn(p.shape, generator=g, dtype=p.dtype) for p in matcher.parameters()
+    ])  # fmt: skip
+
+
+def inner(a, b):
+    return sum((x * y).sum() for x, y in zip(a, b, strict=True)).item()
+
+
+@pytest.fixture(scope="module")
+def small_lesson(shipped, night):
+    """A window of few tracks, in which noise makes the kernel matter."""
+    camera, images = night
+    events = recorded(shipped[0], camera, images[:40], TrackerOptions(queries=150))
+    window = [e[3] for e in events if e[3]][-1]
+    lesson = make_lesson(window, {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events}, camera)
+    assert len(window.stamps) > 4 and len(lesson.pairs) > 5
+    return lesson
+
+
+@pytest.fixture(scope="module", params=[Kernel(), Kernel("cauchy", 1.5)], ids=lambda kernel: kernel.name)
+def upper(request, shipped, small_lesson):
+    return Upper(shipped[0], small_lesson, request.param)
+
+
+def test_the_objective_is_the_bundles_own(upper):
+    # At the matches that the bundle solved for, the learner's sum is the part of the bundle's cost that rows make.
+    fine, _, rows = objective(upper.lesson, upper.survivors, upper.lesson.pairs, upper.matches(), upper.kernel)
+    places = torch.cat([upper.survivors.of(pair)[0] for pair in upper.lesson.pairs])
+    mask = torch.zeros(len(upper.survivors.observed), dtype=torch.bool)
+    mask[places] = True
+    part = upper.survivors.problem.select(mask).cost(upper.kernel)
+    assert rows == len(places) > 500 and len(torch.unique(places)) == rows
+    assert fine.item() == pytest.approx(part.item(), rel=1e-9)
+    s = upper.survivors.problem.squared()
+    assert 0.02 < (s > upper.kernel.scale**2).double().mean() < 0.5  # the kernel is at work
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_by_the_matches_is_the_total_one(upper, seed):
+    uv = [m.uv[0].detach().requires_grad_() for m in upper.matches()]
+    matches = [replace(m, uv=x[None]) for m, x in zip(upper.matches(), uv, strict=True)]
+    fine, _, _ = objective(upper.lesson, upper.survivors, upper.lesson.pairs, matches, upper.kernel)
+    gradient = torch.autograd.grad(fine, uv)
+    g = torch.Generator().manual_seed(seed)
+    direction = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in uv]
+    difference = upper.difference(lambda x: [u + x * d for u, d in zip(uv, direction, strict=True)], 1e-5)
+    assert difference == pytest.approx(inner(gradient, direction), rel=1e-4)
+
+
+def test_gradient_by_the_parameters_is_the_total_one(upper):
+    # Central differences of the solved lower level: matched again, T* and p* solved again.
+    gradient = upper.gradient()
+    for direction in (unit(gradient), random_direction(upper.matcher, 0), random_direction(upper.matcher, 1)):
+        difference = upper.difference(upper.along(direction), 1e-6)
+        assert difference == pytest.approx(inner(gradient, direction), rel=1e-4)
+
+
+def test_another_upper_objective_would_need_the_bundles_own_gradient(upper):
+    # What shows that the tests above can fail: T* and p* do move, by enough to be seen in any other objective.
+    other = Kernel("geman_mcclure", 2.0)
+    gradient = upper.gradient(other)
+    direction = unit(gradient)
+    exact = inner(gradient, direction)
+    moved = upper.along(direction)
+    assert upper.difference(moved, 1e-6, kernel=other, resolved=False) == pytest.approx(exact, rel=1e-4)
+    assert abs(upper.difference(moved, 1e-6, kernel=other) / exact - 1) > 1e-2
+
+
+def test_where_the_window_is_not_solved_the_gradient_is_not_the_total_one(upper):
+    # The bundle's window as it was, and other matches since: not a stationary point, hence `resolve` before a step.
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        uv = [m.uv[0] + 0.5 * torch.randn(m.uv[0].shape, generator=g, dtype=torch.float64) for m in upper.matches()]
+    leaves = [x.clone().requires_grad_() for x in uv]
+    matches = [replace(m, uv=x[None]) for m, x in zip(upper.matches(), leaves, strict=True)]
+    fine, _, _ = objective(upper.lesson, upper.survivors, upper.lesson.pairs, matches, upper.kernel)
+    gradient = torch.autograd.grad(fine, leaves)
+    direction = unit(gradient)
+    difference = upper.difference(lambda x: [u + x * d for u, d in zip(uv, direction, strict=True)], 1e-5)
+    assert abs(difference / inner(gradient, direction) - 1) > 1e-2
+
+
+def test_the_covariance_gets_no_gradient_and_the_coarse_head_its_own(upper):
+    fine, coarse, _ = objective(upper.lesson, upper.survivors, upper.lesson.pairs, upper.matches(), upper.kernel)
+    matcher = upper.matcher
+    of_fine = torch.autograd.grad(
+        fine, [matcher.log_cov, matcher.log_scale_coarse, matcher.log_scale_fine], retain_graph=True, allow_unused=True
+    )
+    assert of_fine[0] is None and of_fine[1] is None and of_fine[2].abs() > 0
+    of_coarse = torch.autograd.grad(coarse, [matcher.log_scale_coarse, matcher.log_scale_fine], allow_unused=True)
+    assert of_coarse[0].abs() > 0 and of_coarse[1] is None
+
+
+# Lessons --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_survivors_count(upper):
+    lesson, survivors = upper.lesson, upper.survivors
+    matches = upper.matches()
+    fine, coarse, rows = objective(lesson, survivors, lesson.pairs, matches, upper.kernel)
+    spoilt, pruned = [], 0
+    for pair, found in zip(lesson.pairs, matches, strict=True):
+        out = torch.ones(len(pair.rows), dtype=torch.bool)
+        out[survivors.of(pair)[1]] = False
+        pruned += int(out.sum())
+        uv, coarse_uv = found.uv.clone(), found.coarse_uv.clone()
+        uv[0, out], coarse_uv[0, out] = 1e4, torch.nan
+        spoilt.append(replace(found, uv=uv, coarse_uv=coarse_uv))
+    assert pruned > 10 and rows + pruned == sum(len(pair.rows) for pair in lesson.pairs)
+    again = objective(lesson, survivors, lesson.pairs, spoilt, upper.kernel)
+    assert again == (fine, coarse, rows)
+    # and every survivor does count
+    moved = [replace(found, uv=found.uv + 1.0) for found in matches]
+    assert objective(lesson, survivors, lesson.pairs, moved, upper.kernel)[0] > fine
+    # Survivors are what their name says: close to their landmark.
+    residual, _ = survivors.problem.residual()
+    assert residual.norm(dim=-1).max() < upper.options.prune_px
+
+
+def test_a_sum_over_pairs_is_the_sum_of_pairs(upper):
+    lesson, matches = upper.lesson, upper.matches()
+    whole, _, rows = objective(lesson, upper.survivors, lesson.pairs, matches, upper.kernel)
+    parts = [
+        objective(lesson, upper.survivors, [pair], [found], upper.kernel)
+        for pair, found in zip(lesson.pairs, matches, strict=True)
+    ]
+    assert sum(part[0] for part in parts).item() == pytest.approx(whole.item())
+    assert sum(part[2] for part in parts) == rows
+    assert objective(lesson, upper.survivors, [], [], upper.kernel)[2] == 0
+
+
+def test_a_lesson_is_joined_by_stamp_and_complete_or_not_at_all(night, events):
+    camera = night[0]
+    window = [e[3] for e in events if e[3]][3]
+    messages, images = {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events}
+    lesson = make_lesson(window, messages, images, camera)
+    for pair in lesson.pairs:
+        message = lesson.messages[pair.target]
+        assert pair.reference < pair.target
+        assert (message.ref_stamp[pair.rows] == window.stamps[pair.reference]).all()
+        assert torch.isin(message.track, window.track).all()
+    assert torch.equal(lesson.images[2], images[int(window.stamps[2])])
+    assert lesson.error_px().isfinite().all()
+    for without in (messages, images):
+        less = {stamp: value for stamp, value in without.items() if stamp != int(window.stamps[1])}
+        joined = (less, images) if without is messages else (messages, less)
+        assert make_lesson(window, *joined, camera) is None
+    empty = {stamp: select(message, torch.zeros(len(message), dtype=torch.bool)) for stamp, message in messages.items()}
+    assert make_lesson(window, empty, images, camera) is None
+
+
+def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
+    camera = night[0]
+    window = [e[3] for e in events if e[3]][3]
+    messages, images = {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events}
+    lesson = make_lesson(window, messages, images, camera)
+    again = rematch(shipped[0], lesson)
+    for one, two in zip(lesson.messages, again.messages, strict=True):
+        assert torch.equal(one.ref_uv, two.ref_uv) and torch.equal(one.track, two.track)
+        close = (one.uv - two.uv).norm(dim=-1) < 1e-2  # same weights, same answer
+        assert len(one) == 0 or close.float().mean() > 0.95
+    solved = resolve(again, BundleOptions())
+    posed = survivors_of(solved, BundleOptions().prune_px).problem
+    assert adjust(posed).cost == pytest.approx(posed.cost(AdjustOptions().kernel).item(), rel=1e-5)
+    # A matcher that finds nothing leaves no window.
+    broken = [replace(m, xy=torch.rand(m.xy.shape, generator=torch.Generator().manual_seed(0))) for m in again.messages]
+    assert resolve(replace(again, messages=broken), BundleOptions(min_landmarks=100)) is None
+
+
+# The probe ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_truth_of_a_probe_is_where_the_scene_went(day):
+    images = [image for _, image in day[1][::6]]
+    probe = make_probe(images, 1, 3)
+    assert probe.images.shape == (2, 1, 240, 320) and len(probe.queries) == len(probe.truth) > 100
+    assert torch.equal(probe.images[0, 0], torch.tensor(images[1]) / 255)
+    assert (probe.truth - probe.queries).norm(dim=-1).median() > 3
+    queries, truth = probe.queries.numpy(), probe.truth.numpy()
+    H = cv2.findHomography(queries, truth)[0]
+    assert np.abs(apply_homography(H, queries) - truth).max() < 1e-3
+    # Carried back by the truth, the second image lies on the first: KLT, begun there, stays but for the noise.
+    one, two = (np.rint(255 * image[0].numpy()).astype(np.uint8) for image in probe.images)
+
+    def offset(H):
+        back = cv2.warpPerspective(two, np.linalg.inv(H), (320, 240))
+        flags = cv2.OPTFLOW_USE_INITIAL_FLOW
+        found, ok, _ = cv2.calcOpticalFlowPyrLK(one, back, queries, queries.copy(), winSize=(15, 15), maxLevel=0,
+                                                flags=flags)  # fmt: skip
+        return np.median((found - queries)[ok.ravel() == 1], 0)
+
+    assert np.abs(offset(H)).max() < 0.1
+    assert offset(H + 0.5 * np.outer([1, 0, 0], H[2]))[0] < -0.2  # half a pixel would show
+    again, other = make_probe(images, 1, 3), make_probe(images, 1, 4)
+    assert torch.equal(probe.images, again.images) and not torch.equal(probe.images, other.images)
+
+
+def test_a_probe_tells_a_good_matcher_from_a_bad_one(shipped, day):
+    probe = make_probe([image for _, image in day[1][::6]], 0, 0)
+    error = probe_error(shipped[0], probe)
+    torch.manual_seed(0)
+    assert error.median() < 1.0 and probe_error(ExpectationMatcher().eval(), probe).median() > 5
+
+
+def test_the_noise_of_a_probe_stays_with_the_pixels():
+    # A smooth scene seen by a sensor with a fixed pattern: in the warped image the pattern is where it was.
+    rng = np.random.default_rng(0)
+    scene = cv2.GaussianBlur(rng.uniform(0, 1, (240, 320)).astype(np.float32), (0, 0), 12)
+    scene = 60 + 130 * (scene - scene.min()) / np.ptp(scene)
+    pattern = rng.normal(0, 8, (240, 320)).astype(np.float32)
+    images = [np.clip(np.roll(scene, 20 * k, 1) + pattern + rng.normal(0, 3, scene.shape), 0, 255).astype(np.uint8)
+              for k in range(6)]  # fmt: skip
+    probe = make_probe(images, 0, 1)
+    first, second = (image[0].numpy() * 255 for image in probe.images)
+    high = second - cv2.GaussianBlur(second, (0, 0), 5.0)
+    assert np.corrcoef(high.ravel(), pattern.ravel())[0, 1] > 0.7
+    # Carried along with the scene it would be found here:
+    H = cv2.findHomography(probe.queries.numpy(), probe.truth.numpy())[0]
+    carried = cv2.warpPerspective(pattern, H, (320, 240))
+    inside = cv2.warpPerspective(np.ones_like(pattern), H, (320, 240)) > 0.99
+    assert abs(np.corrcoef(high[inside], carried[inside])[0, 1]) < 0.1
+
+
+# The learner ----------------------------------------------------------------------------------------------------------
+
+
+def test_windows_become_lessons_and_one_is_held_out(shipped, night, events):
+    learner = taught(shipped, night, events)
+    assert learner.windows == sum_of_lessons(learner) >= 3 and learner.ready
+    assert learner.version == 0 and learner.weights() == Learner(*shipped, night[0]).weights()
+    windows = [e[3] for e in events if e[3]]
+    assert not learner.add_window(windows[-1])  # nothing new in it
+    assert learner.verdict(now=True) is None  # nothing was learned yet
+
+
+def sum_of_lessons(learner):
+    return len(learner._train) + len(learner._held_out)
+
+
+def test_a_window_without_its_images_is_not_remembered(shipped, night, events):
+    windows = [e[3] for e in events if e[3]]
+    learner = Learner(*shipped, night[0])
+    assert not learner.add_window(windows[0]) and learner.step() is None and learner.verdict(now=True) is None
+    for _, _, correspondences, _ in events:
+        learner.add_correspondences(correspondences)
+    assert not learner.add_window(windows[0]) and learner.windows == 0
+    for stamp, image, _, _ in events:
+        learner.add_image(stamp, image)
+    assert learner.add_window(windows[0]) and learner.windows == 1
+
+
+def test_what_is_disabled_takes_nothing_in(shipped, night, events):
+    learner = Learner(*shipped, night[0])
+    learner.enabled = False
+    assert teach(learner, events).windows == 0 and learner.step() is None
+
+
+def test_buffers_are_bounded(shipped, night, events):
+    learner = taught(shipped, night, events, images=9, new_keyframes=1)
+    assert len(learner._images) == len(learner._messages) == 9
+    assert list(learner._images) == [e[0] for e in events[-9:]]  # the newest
+    # Windows whose oldest image is gone are not lessons, the rest are few.
+    assert learner.windows < sum(e[3] is not None for e in events)
+    learner = taught(shipped, night, events, lessons=2, held_out=2, new_keyframes=1)
+    assert learner.windows > 5 and len(learner._train) == 2 and 1 <= len(learner._held_out) <= 4
+    assert len(learner._probes) <= 8
+
+
+def test_the_callers_image_may_change_afterwards(shipped, night, events):
+    one, two = Learner(*shipped, night[0]), Learner(*shipped, night[0])
+    for stamp, image, correspondences, window in events:
+        buffer = image.copy()
+        for learner, given in ((one, buffer), (two, image)):
+            learner.add_image(stamp, given)
+            learner.add_correspondences(correspondences)
+            if window is not None:
+                learner.add_window(window)
+        buffer[:] = 0
+    assert one.step().loss == two.step().loss
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The stamps of the images that steps train on, and of those that the gate measures on, as they happen."""
+    used = {"trained": set(), "measured": set()}
+
+    def watched(module, name):
+        real = module.match
+
+        def match(matcher, lesson, pairs, queries=None):
+            stamps = lesson.window.stamps.tolist()
+            used[name] |= {stamps[index] for pair in pairs for index in (pair.reference, pair.target)}
+            return real(matcher, lesson, pairs, queries)
+
+        monkeypatch.setattr(module, "match", match)
+
+    watched(learner_module, "trained")
+    watched(gate, "measured")
+    return used
+
+
+def test_what_is_measured_never_trains(shipped, night, events, seen):
+    # As online: windows that overlap come while the learner trains.
+    learner = Learner(*shipped, night[0], LearnerOptions(held_out=4, new_keyframes=1, verdict_every=4))
+    verdicts = 0
+    for event in events:
+        teach(learner, [event])
+        if event[3] is not None:
+            for _ in range(3):
+                learner.step()
+                verdicts += learner.verdict() is not None
+    assert verdicts >= 2 and len(seen["trained"]) > 3 and len(seen["measured"]) > 3
+    assert not seen["trained"] & seen["measured"]
+    # nor do the probes' images
+    trained = [torch.tensor(image) / 255 for stamp, image, *_ in events if stamp in seen["trained"]]
+    assert learner._probes
+    for probe, image in itertools.product(learner._probes, trained):
+        assert not torch.equal(probe.images[0, 0], image)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(shipped, night, events):
+    learner = taught(shipped, night, events)
+    assert learner.step().step == 1
+    parameter = learner._candidate.log_scale_fine
+    before = copy.deepcopy(learner._candidate.state_dict())
+    hook = parameter.register_hook(lambda gradient: gradient * torch.nan)
+    assert learner.step() is None and learner.skipped == 1 and learner.step_count == 1
+    assert same(learner._candidate.state_dict(), before)
+    hook.remove()
+    assert learner.step().step == 2
+    after = learner._candidate.state_dict()
+    assert not same(after, before) and all(value.isfinite().all() for value in after.values())
+
+
+@pytest.fixture(scope="module")
+def promoted(shipped, night, events):
+    """A learner whose first candidate was promoted, and the verdict."""
+    learner = taught(shipped, night, events, verdict_every=12)
+    steps = [learner.step() for _ in range(12)]
+    return learner, learner.verdict(), steps
+
+
+def test_what_is_learned_is_promoted_and_explains_unseen_windows_better(shipped, promoted):
+    learner, verdict, steps = promoted
+    assert verdict.promoted and not verdict.rolled_back and verdict.step == 12
+    assert verdict.version == learner.version == 1 and learner.promotions == 1
+    assert verdict.figures["epipolar_px"] < 0.9 * verdict.figures["epipolar_px_before"]
+    assert "better" in verdict.reason and "\n" not in verdict.reason
+    matcher, info = weights.loads(learner.weights())
+    assert (info.version, info.parent) == (1, 0) and not same(matcher.state_dict(), shipped[0].state_dict())
+    assert [step.step for step in steps] == list(range(1, 13))
+    assert all(np.isfinite(step.loss) and step.loss > 0 and step.rows > 100 for step in steps)
+
+
+def test_what_is_learned_makes_matches_of_later_images_truer(shipped, dusk, promoted):
+    # Against depth and poses, which neither the learner nor its gate ever saw.
+    recording = open_recording(dusk)
+    pairs = evaluation_pairs(recording, MEASURED, len(recording) - 1, steps=(5, 10))
+    before = evaluate_matching(shipped[0], recording, pairs)
+    after = evaluate_matching(weights.loads(promoted[0].weights())[0], recording, pairs)
+    assert before.points > 1000
+    assert after.mma_1px > 1.07 * before.mma_1px and after.mma_2px > 1.05 * before.mma_2px
+
+
+def test_a_spoilt_candidate_is_refused_and_goes_back(shipped, night, events):
+    # A learning rate a hundred times too large spoils any network.
+    learner = taught(shipped, night, events, rate=0.03, verdict_every=1, patience=3)
+    verdicts = []
+    for _ in range(3):
+        assert learner.step() is not None
+        verdicts.append(learner.verdict())
+        if len(verdicts) == 2:
+            assert not same(learner._candidate.state_dict(), shipped[0].state_dict())
+    assert [v.promoted for v in verdicts] == [False] * 3
+    assert [v.rolled_back for v in verdicts] == [False, False, True]
+    assert "worse" in verdicts[0].reason and "goes back" in verdicts[2].reason
+    assert verdicts[-1].figures["probe_1px"] < verdicts[-1].figures["probe_1px_before"] - 10
+    assert (learner.version, learner.rollbacks, learner.promotions) == (0, 1, 0)
+    assert same(learner._candidate.state_dict(), shipped[0].state_dict())
+    assert same(state(learner.weights()), shipped[0].state_dict())
+
+
+def test_a_candidate_under_which_every_window_falls_apart_starts_again(shipped, night, events):
+    learner = taught(shipped, night, events, rate=1.0, steps_per_solve=1, verdict_every=1000, lessons=1)
+    learner.bundle = BundleOptions(min_landmarks=200)
+    for _ in range(40):
+        learner.step()
+        if learner.rollbacks:
+            break
+    assert learner.rollbacks == 1 and learner.ready
+    assert same(learner._candidate.state_dict(), shipped[0].state_dict())
+    result = learner.step()
+    assert result is not None and result.loss < 2
+
+
+def test_rollback_and_reset_restore_bit_by_bit_and_the_version_grows(shipped, night, events):
+    learner = taught(shipped, night, events, verdict_every=4)
+    versions, kept = [learner.version], [learner.weights()]
+    for _ in range(24):
+        learner.step()
+        verdict = learner.verdict()
+        if verdict is not None and verdict.promoted:
+            versions.append(learner.version)
+            kept.append(learner.weights())
+        if len(kept) == 3:
+            break
+    assert len(kept) == 3 and versions == sorted(set(versions))
+    version = learner.rollback()
+    assert version == versions[-1] + 1 == learner.version
+    assert same(state(learner.weights()), state(kept[-2])) and not same(state(kept[-1]), state(kept[-2]))
+    assert weights.loads(learner.weights())[1].version == version
+    # Judged from now on against what is in use now: no better than itself.
+    learner.step()
+    verdict = learner.verdict(now=True)
+    assert verdict.figures["epipolar_px_before"] == pytest.approx(measured(learner, kept[-2]), abs=1e-4)
+    version = learner.reset()
+    assert version > versions[-1] + 1 and learner.version == version
+    assert same(state(learner.weights()), shipped[0].state_dict())
+    assert not learner.ready and learner.step() is None
+    assert teach(learner, events).ready and learner.step().rows > 0
+
+
+def measured(learner, data):
+    """Mean epipolar error of some weights on the learner's held-out windows."""
+    return float(learner._gather(weights.loads(data)[0]).epipolar.mean())
+
+
+def test_rollback_without_a_past_is_the_beginning(shipped, night):
+    learner = Learner(*shipped, night[0])
+    assert learner.rollback() == 1 and learner.rollback() == 2
+    assert same(state(learner.weights()), shipped[0].state_dict())
+    assert learner.reset() == 3 and same(state(learner.weights()), shipped[0].state_dict())
+
+
+def test_the_gate_decides_by_certainty():
+    g = torch.Generator().manual_seed(0)
+
+    def evidence(epipolar, probe, n=600):
+        noise = torch.rand(n, generator=torch.Generator().manual_seed(1))
+        return gate.Evidence(noise, *(noise + torch.randn(n, generator=g) * 0.3 + shift for shift in (epipolar, probe)))
+
+    assert gate.judge(evidence(-0.1, 0), evidence(0, 0.0))[0] == 1
+    assert gate.judge(evidence(0.1, 0), evidence(0, 0.0))[0] == -1
+    assert gate.judge(evidence(-0.1, 0.2), evidence(0, 0.0))[0] == -1  # better in the windows, worse at matching
+    assert gate.judge(evidence(0.0, 0), evidence(0, 0.0))[0] == 0
+    assert gate.judge(evidence(-0.1, 0, n=3), evidence(0, 0.0, n=3))[0] == 0  # too little to tell
+    mark, reason, figures = gate.judge(evidence(0, 0), evidence(0, 0))
+    assert mark < 1 and set(figures) >= {"epipolar_px", "epipolar_px_before", "probe_1px", "probe_1px_before"}
+
+
+# Tuning a recording ---------------------------------------------------------------------------------------------------
+
+
+
+
+def test_tuning_twice_gives_the_same_bits(shipped, night):
+    camera, images = night
+    options = LearnerOptions(verdict_every=4, seed=3)
+    (one, first), (two, second) = (
+        tune(*shipped, [(camera, images[:TRAINED])], 4, epochs=1, options=options) for _ in range(2)
+    )
+    assert one.weights() == two.weights() and one.step_count == 4 and len(first.verdicts) == 1
+    assert same(one._candidate.state_dict(), two._candidate.state_dict())
+    assert [(s.step, s.loss, s.rows) for s in first.steps] == [(s.step, s.loss, s.rows) for s in second.steps]
+    assert [v.figures for v in first.verdicts] == [v.figures for v in second.verdicts]
+
+
+def test_a_recording_that_teaches_nothing_is_named(shipped, night):
+    camera, images = night
+    still = [(stamp, images[0][1]) for stamp, _ in images[:12]]
+    for frames, count in ((images[:12], r"\d"), (still, "0"), ([], "0")):
+        with pytest.raises(ValueError, match=rf"^the recordings gave {count} solved windows, too few .*$"):
+            tune(*shipped, [(camera, frames)], 5)
