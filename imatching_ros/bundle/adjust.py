@@ -111,7 +111,7 @@ def _minimise(system: _System, options: AdjustOptions) -> Solution:
     exact = 1e-18 * len(system.problem.pose)  # below this the cost is rounding, and its gradient means nothing
     iterations, decrease, damping, growth = 0, 1.0, 1e-4, 2.0
     while True:
-        system.linearise(here, curved=decrease < 1e-2)
+        system.linearise(here, curved=decrease < 1e-4)
         gradient = system.gradient_norm()
         converged = here.cost <= exact or (decrease < options.relative_decrease and gradient < options.gradient)
         if converged or iterations >= options.max_iterations:
@@ -217,7 +217,8 @@ class _System:
 
     def linearise(self, at: _Estimate, curved: bool) -> None:
         """The blocks at a state. ``curved``: with the kernel's true curvature along the residual, held above a fifth
-        of the weight so that the system stays definite; reweighting alone converges only linearly."""
+        of the weight so that the system stays definite; reweighting alone converges only linearly. Far from the optimum
+        it overshoots: only once the cost falls by less than 1e-4."""
         weight = torch.where(at.seen, self.kernel.weight(at.s), 0.0)
         self.energy = (weight * at.s).sum().item()
         m = weight * self.information

@@ -598,7 +598,7 @@ _f8, _i8 = types.float64, types.int64
         _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, types.boolean[:, ::1],
         _i8, _f8, _i8, _f8, _f8,
     ),
-    cache=True, error_model="numpy",
+    cache=True, error_model="numpy", nogil=True,
 )  # fmt: skip
 def minimise(
     T, points, pose, landmark, xy, cov, fx, fy, free, kernel, scale, max_iterations, relative_decrease, gradient
@@ -626,7 +626,7 @@ def minimise(
     iterations, decrease, damping, growth = 0, 1.0, 1e-4, 2.0
     while True:
         energy = linearise(
-            t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, decrease < 1e-2,
+            t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, decrease < 1e-4,
             jacobian, point, camera,
         )  # fmt: skip
         H, g = sum_lanes(camera)
