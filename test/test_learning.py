@@ -325,7 +325,7 @@ def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
 
 def test_the_truth_of_a_probe_is_where_the_scene_went(day):
     images = [image for _, image in day[1][::6]]
-    probe = make_probe(images, 1, 3)
+    probe = make_probe(images[1], images, 3)
     assert probe.images.shape == (2, 1, 240, 320) and len(probe.queries) == len(probe.truth) > 100
     assert torch.equal(probe.images[0, 0], torch.tensor(images[1]) / 255)
     assert (probe.truth - probe.queries).norm(dim=-1).median() > 3
@@ -344,12 +344,12 @@ def test_the_truth_of_a_probe_is_where_the_scene_went(day):
 
     assert np.abs(offset(H)).max() < 0.1
     assert offset(H + 0.5 * np.outer([1, 0, 0], H[2]))[0] < -0.2  # half a pixel would show
-    again, other = make_probe(images, 1, 3), make_probe(images, 1, 4)
+    again, other = make_probe(images[1], images, 3), make_probe(images[1], images, 4)
     assert torch.equal(probe.images, again.images) and not torch.equal(probe.images, other.images)
 
 
 def test_a_probe_tells_a_good_matcher_from_a_bad_one(shipped, day):
-    probe = make_probe([image for _, image in day[1][::6]], 0, 0)
+    probe = make_probe(day[1][0][1], [image for _, image in day[1][::6]], 0)
     error = probe_error(shipped[0], probe)
     torch.manual_seed(0)
     assert error.median() < 1.0 and probe_error(ExpectationMatcher().eval(), probe).median() > 5
@@ -363,10 +363,11 @@ def test_the_noise_of_a_probe_stays_with_the_pixels():
     pattern = rng.normal(0, 8, (240, 320)).astype(np.float32)
     images = [np.clip(np.roll(scene, 20 * k, 1) + pattern + rng.normal(0, 3, scene.shape), 0, 255).astype(np.uint8)
               for k in range(6)]  # fmt: skip
-    probe = make_probe(images, 0, 1)
+    probe = make_probe(images[0], images, 1)
     first, second = (image[0].numpy() * 255 for image in probe.images)
     high = second - cv2.GaussianBlur(second, (0, 0), 5.0)
-    assert np.corrcoef(high.ravel(), pattern.ravel())[0, 1] > 0.7
+    middle = np.s_[60:180, 80:240]  # the warp leaves the corners empty
+    assert np.corrcoef(high[middle].ravel(), pattern[middle].ravel())[0, 1] > 0.7
     # Carried along with the scene it would be found here:
     H = cv2.findHomography(probe.queries.numpy(), probe.truth.numpy())[0]
     carried = cv2.warpPerspective(pattern, H, (320, 240))

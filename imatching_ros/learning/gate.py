@@ -18,7 +18,6 @@ from .probe import Probe, probe_error
 CORNERS = 200  # per image
 TRUNCATE_PX = 5.0  # an error beyond counts as this: how wrong a wrong match is says nothing
 Z = 1.64  # one-sided 95 %
-TOLERANCE = 0.5  # points of the known warps within 1 px
 
 
 @dataclass(frozen=True)
@@ -96,13 +95,15 @@ def judge(candidate: Evidence, incumbent: Evidence) -> tuple[int, str, dict[str,
         figures[f"probe_1px{name}"] = _share(evidence.probe)
     if probe_mean - Z * probe_error > 0:
         return -1, f"known warps are matched worse by {probe_mean:.3f} px", figures
-    if figures["probe_1px"] < figures["probe_1px_before"] - TOLERANCE:
-        lost = figures["probe_1px_before"] - figures["probe_1px"]
-        return -1, f"{lost:.1f} points fewer of the known warps are matched within 1 px", figures
+    hits_mean, hits_error = _mean_and_error((candidate.probe < 1).float() - (incumbent.probe < 1).float())
+    if hits_mean + Z * hits_error < 0:
+        return -1, f"{-100 * hits_mean:.1f} points fewer of the known warps are matched within 1 px", figures
     if window_mean - Z * window_error > 0:
         return -1, f"held-out windows are explained worse by {window_mean:.3f} px", figures
     if window_mean + Z * window_error < 0:
         return 1, f"held-out windows are explained better by {-window_mean:.3f} px, known warps no worse", figures
+    if probe_mean + Z * probe_error < 0:
+        return 1, f"known warps are matched better by {-probe_mean:.3f} px, held-out windows no worse", figures
     return 0, f"no certain difference on held-out windows ({window_mean:+.3f} px)", figures
 
 

@@ -20,18 +20,19 @@ from ..geometry.correspondences import Correspondences
 from ..matching import weights
 from . import gate
 from .gate import Evidence, Verdict
-from .lesson import Lesson, Pair, Survivors, make_lesson, match, objective, rematch, resolve, survivors_of
-from .probe import Probe, make_probe
+from .lesson import Lesson, Pair, Survivors, make_lesson, match, objective, rematch, requery, resolve, survivors_of
+from .probe import Probe, known_warp_loss, make_probe
 
 
 @dataclass(frozen=True)
 class LearnerOptions:
     """How fast, how much and how carefully."""
 
-    rate: float = 3e-4  #: Adam's learning rate (the paper's is 1e-4, over hours)
+    rate: float = 2e-4  #: Adam's learning rate (the paper's is 1e-4, over hours)
     clip: float = 1.0  #: largest norm of a gradient
     average: float = 0.9  #: of the candidate's weights: what one step adds is one part in ten of what is judged
-    coarse: float = 0.1  #: weight of the coarse head's loss
+    coarse: float = 0.02  #: weight of the coarse head's loss
+    anchor: float = 0.3  #: weight of the known warps: windows show few views, and what they do not show is forgotten
     targets: int = 2  #: keyframes j per step; each with all its references
     steps_per_solve: int = 5  #: gradient steps before the window is matched and solved anew
     lessons: int = 24  #: windows that are remembered
@@ -81,6 +82,7 @@ class Learner:
         self._train: list[Lesson] = []
         self._held_out: list[tuple[Lesson, list[Pair]]] = []  # with the pairs of which neither image ever trained
         self._probes: list[Probe] = []
+        self._anchors: list[Probe] = []
         self._held_stamps: set[int] = set()
         self._trained_stamps: set[int] = set()
         self._windows = 0
@@ -123,12 +125,14 @@ class Learner:
         if self._train and due and fresh:
             self._held_out = (self._held_out + [(lesson, fresh)])[-4:]
             self._held_stamps |= stamps
-            images = list(lesson.images[:, 0].numpy())
             chosen = sorted({index for pair in fresh for index in (pair.reference, pair.target)})
             chosen = chosen[0], chosen[len(chosen) // 2]
-            self._probes = (self._probes + [make_probe(images, k, self._windows) for k in chosen])[-8:]
+            self._probes = (self._probes + [self._probe(lesson, k) for k in chosen])[-8:]
         else:
             self._train = (self._train + [lesson])[-self.options.lessons :]
+            free = [k for k, stamp in enumerate(window.stamps.tolist()) if stamp not in self._held_stamps]
+            if free:
+                self._anchors = (self._anchors + [self._probe(lesson, free[-1])])[-self.options.lessons :]
         return True
 
     # What goes on -------------------------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ class Learner:
     @property
     def ready(self) -> bool:
         """Whether there is something to learn from, and something to judge by."""
-        return self.enabled and bool(self._train) and bool(self._held_out)
+        return self.enabled and bool(self._train) and bool(self._anchors) and bool(self._held_out)
 
     def step(self) -> StepResult | None:
         """One gradient step (equation 7), or None where there is nothing to learn from."""
@@ -171,6 +175,8 @@ class Learner:
         if rows == 0:
             return None
         loss = fine / rows + self.options.coarse * coarse
+        if self.options.anchor > 0:
+            loss = loss + self.options.anchor * known_warp_loss(self._candidate, self._random.choice(self._anchors))
         for group in self._optimiser.param_groups:
             group["lr"] = self.options.rate
         self._optimiser.zero_grad(set_to_none=True)
@@ -229,7 +235,7 @@ class Learner:
         matcher, info = weights.loads(self._history[0][0])
         self._images.clear()
         self._messages.clear()
-        self._train, self._held_out, self._probes = [], [], []
+        self._train, self._held_out, self._probes, self._anchors = [], [], [], []
         self._held_stamps.clear()
         self._trained_stamps.clear()
         self._last_stamps = set()
@@ -253,6 +259,11 @@ class Learner:
         self._history.append(weights.dumps(matcher, self._version, parent))
         del self._history[1:-10]  # the first and the last ten
 
+    def _probe(self, lesson: Lesson, k: int) -> Probe:
+        """A known warp of the k-th image of a lesson."""
+        others = [image[0].numpy() for image in list(self._images.values())[:: 1 + len(self._images) // 32]]
+        return make_probe(lesson.images[k, 0].numpy(), others, int(lesson.window.stamps[k]))
+
     def _gather(self, matcher: nn.Module) -> Evidence:
         return gate.gather(matcher, self._held_out, self._probes, self.bundle)
 
@@ -262,7 +273,8 @@ class Learner:
         while self._train:
             index = self._random.randrange(len(self._train))
             if _pairs_without(self._train[index], self._held_stamps):
-                lesson = resolve(rematch(self._candidate, self._train[index]), self.bundle)
+                lesson = requery(self._train[index], self.bundle.prune_px)
+                lesson = resolve(rematch(self._candidate, lesson), self.bundle)
                 if lesson is not None:
                     self._train[index] = lesson
                     return lesson, survivors_of(lesson, self.bundle.prune_px)

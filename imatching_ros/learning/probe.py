@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..matching.detector import detect
-from ..matching.protocol import Matcher
+from ..matching.protocol import Matcher, Matches
 from ..matching.warps import apply_homography, in_frame, random_homography
 
 QUERIES = 300
@@ -29,32 +29,40 @@ class Probe:
     truth: Tensor  #: (N, 2) px in the second
 
 
-def make_probe(images: Sequence[np.ndarray], index: int, seed: int) -> Probe:
-    """A probe of ``images[index]``, (H, W) uint8 like the others of the same camera. The same seed, the same probe.
+def make_probe(image: np.ndarray, others: Sequence[np.ndarray], seed: int) -> Probe:
+    """A probe of an image (H, W) uint8; ``others`` are of the same camera. The same seed makes the same probe.
 
     The scene is warped, the camera's noise is not: it stays with the pixels, as it does when a robot moves. (Noise
     that moved along with the scene would be a texture like any other, and a matcher that learned to look through
     the noise would seem to get worse.) What all images have in common is the sensor's fixed pattern, what denoising
-    takes away is its noise; both are put back onto the warped scene, the noise from another image.
+    takes away is its noise; both are put back onto the warped scene. The noise is rolled to another place, so that what
+    denoising takes of the scene with it is no ghost of the scene.
     """
     rng = np.random.default_rng(seed)
-    image = images[index].astype(np.float32)
     size = (image.shape[1], image.shape[0])
-    pattern = np.mean([other - cv2.GaussianBlur(other, (0, 0), 5.0) for other in map(np.float32, images)], axis=0)
-    another = images[(index + len(images) // 2) % len(images)].astype(np.float32)
-    noise = (another - pattern) - _denoise(another - pattern)
+    pattern = _fixed_pattern(others)
+    clean = _denoise(image - pattern)
+    noise = np.roll(image - pattern - clean, tuple(rng.integers(0, size[::-1])), (0, 1))
     H = random_homography(rng, size, 0.5)
-    warped = cv2.warpPerspective(_denoise(image - pattern), H, size, flags=cv2.INTER_LINEAR)
+    warped = cv2.warpPerspective(clean, H, size, flags=cv2.INTER_LINEAR)
     gain, bias = np.exp(rng.normal(0, 0.1)), rng.normal(0, 5)
-    other = np.clip(warped * gain + bias + pattern + noise, 0, 255)
-    queries = detect(images[index], QUERIES)
+    moved = np.clip(warped * gain + bias + pattern + noise, 0, 255)
+    queries = detect(image, QUERIES)
     truth = apply_homography(H, queries) if len(queries) else queries
     seen = in_frame(truth, size)
     return Probe(
-        torch.from_numpy(np.stack((image, other))[:, None] / 255).float(),
+        torch.from_numpy(np.stack((image, moved))[:, None] / 255).float(),
         torch.from_numpy(queries[seen]),
         torch.from_numpy(truth[seen]).float(),
     )
+
+
+def _fixed_pattern(images: Sequence[np.ndarray]) -> np.ndarray:
+    """What stays in the high frequencies while the scene moves (H, W), shrunk where it is not certain."""
+    high = np.stack([image - cv2.GaussianBlur(image, (0, 0), 5.0) for image in map(np.float32, images)])
+    median = np.median(high, axis=0)
+    error = 1.25 * 1.4826 * np.median(np.abs(high - median), axis=0) / np.sqrt(len(images))
+    return median * np.clip(1 - np.square(error / np.maximum(np.abs(median), 1e-6)), 0, 1)
 
 
 def _denoise(image: np.ndarray) -> np.ndarray:
@@ -68,7 +76,18 @@ def _denoise(image: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def probe_error(matcher: Matcher, probe: Probe) -> Tensor:
     """Distances from the truth (N,) px."""
+    return (_match(matcher, probe).uv[0].cpu() - probe.truth).norm(dim=-1)
+
+
+def known_warp_loss(matcher: Matcher, probe: Probe) -> Tensor:
+    """Mean robust distance from the truth, of both stages. Differentiable."""
+    matches = _match(matcher, probe)
+    fine = (matches.uv[0].cpu() - probe.truth).square().sum(-1)
+    coarse = (matches.coarse_uv[0].cpu() - probe.truth).square().sum(-1)
+    return (fine + 1).sqrt().mean() + (coarse + 1).sqrt().mean() - 2
+
+
+def _match(matcher: Matcher, probe: Probe) -> Matches:
     device = next(matcher.parameters()).device
     features = matcher.encode(probe.images.to(device))
-    uv = matcher.match(features[:1], features[1:], probe.queries.to(device).unsqueeze(0)).uv[0]
-    return (uv.cpu() - probe.truth).norm(dim=-1)
+    return matcher.match(features[:1], features[1:], probe.queries.to(device).unsqueeze(0))

@@ -33,6 +33,7 @@ class _Keyframe:
     image: np.ndarray  # (H, W) uint8: encoded again when the weights change
     features: Any
     uv: Tensor  # (N, 2) float32 px
+    cov: Tensor  # (N, 3) float32 px^2, uu uv vv: of the point itself, zero for a corner that began its track here
     track: Tensor  # (N,) int64
     found: int = 0  # points found again in the image that followed
 
@@ -113,7 +114,8 @@ class Tracker:
             keyframe.uv[kept],
             keyframe.track[kept],
             matches.score[0].cpu()[kept],
-            torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1),
+            # Where the query itself is uncertain, so is what is found for it: chains of matches add up
+            keyframe.cov[kept] + torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1),
         )
 
     def _agreeing(self, rows: list[Correspondences], stamp: int) -> Correspondences:
@@ -126,7 +128,7 @@ class Tracker:
             )
         names = ("uv", "xy", "ref_stamp", "ref_uv", "track", "score", "cov")
         columns = {name: torch.cat([getattr(row, name) for row in rows]) for name in names}
-        mean, index = _mean_of_tracks(columns["uv"], columns["track"], columns["cov"])[1:]
+        _, mean, _, index = _mean_of_tracks(columns["uv"], columns["cov"], columns["track"])
         apart = (columns["uv"] - mean[index]).norm(dim=-1) > self.options.agreement_px / 2
         disagreeing = torch.zeros(len(mean), dtype=torch.bool).index_put_((index[apart],), torch.tensor(True))
         kept = ~disagreeing[index]
@@ -146,18 +148,24 @@ class Tracker:
 
     def _add_keyframe(self, stamp: int, image: np.ndarray, features: Any, found: Correspondences) -> None:
         """The image becomes a keyframe: its points are the tracks found in it, and new corners between them."""
-        track, uv, _ = _mean_of_tracks(found.uv, found.track, found.cov)
+        track, uv, cov, _ = _mean_of_tracks(found.uv, found.cov, found.track)
         corners = torch.from_numpy(detect(image, max(self.options.queries - len(track), 1), uv.numpy()))
         born = torch.arange(self._next_track, self._next_track + len(corners)) % 2**32
         self._next_track = (self._next_track + len(corners)) % 2**32
-        self._keyframes.append(_Keyframe(stamp, image, features, torch.cat((uv, corners)), torch.cat((track, born))))
+        uv, cov = torch.cat((uv, corners)), torch.cat((cov, torch.zeros(len(corners), 3)))
+        self._keyframes.append(_Keyframe(stamp, image, features, uv, cov, torch.cat((track, born))))
         del self._keyframes[: -self.options.references]
 
 
-def _mean_of_tracks(uv: Tensor, track: Tensor, cov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tracks (T,), their mean positions (T, 2) weighted by certainty, and each row's index of its track (M,)."""
+def _mean_of_tracks(uv: Tensor, cov: Tensor, track: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tracks (T,), their mean positions (T, 2) and covariances (T, 3), and each row's index of its track (M,).
+
+    Rows count by their certainty. They look at the same pixels of the newer image, so their errors are not taken as
+    independent: the mean is no more certain than its rows.
+    """
     ids, index = torch.unique(track, return_inverse=True)
     weight = 1 / (cov[:, 0] + cov[:, 2])
-    total = torch.zeros(len(ids)).index_add_(0, index, weight)
-    mean = torch.zeros(len(ids), 2).index_add_(0, index, uv * weight[:, None]) / total[:, None]
-    return ids, mean, index
+    total = torch.zeros(len(ids)).index_add_(0, index, weight)[:, None]
+    mean = torch.zeros(len(ids), 2).index_add_(0, index, uv * weight[:, None]) / total
+    spread = torch.zeros(len(ids), 3).index_add_(0, index, cov * weight[:, None]) / total
+    return ids, mean, spread, index

@@ -100,7 +100,7 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("lost_frames", _B, 15, "Frames without a pose before a new map is begun.", 1, 100_000, read_only=True,
               option="bundle.patience"),
     # The upper level
-    Parameter("learning_rate", _L, 3e-4, "Adam's learning rate.", 1e-8, 0.1, option="learner.rate"),
+    Parameter("learning_rate", _L, 2e-4, "Adam's learning rate.", 1e-8, 0.1, option="learner.rate"),
     Parameter("clip", _L, 1.0, "Largest norm of a gradient.", 1e-6, 1e6, option="learner.clip"),
     Parameter("verdict_every", _L, 30, "Gradient steps between two verdicts of the gate.", 1, 100_000,
               option="learner.verdict_every"),
