@@ -145,7 +145,7 @@ def replay(
     given = {
         "matcher": {**common, "processing_mode": "all"},
         "bundle": {"map_dir": str(run_dir)},
-        "learner": {**common, "weights_dir": str(weights_dir)},
+        "learner": {**common, "weights_dir": str(weights_dir), "threads": 0},  # it is nice to the others
     }
     roles = parameters.NODES if learn else parameters.NODES[:2]
     frames = len(recording)
