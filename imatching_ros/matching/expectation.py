@@ -141,7 +141,9 @@ class ExpectationMatcher(nn.Module):
         cell = ((centre - (FINE - 1) / 2) / FINE).round().long()
         cells, index = _window(cell[..., 1], cell[..., 0], FINE_RADIUS, h, w)  # (B, N, 81, 2), (B, N, 81)
         first = torch.arange(batch, device=index.device).view(-1, 1, 1) * (h * w)
-        window = target.fine.reshape(-1, channels)[index + first]  # (B, N, 81, 32)
+        # index_select, for the gradient of plain indexing adds up in an order that varies from run to run
+        window = target.fine.reshape(-1, channels).index_select(0, (index + first).flatten())
+        window = window.view(*index.shape, channels)  # (B, N, 81, 32)
         descriptors = descriptors.transpose(1, 2) * self.log_scale_fine.exp()
         similarity = (window @ descriptors.unsqueeze(-1)).squeeze(-1)
         weights = similarity.softmax(-1).unsqueeze(-1)

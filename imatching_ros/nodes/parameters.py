@@ -84,7 +84,7 @@ TABLE: tuple[Parameter, ...] = (
               "A keyframe is due when fewer than this share of the points found at first are still found.", 0.0, 1.0,
               option="tracker.survivors"),
     # The lower level; bundle and learner must have the same
-    Parameter("window_keyframes", _B, 10, "Keyframes of the window; the oldest leave.", 3, 100, read_only=True,
+    Parameter("window_keyframes", _B, 8, "Keyframes of the window; the oldest leave.", 3, 100, read_only=True,
               option="bundle.keyframes"),
     Parameter("kernel", ("bundle", "learner"), "huber", "Robust kernel of the reprojection error.",
               choices=("none", "huber", "cauchy", "geman_mcclure"), read_only=True, option="bundle.adjust.kernel.name"),
