@@ -176,8 +176,8 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     matchers = [weights.load(path)[0] for path in (result.weights_before, result.weights_after)]
     before, after, pictures = _measure(recording, result.train_frames, matchers)
 
-    def count(key: str) -> int | None:
-        value = result.figure("learner", key)
+    def count(node: str, key: str) -> int | None:
+        value = result.figure(node, key)
         return None if value is None else int(value)
 
     steps = [event.values for event in result.learning if event.kind == "step"]
@@ -186,16 +186,17 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
         "input": {
             "frames": result.frames,
             "frames_matched": result.matched,
-            "keyframes": len(result.keyframe_stamps),
+            "keyframes": count("bundle", "keyframes"),
+            "keyframes_posed": len(result.keyframe_stamps),
             "dropped": result.dropped,
         },
         "trajectory": trajectory,
         "matching": {"before": before, "after": after},
         "learning": {
-            "steps": count("steps"),
-            "windows": count("windows"),
-            "promotions": count("promotions"),
-            "rollbacks": count("rollbacks"),
+            "steps": count("learner", "steps"),
+            "windows": count("learner", "windows"),
+            "promotions": count("learner", "promotions"),
+            "rollbacks": count("learner", "rollbacks"),
             "seconds": result.learning_seconds if steps else None,
             "model_version": int(result.frame_models.max()),
         },
