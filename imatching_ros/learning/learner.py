@@ -132,7 +132,9 @@ class Learner:
             self._train = (self._train + [lesson])[-self.options.lessons :]
             free = [k for k, stamp in enumerate(window.stamps.tolist()) if stamp not in self._held_stamps]
             if free:
-                self._anchors = (self._anchors + [self._probe(lesson, free[-1])])[-self.options.lessons :]
+                # The oldest: the windows to come, one of which will be held out, have left it behind
+                self._anchors = (self._anchors + [self._probe(lesson, free[0])])[-self.options.lessons :]
+                self._trained_stamps.add(int(window.stamps[free[0]]))
         return True
 
     # What goes on -------------------------------------------------------------------------------------------------
