@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections import deque
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,15 @@ TRACKING = "tracking"  #: the image is posed against the window's landmarks
 LOST = "lost"  #: the image does not agree with the window's landmarks; every next one tries again
 NEW_MAP = "new map"  #: lost for too long: a map begins again at the last pose, with a scale of its own
 
+#: What ``Estimate.motion`` may be: what the image's correspondences say of the camera's motion.
+MOVING = "moving"
+STANDSTILL = "standstill"
+ROTATION = "rotation only"  #: turning on the spot: nothing new can be triangulated
+BLIND = "blind"  #: too few correspondences: a covered lens, a blank wall, the dark
+UNKNOWN = "unknown"  #: nothing to compare with yet
+
 _PENDING = 64  #: images that may yet be named as a keyframe
+_ODOMETRY = 4000  #: poses of the other odometry that are remembered
 _WAITING = 20  #: keyframes that wait for a pose, or for a map
 
 
@@ -38,6 +47,9 @@ class Estimate:
     status: str  #: INITIALISING, TRACKING, LOST or NEW_MAP
     inliers: int  #: tracks of the image that agree with a landmark
     window: Window | None  #: set where the message named a new keyframe and the window was solved with it
+    motion: str = UNKNOWN  #: MOVING, STANDSTILL, ROTATION, BLIND or UNKNOWN
+    reason: str = ""  #: one sentence where the status is not TRACKING
+    earlier: dict[int, Tensor] = field(default_factory=dict)  #: poses (7,) of earlier stamps that are only now known
 
 
 class Bundle:
@@ -55,12 +67,25 @@ class Bundle:
         self.trajectory: dict[int, Tensor] = {}  #: stamp to T_world_camera (7,) of every keyframe that got a pose
         self.keyframes = 0  #: how many keyframes there have been, with or without a pose
         self.maps = 0  #: how many maps have been begun
+        self.metric = False  #: the world's unit is the odometry's metre
         self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
         self._named: set[int] = set()
         self._last: tuple[Tensor, Tensor] | None = None  # the poses of the two newest images
         self._failures = 0
+        self._odometry: deque[tuple[int, Tensor]] = deque(maxlen=_ODOMETRY)
         self._origin: tuple[Tensor, float] | None = None  # where, and how large, the next map begins
+
+    def add_odometry(self, stamp: int, T_world_camera: Tensor, covariance: Tensor | None = None) -> None:
+        """A pose (7,) of the camera in the frame of another odometry, metres, at ``stamp`` ns.
+
+        Raises ValueError, one sentence, where it is not finite or not newer than the one before.
+        """
+        if self._odometry and stamp <= self._odometry[-1][0]:
+            raise ValueError(f"the odometry of {stamp} ns is not newer than the last one; reset when time goes back")
+        if T_world_camera.shape != (7,) or not T_world_camera.isfinite().all():
+            raise ValueError(f"the odometry's pose of {stamp} ns is not seven finite numbers")
+        self._odometry.append((stamp, T_world_camera.double()))
 
     def add(self, message: Correspondences) -> Estimate:
         """Pose the message's image; solve the window first where the message names a new keyframe.
@@ -179,9 +204,6 @@ class Bundle:
             found = _placed(found, *self._origin)
         self.maps, self._origin = self.maps + 1, None
         return self._take(found)
-
-    def _first_map(self, messages: list[Correspondences]) -> Window | None:
-        return initialise(messages, self.camera, self.options)
 
     def _take(self, window: Window) -> Window:
         """The window is solved: keep its poses, and give the waiting keyframes theirs where it can."""

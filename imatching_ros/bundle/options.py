@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from imatching_ros.bundle.adjust import AdjustOptions
 
+POSES = ("own", "external")
+
 
 @dataclass(frozen=True)
 class BundleOptions:
@@ -14,9 +16,12 @@ class BundleOptions:
     min_parallax_deg: float = 1.0  #: widest angle between a landmark's rays
     min_landmarks: int = 20  #: fewer inliers than this and a frame, or a map, is not trusted
     patience: int = 15  #: frames without a pose before a new map is begun
+    poses: str = "own"  #: "own", or "external": those of another odometry, held; only landmarks are solved
     adjust: AdjustOptions = field(default_factory=AdjustOptions)
 
     def __post_init__(self) -> None:
+        if self.poses not in POSES:
+            raise ValueError(f"the bundle's poses are '{self.poses}', they must be one of {', '.join(POSES)}")
         if self.keyframes < 3:
             raise ValueError(f"the bundle's window is {self.keyframes} keyframes, it must be at least 3")
         for name in ("prune_px", "min_parallax_deg", "min_landmarks", "patience"):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pypose
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from imatching_ros.bundle.prior import Prior
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Window:
     points: Tensor  #: (L, 3) float64, world
     observations: Tensor  #: (L,) int64, number of surviving observations
     error_px: Tensor  #: (L,) float64, RMS reprojection error over the surviving observations, undistorted px
+    prior: Prior | None = None  #: what keyframes that left know of these poses; the window was solved with it
 
     @property
     def poses(self) -> pypose.LieTensor:
