@@ -19,7 +19,7 @@ setup(
         ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
         (f"share/{NAME}", ["package.xml"]),
         (f"share/{NAME}/launch", glob("launch/*.launch.py")),
-        (f"share/{NAME}/config", glob("config/*.yaml")),
+        (f"share/{NAME}/config", glob("config/*")),
         (f"share/{NAME}/models", glob("models/*.safetensors")),
     ],
     python_requires=">=3.10",
@@ -38,7 +38,8 @@ setup(
         "rich",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff"],
+        # pycolmap has no wheel for ARM on Linux; its tests and peers are skipped there
+        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "pycolmap; platform_machine == 'x86_64'"],
         "ros": [
             f"{ROS}rclpy[fastrtps]",
             *(f"{ROS}{name}-msgs" for name in ("std", "sensor", "nav", "geometry", "diagnostic")),

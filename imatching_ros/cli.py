@@ -1,4 +1,4 @@
-"""The commands: imatching demo, replay, tune, evaluate."""
+"""The commands: imatching demo, replay, tune, evaluate, export."""
 
 from __future__ import annotations
 
@@ -154,6 +154,59 @@ def evaluate(options: argparse.Namespace) -> None:
     for index, label in enumerate(columns):
         table.add_row(label, *("–" if row[index] is None else f"{row[index]:.2f}" for row in rows))
     console.print(table)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Tracks and solves a recording, and writes it for COLMAP, or as trajectory (TUM) and point cloud (PLY)."""
+    import cv2
+    from rich.progress import track as progress
+
+    from .bundle.bundle import Bundle
+    from .data.recording import open_recording
+    from .export.colmap import DATABASE, IMAGES, camera_model, image_name, write_colmap
+    from .matching import weights
+    from .matching.tracker import Tracker
+    from .nodes.run_files import write_map
+
+    if options.colmap is None and options.map is None:
+        raise ValueError("say what to write: --colmap DIR, --map DIR, or both")
+    recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
+    matcher, info = weights.load(options.weights or weights.default_path())
+    pictures = options.colmap and options.colmap / IMAGES
+    if pictures:  # what cannot be is refused before the work
+        camera_model(recording.camera)
+        if (options.colmap / DATABASE).exists():
+            raise FileExistsError(f"{options.colmap / DATABASE} exists; choose another folder")
+        pictures.mkdir(parents=True, exist_ok=True)
+    tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
+    keyframes, landmarks = [], {}
+    for stamp, image in progress(recording, "Matching and solving", total=len(recording), console=console):
+        correspondences = tracker.track(stamp, image)
+        estimate = bundle.add(correspondences)
+        if estimate.window is not None:
+            landmarks.update(zip(estimate.window.track.tolist(), estimate.window.points, strict=True))
+        if tracker.keyframes[-1:] == [stamp]:
+            keyframes.append(correspondences)
+            if pictures and not cv2.imwrite(str(pictures / image_name(stamp)), image):
+                raise OSError(f"{pictures / image_name(stamp)} could not be written")
+    if options.map:
+        write_map(
+            options.map,
+            {stamp: T.numpy() for stamp, T in bundle.trajectory.items()},
+            {track: point.numpy() for track, point in landmarks.items()},
+        )
+        console.print(f"map: {len(bundle.trajectory)} poses, {len(landmarks)} landmarks in {options.map}")
+    if options.colmap:
+        written = write_colmap(
+            options.colmap, recording.camera, keyframes, bundle.trajectory, landmarks, bundle.options.prune_px
+        )
+        console.print(
+            f"COLMAP: {written.images} images, {written.posed} posed; {written.pairs} pairs, {written.verified} "
+            f"verified; {written.points} points in {written.observations} observations, {written.error_px:.2f} px RMS; "
+            f"in {options.colmap}", soft_wrap=True,
+        )  # fmt: skip
+    if bundle.maps > 1:
+        console.print(f"[yellow]{bundle.maps} maps were begun; each has a scale of its own[/]")
 
 
 def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: str) -> None:
@@ -351,6 +404,13 @@ def _parser() -> argparse.ArgumentParser:
         "--first", type=_fraction, default=0.0, help="where to begin, as a share of the recording (default: 0)"
     )
     added.add_argument("--pairs", type=int, default=20, help="for each step of 5, 10 and 20 images (default: 20)")
+    topics(added)
+
+    added = command(export, "export")
+    added.add_argument("bag", type=Path, metavar="BAG", help="rosbag1, rosbag2 (sqlite3, MCAP), or its folder")
+    added.add_argument("--colmap", type=Path, metavar="DIR", help="for images/, database.db and the model sparse/")
+    added.add_argument("--map", type=Path, metavar="DIR", help="for trajectory.txt and landmarks.ply")
+    added.add_argument("--weights", type=Path, metavar="W", help="default: the shipped ones")
     topics(added)
     return parser
 

@@ -18,7 +18,7 @@ from imatching_ros.evaluation.matching import evaluate_matching, evaluation_pair
 from imatching_ros.matching import weights
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["demo", "replay", "tune", "evaluate"]
+COMMANDS = ["demo", "replay", "tune", "evaluate", "export"]
 
 
 def imatching(*arguments, folder):
@@ -133,7 +133,8 @@ def test_a_bad_bag_is_one_sentence_in_every_command(tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bags").mkdir()
     bag = make(tmp_path / "bags")
-    for arguments in (["replay", bag], ["tune", bag, "--out", "w.safetensors"], ["evaluate", bag]):
+    tune = ["tune", bag, "--out", "w.safetensors"]
+    for arguments in (["replay", bag], tune, ["evaluate", bag], ["export", bag, "--colmap", "c", "--map", "m"]):
         assert says in refused(capsys, *arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["bags"]  # nothing is begun
 
@@ -168,6 +169,7 @@ def test_bad_weights_are_one_sentence(tmp_path, monkeypatch, capsys, daylight, m
     for arguments in (
         ["tune", daylight, "--out", tmp_path / "new.safetensors", "--weights", path],
         ["evaluate", daylight, "--weights", path],
+        ["export", daylight, "--map", tmp_path / "map", "--weights", path],
     ):
         sentence = refused(capsys, *arguments)
         assert says in sentence and str(path) in sentence

@@ -1,0 +1,1 @@
+"""What other programs read: COLMAP's database and model."""
