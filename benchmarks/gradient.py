@@ -33,7 +33,7 @@ from torch import Tensor  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))
 from bundle import KERNEL, SIZES, synthetic  # noqa: E402
 
-from imatching_ros.bundle.adjust import AdjustOptions, _free, adjust  # noqa: E402
+from imatching_ros.bundle.adjust import AdjustOptions, adjust, free_parameters  # noqa: E402
 from imatching_ros.bundle.problem import Problem  # noqa: E402
 from imatching_ros.bundle.robust import Kernel  # noqa: E402
 from imatching_ros.geometry import lie  # noqa: E402
@@ -48,7 +48,7 @@ def unrolled(
 ) -> tuple[Tensor, Tensor]:
     """T_world_camera (K, 7) and points (L, 3) after so many iterations, with the graph of all of them."""
     T, p, K, L = problem.T_world_camera, problem.points, len(problem.T_world_camera), len(problem.points)
-    free = _free(T, None)
+    free = free_parameters(T, None)
     uu, uv, vv = problem.cov.unbind(-1)
     information = torch.stack((vv, -uv, -uv, uu), -1).view(-1, 2, 2) / (uu * vv - uv * uv)[:, None, None]
     seen = torch.bincount(problem.landmark, minlength=L) > 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from imatching_ros.bundle.adjust import AdjustOptions, adjust
-from imatching_ros.bundle.problem import Problem, problem
+from imatching_ros.bundle.problem import PosePrior, Problem, problem
 from imatching_ros.bundle.robust import Kernel
 from imatching_ros.geometry import lie, triangulation
 from imatching_ros.learning.adjoint import optimum
@@ -139,6 +139,30 @@ def test_a_degenerate_bundle_has_no_gradient(case):
     unseen = posed.select(posed.pose != 3)
     with pytest.raises(ValueError, match="singular at its optimum"):
         by_matches(other, unseen, lambda p: optimum(p, kernel))
+
+
+def test_a_pose_prior_belongs_to_both_levels_or_needs_the_adjoint(case):
+    # The bundle minimises matches and prior together. Together they need nothing more; the matches alone do.
+    kernel, posed = case
+    g = torch.Generator().manual_seed(2)
+    root = 300 * torch.randn(12, 12, generator=g, dtype=torch.float64)
+    T = lie.retract(posed.T_world_camera[[1, 3]], 0.01 * torch.randn(2, 6, generator=g, dtype=torch.float64))
+    prior = PosePrior(torch.tensor([1, 3]), T, root @ root.T, torch.zeros(12).double(), torch.zeros(()).double())
+    posed = solved(replace(posed, prior=prior), kernel)
+    along = direction(posed, 0)
+
+    def both(p):
+        return p.cost(kernel)
+
+    def matches(p):
+        return replace(p, prior=None).cost(kernel)
+
+    held = [by_matches(loss, posed, lambda p: (p.T_world_camera, p.points)) for loss in (both, matches)]
+    moved = by_matches(matches, posed, lambda p: optimum(p, kernel))
+    exact = difference(posed, kernel, matches, along)
+    assert (held[0] * along).sum().item() == pytest.approx(difference(posed, kernel, both, along), rel=1e-4)
+    assert (moved * along).sum().item() == pytest.approx(exact, rel=2e-3)
+    assert abs((held[1] * along).sum().item() / exact - 1) > 0.02
 
 
 def test_landmarks_without_observations_and_poses_that_are_held_do_not_move(case):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..bundle.adjust import _free
+from ..bundle.adjust import free_parameters
 from ..bundle.problem import MIN_DEPTH, Problem
 from ..bundle.robust import Kernel
 from ..geometry import lie
@@ -29,7 +29,7 @@ def optimum(
     The values are the problem's own, nothing is solved anew. Backwards, what a loss asks of them reaches ``xy`` through
     the adjoint (module docstring), so that any loss of T*, p* and f has its total derivative (equation 4).
     kernel, fixed: as the problem was solved with. exact: with the Hessian; else with the Gauss-Newton matrix, which
-    leaves out the curvature of kernel and projection.
+    leaves out the curvature of kernel and projection. A pose prior counts by its Gauss-Newton matrix in both.
     Raises ValueError, when the gradient is taken, where the system is singular: the bundle is degenerate.
     """
     return _Optimum.apply(problem.xy, problem, kernel, fixed, exact)
@@ -50,7 +50,7 @@ class _Optimum(torch.autograd.Function):
         with torch.enable_grad():  # from seven numbers of a pose to its six directions
             delta = torch.zeros(len(T), 6, dtype=T.dtype, device=T.device, requires_grad=True)
             (of_delta,) = torch.autograd.grad(lie.retract(T, delta), delta, of_T)
-        moved = system.moved(*system.solve(of_delta, of_points, _free(T, fixed)))
+        moved = system.moved(*system.solve(of_delta, of_points, free_parameters(T, fixed)))
         of_xy = torch.einsum("oij,oj->oi", system.weight, moved) * problem.focal
         return of_xy, None, None, None, None
 
@@ -104,7 +104,10 @@ class _System:
             outer = n[:, :, None] * d[:, None]
             H[:, 3:6, 3:6] += 0.5 * (outer + outer.mT)
             H[:, 3:6, 3:6].diagonal(dim1=1, dim2=2).sub_((n * d).sum(-1, keepdim=True))
-        self.Hcc = _sums(H[:, :6, :6], self.pose, self.K)
+        self.Hcc = torch.block_diag(*_sums(H[:, :6, :6], self.pose, self.K))
+        if problem.prior is not None:
+            at = (6 * problem.prior.pose[:, None] + torch.arange(6, device=self.pose.device)).flatten()
+            self.Hcc[at[:, None], at] += problem.prior.linearise(problem.T_world_camera.detach())[0]
         self.Hpp = _sums(H[:, 6:, 6:], self.landmark, self.L)
         self.Hcp = _sums(H[:, :6, 6:], self.landmark * self.K + self.pose, self.L * self.K)
 
@@ -114,9 +117,8 @@ class _System:
         Hpp = self.Hpp + torch.diag_embed(unseen.to(self.Hpp.dtype)[:, None].expand(-1, 3))
         E = self.Hcp.view(self.L, self.K * 6, 3)
         G, singular = torch.linalg.solve_ex(Hpp, E.mT)  # (L, 3, 6 K)
-        H = torch.block_diag(*self.Hcc)
         flat = E.permute(1, 0, 2).reshape(self.K * 6, -1)
-        S = (H - flat @ G.reshape(-1, self.K * 6))[free][:, free]
+        S = (self.Hcc - flat @ G.reshape(-1, self.K * 6))[free][:, free]
         rhs = of_pose.reshape(-1) - torch.einsum("lij,li->j", G, of_point)
         solution, failed = torch.linalg.solve_ex(S, rhs[free])
         if singular.any() or failed.item() or not bool(solution.isfinite().all()):
