@@ -1,5 +1,8 @@
 """What other programs read: COLMAP's own reader opens, triangulates and adjusts what is exported."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,11 @@ import torch
 from imatching_ros import cli
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording
+from imatching_ros.evaluation.matching import evaluation_pairs, true_matches
 from imatching_ros.evaluation.trajectory import trajectory_accuracy
 from imatching_ros.export.colmap import camera_model, write_colmap
 from imatching_ros.geometry.camera import Camera
+from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect
 from imatching_ros.nodes.run_files import read_trajectory
 
@@ -135,3 +140,48 @@ def test_a_recording_too_short_for_a_map_exports_its_images(pycolmap, tmp_path):
         assert database.num_images() == 1
     model = pycolmap.Reconstruction(tmp_path / "colmap" / "sparse")
     assert model.num_images() == model.num_points3D() == 0
+
+
+@pytest.fixture
+def rtabmap(daylight):
+    """RTAB-Map's part played by hand: the adapter as it imports it, and the detections of two images with the truth."""
+    path = Path(cli.__file__).parent / "export" / "rtabmap_imatching.py"
+    specification = importlib.util.spec_from_file_location("rtabmap_imatching", path)
+    adapter = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(adapter)
+    recording = open_recording(daylight)
+    pair = evaluation_pairs(recording, 0, 39, steps=[10], per_step=1)[0]
+    images = {stamp: image for stamp, image in recording if stamp in (pair.reference, pair.target)}
+    adapter.init(0)
+    seen = [adapter.detect(images[stamp]) for stamp in (pair.reference, pair.target)]
+    queries = torch.from_numpy(seen[0][0][:, :2])
+    depths = (recording.depth(stamp) for stamp in (pair.reference, pair.target))
+    truth, visible = true_matches(recording.camera, pair, queries, *depths)
+    return adapter, seen, truth.numpy(), visible.numpy()
+
+
+def right(adapter, seen, truth, visible, kept=(slice(None), slice(None))):
+    """The share of pairs that are right, and their number; RTAB-Map may have left some of the key points out."""
+    (one, rows_one), (two, rows_two) = ((kpts[keep], rows[keep]) for (kpts, rows), keep in zip(seen, kept, strict=True))
+    pairs = adapter.match(one[:, :2], two[:, :2], one[:, 2], two[:, 2], rows_one, rows_two, 320, 240)
+    assert pairs.dtype == np.int64 and pairs.shape == (len(pairs), 2) and pairs.flags.c_contiguous
+    assert len(set(pairs[:, 0])) == len(set(pairs[:, 1])) == len(pairs)  # no key point twice
+    error = np.linalg.norm(two[pairs[:, 1], :2] - truth[kept[0]][pairs[:, 0]], axis=1)[visible[kept[0]][pairs[:, 0]]]
+    return (error < 4).mean(), len(error)
+
+
+def test_rtabmap_gets_true_pairs_of_images_that_it_showed(rtabmap):
+    adapter, seen, truth, visible = rtabmap
+    assert all(kpts.dtype == rows.dtype == np.float32 and kpts.shape[1] == 3 for kpts, rows in seen)
+    share, pairs = right(adapter, seen, truth, visible)
+    assert share > 0.95 and pairs > 100
+    adapter.init(64, 0.2, 20, 0, str(weights.default_path()))  # as PyMatcher does, with a weights file
+    assert right(adapter, seen, truth, visible, (slice(0, None, 2), slice(None))) >= (0.95, 40)
+    assert adapter.match(*(np.empty((0, 2)),) * 2, [], [], *(np.empty((0, 64), np.float32),) * 2, 320, 240).size == 0
+
+
+def test_rtabmap_gets_pairs_by_descriptors_of_images_long_ago(rtabmap):
+    adapter, seen, truth, visible = rtabmap
+    adapter._images.clear()
+    share, pairs = right(adapter, seen, truth, visible)
+    assert share > 0.5 and pairs > 100
