@@ -117,7 +117,7 @@ def match_pairs(
         error = torch.where(visible, (uv - true_uv).norm(dim=-1).nan_to_num(torch.inf), torch.nan)
         rotation, translation = None, None
         if pair.baseline:
-            rotation, translation = _pose_errors(recording.camera, pair, points[kept], uv[kept])
+            rotation, translation = pose_errors(recording.camera, pair, points[kept], uv[kept])
         yield PairMatches(pair, reference, target, points, uv, true_uv, visible, error, rotation, translation)
 
 
@@ -219,7 +219,7 @@ def _match(matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries:
     return uv, inside & (distance[0].cpu() < TrackerOptions.round_trip_px)
 
 
-def _pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:
+def pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:
     """Angular errors, degrees, of rotation and of the direction of translation; infinite where there is no pose."""
     found = relative_pose(
         camera.normalise(uv_i.double()), camera.normalise(uv_j.double()), POSE_THRESHOLD_PX, camera.focal
