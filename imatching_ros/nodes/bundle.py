@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path as FilePath
-from typing import Any
 
 import numpy as np
 from geometry_msgs.msg import TransformStamped
 from nav_msgs.msg import Odometry, Path
 from sensor_msgs.msg import PointCloud2
 
-from imatching_ros.bundle.bundle import Bundle
-from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.geometry.camera import Camera
-
+from ..bundle.bundle import Bundle
+from ..bundle.options import BundleOptions
+from ..geometry.camera import Camera
 from . import messages, parameters
 from .core_node import CoreNode, run
 from .run_files import write_map
@@ -28,25 +26,26 @@ except ImportError:  # ROS from PyPI has no tf2_ros
 class BundleNode(CoreNode):
     """Runs the lower level on each image's correspondences."""
 
-    role = "bundle"
+    role, feed = "bundle", "correspondences"
 
-    def __init__(self, **node_options: Any) -> None:
-        super().__init__(**node_options)
+    def forget(self) -> None:
+        super().forget()
         self._points: dict[int, np.ndarray] = {}  # by track: the last position of every landmark
         self.status = "waiting"
         self.inliers = self.poses = self.windows = 0
+
+    def configure(self) -> None:
         self._world_frame = self.value("world_frame")
-        self._odometry = self.create_publisher(Odometry, "odometry", self.result_qos)
-        self._keyframes = self.create_publisher(Path, "keyframes", self.window_qos)
-        self._landmarks = self.create_publisher(PointCloud2, "landmarks", self.window_qos)
+        self._odometry = self.tell(Odometry, "odometry", self.result_qos)
+        self._keyframes = self.tell(Path, "keyframes", self.window_qos)
+        self._landmarks = self.tell(PointCloud2, "landmarks", self.window_qos)
         self._tf = None
         if self.value("publish_tf"):
             if TransformBroadcaster is None:
-                self.fault("publish_tf is set but tf2_ros is not installed, so nothing goes to /tf; install tf2_ros")
-            else:
-                self._tf = TransformBroadcaster(self)
+                raise ValueError("publish_tf is set but tf2_ros is not installed; install it, or leave publish_tf out")
+            self._tf = TransformBroadcaster(self)
         self.serve("~/save_map", self.save_map)
-        self.create_subscription(PointCloud2, "correspondences", self.receive, self.result_qos)
+        self.hear(PointCloud2, "correspondences", self.receive, self.result_qos)
 
     def options(self) -> BundleOptions:
         return parameters.options(BundleOptions(), "bundle", self.role, self.value)
@@ -109,7 +108,7 @@ class BundleNode(CoreNode):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(BundleNode, arguments)
+    run([BundleNode], arguments)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,46 @@
-"""What the three nodes share: parameters, camera, a core object in a thread of its own, diagnostics, a clean end."""
+"""What the three nodes share: a life cycle, parameters, camera, a core object in a thread of its own, diagnostics."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import os
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, TimeoutError
 from typing import Any
 
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.clock import Clock, ClockType
+from rclpy.clock import Clock, ClockType, JumpThreshold
+from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
-from rclpy.node import Node
+from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo
+from std_msgs.msg import Header
 from std_srvs.srv import Trigger
 
-from imatching_ros.geometry.camera import Camera
-
+from ..geometry.camera import Camera
 from . import messages, parameters
-from .diagnostics import Health
+from .diagnostics import ERROR, OK, WARN, Health
 from .worker import Worker
 
+UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = "unconfigured", "inactive", "active", "finalized"
 REPEAT_S = 5.0  #: the same sentence goes to the log this seldom
 RESTART_NS = 1_000_000_000  #: a stamp this far behind the last one is a recording that starts again
+LEAP_NS = 10_000_000_000  #: a stamp this far ahead of the last one is said
+SILENCE_S = 2.0  #: without input for this long, an active node says so
+BUSY_S = 20.0  #: one piece of work that takes this long is said
+PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of work in hand
+END_S = 20.0  #: and the end of the process this long
+
+SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
 
 def lossless() -> QoSProfile:
@@ -41,40 +55,40 @@ def latched(depth: int = 1) -> QoSProfile:
     )
 
 
-class CoreNode(Node):
-    """A node around one core object, which is built once its camera is known and lives in the worker's thread.
+class CoreNode(LifecycleNode):
+    """A managed node around one core object, which is built once its camera is known and lives in the worker's thread.
 
-    A child says what its core is (``build``), what one input does to it (``process``), and may say why it cannot
-    work (``trouble``), what it does when no input waits (``idle``) and what its diagnostics add (``values``).
+    Configuring checks parameters and files and makes the topics and services; only an active node takes inputs and
+    publishes; cleaning up frees all of it. Diagnostics are published in every state.
+
+    A child says what its core is (``options``, ``build``), which topics and services it has (``configure``), what one
+    input does (``process``), and may say why it cannot work (``trouble``), what it does when no input waits
+    (``idle``), what happens when time goes back (``restart``), what its diagnostics add (``values``) and what it holds
+    (``forget``).
     """
 
     role: str  #: matcher, bundle or learner: the node's name unless remapped, and its column of the parameters
+    feed: str  #: the topic without which it has nothing to do
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__(self.role, **node_options)
         self._changed: dict[str, parameters.Value] = {}  # ROS tells of a change before it makes it
-        parameters.declare(self, self.role, self.on_change)
-        if threads := self.value("threads"):
-            torch.set_num_threads(threads)
-        keep_all = self.value("image_qos") == "keep_all"
-        self.input_qos = lossless() if keep_all else qos_profile_sensor_data
-        self.result_qos = lossless() if keep_all else QoSProfile(depth=10)
-        self.window_qos = latched(100 if keep_all else 1)
-
+        self._wrong = parameters.declare(self, self.role, self.on_change)
         self.health = Health()
-        self.camera: Camera | None = None
-        self.core: Any = None
-        self._last_stamp: int | None = None
-        self._calibration: tuple[Any, ...] | None = None
+        self.state = UNCONFIGURED
+        self.refusal = ""  #: why the last configuration was refused
+        self.worker: Worker | None = None
+        self._configured = contextlib.ExitStack()  # what cleaning up undoes
         self._last_said = ("", 0.0)
-        self.worker = Worker(
-            self._work, lambda: not self.trouble(), self._failed, self._queue_size(), self._dropped, self.idle
-        )
+        self.forget()
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         # Simulated time may stand still; what a node says of itself must not
         self.create_timer(1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
-        self.create_subscription(CameraInfo, "camera_info", self._on_camera_info, self.input_qos)
-        self.serve("~/reset", self.reset)
+        threshold = JumpThreshold(
+            min_forward=Duration(nanoseconds=LEAP_NS), min_backward=Duration(nanoseconds=-RESTART_NS),
+            on_clock_change=False,
+        )  # fmt: skip
+        self._jump = self.get_clock().create_jump_callback(threshold, post_callback=self._on_clock_jump)
 
     # What a child says of itself
 
@@ -86,9 +100,18 @@ class CoreNode(Node):
         """A fresh core object."""
         raise NotImplementedError
 
+    def configure(self) -> None:
+        """Files, then topics and services, by ``tell``, ``hear`` and ``serve``. ValueError or OSError refuses."""
+        raise NotImplementedError
+
     def process(self, item: Any) -> None:
         """One input; ValueError refuses it with a sentence."""
         raise NotImplementedError
+
+    def begin(self) -> None:
+        """The first thing that the core's thread does."""
+        if threads := self.value("threads"):
+            torch.set_num_threads(threads)
 
     def idle(self) -> bool:
         """A piece of background work; False where there is none."""
@@ -111,16 +134,89 @@ class CoreNode(Node):
         self._last_stamp = None
         return "starts afresh with the next image"
 
+    def restart(self) -> None:
+        """Time went back: what is remembered of later times goes; runs in the core's thread."""
+        self.reset()
+
+    def recalibrate(self) -> None:
+        """The camera changed; runs in the core's thread."""
+        self.core, self._last_stamp = None, None
+
+    def forget(self) -> None:
+        """Nothing is known yet, or any more."""
+        self.camera: Camera | None = None
+        self.core: Any = None
+        self.worker = None
+        self._last_stamp: int | None = None
+        self._calibration: CameraInfo | None = None
+        self._last_heard = 0.0
+
     # What a child uses
 
     def value(self, name: str) -> Any:
         """A parameter's value."""
         return self._changed.get(name, self.get_parameter(name).value)
 
+    @property
+    def keeps_all(self) -> bool:
+        return self.value("image_qos") == "keep_all"
+
+    @property
+    def input_qos(self) -> QoSProfile:
+        return lossless() if self.keeps_all else qos_profile_sensor_data
+
+    @property
+    def result_qos(self) -> QoSProfile:
+        return lossless() if self.keeps_all else QoSProfile(depth=10)
+
+    @property
+    def window_qos(self) -> QoSProfile:
+        return latched(100 if self.keeps_all else 1)
+
+    def tell(self, kind: type, topic: str, qos: QoSProfile) -> LifecyclePublisher:
+        """A publisher until the node is cleaned up; silent while it is not active."""
+        publisher = self.create_lifecycle_publisher(
+            kind, topic, copy.copy(qos), qos_overriding_options=QoSOverridingOptions.with_default_policies()
+        )
+        self._configured.callback(self.destroy_lifecycle_publisher, publisher)
+        return publisher
+
+    def hear(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> None:
+        """A subscription until the node is cleaned up."""
+        subscription = self.create_subscription(
+            kind, topic, callback, copy.copy(qos), qos_overriding_options=QoSOverridingOptions.with_default_policies()
+        )
+        self._configured.callback(self.destroy_subscription, subscription)
+
+    def serve(self, name: str, action: Callable[[], str]) -> None:
+        """A Trigger service whose ``action`` runs in the core's thread and returns what to say."""
+
+        def answer(_: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
+            response.success, response.message = self.ask(name, action)
+            return response
+
+        self.answer(Trigger, name, answer)
+
+    def answer(self, kind: type, name: str, callback: Callable[[Any, Any], Any]) -> None:
+        """A service until the node is cleaned up."""
+        self._configured.callback(self.destroy_service, self.create_service(kind, name, callback))
+
+    def ask(self, name: str, action: Callable[[], str]) -> tuple[bool, str]:
+        """Runs ``action`` in the core's thread and waits: whether it went well, and what it says."""
+        try:
+            return True, self.worker.request(action).result(timeout=PATIENCE_S)
+        except (ValueError, OSError) as error:
+            self.fault(f"{name}: {error}")
+            return False, str(error)
+        except (TimeoutError, CancelledError):
+            return False, "the node is still busy; try again"
+
     def receive(self, item: Any) -> None:
         """Queues an input for the core."""
-        self.health.received += 1
-        self.worker.put(item)
+        if self.state == ACTIVE:
+            self._last_heard = time.monotonic()
+            self.health.received += 1
+            self.worker.put(item)
 
     def follow(self, stamp: int) -> None:
         """Keeps time: ValueError for a duplicate or late stamp; starts afresh where a recording begins again."""
@@ -130,7 +226,9 @@ class CoreNode(Node):
                 what = "the same stamp as" if stamp == last else "an older stamp than"
                 raise ValueError(f"a message with {what} the one before is ignored; check for a second publisher")
             self.fault(f"the clock went back by {(last - stamp) / 1e9:.3f} s: starting afresh")
-            self.reset()
+            self.restart()
+        elif last is not None and stamp - last > LEAP_NS:
+            self.fault(f"the clock went forward by {(stamp - last) / 1e9:.3f} s from one message to the next")
         self._last_stamp = stamp
 
     def fault(self, sentence: str) -> None:
@@ -141,25 +239,76 @@ class CoreNode(Node):
             self.get_logger().error(sentence)
         self.health.fault(sentence)
 
-    def serve(self, name: str, action: Callable[[], str]) -> None:
-        """A Trigger service whose ``action`` runs in the core's thread and returns what to say."""
+    # Its life
 
-        def answer(_: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-            try:
-                response.message = self.worker.request(action).result(timeout=60.0)
-                response.success = True
-            except (ValueError, OSError) as error:
-                response.message = str(error)
-                self.fault(f"{name}: {error}")
-            except (TimeoutError, CancelledError):
-                response.message = "the node is still busy; try again"
-            return response
+    def start(self) -> None:
+        """Configures and activates the node. Raises ValueError with the reason where it refuses."""
+        if self.trigger_configure() != SUCCESS or self.trigger_activate() != SUCCESS:
+            raise ValueError(f"{self.get_name()}: {self.refusal}")
 
-        self.create_service(Trigger, name, answer)
+    def close(self) -> bool:
+        """Ends the core's thread, and frees what was configured; False where that thread hangs."""
+        ended = self.worker is None or self.worker.stop(END_S)
+        self._configured.close()
+        self.forget()
+        return ended
 
-    def close(self) -> None:
-        """Ends the core's thread; call it before the node is destroyed."""
-        self.worker.stop()
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.refusal = ""
+        self.worker = Worker(
+            self._work, lambda: self.state == ACTIVE and not self.trouble(), self._failed, self._queue_size(),
+            self._dropped, lambda: self.state == ACTIVE and self.idle(),
+        )  # fmt: skip
+        try:
+            if self._wrong:
+                raise ValueError("; ".join(self._wrong.values()))
+            self.options()
+            self.configure()
+            self.hear(CameraInfo, "camera_info", self._on_camera_info, self.input_qos)
+            self.serve("~/reset", self.reset)
+        except Exception as error:
+            expected = isinstance(error, ValueError | OSError)
+            self.refusal = str(error) if expected else f"unexpected {type(error).__name__}: {error}"
+            if not self.value("autostart"):  # start says it otherwise
+                self.get_logger().error(f"not configured: {self.refusal}")
+            self.close()
+            return FAILURE
+        self.worker.request(self.begin)
+        self.worker.start()
+        self.state = INACTIVE
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        result = super().on_activate(state)
+        self._last_heard = time.monotonic()
+        self.state = ACTIVE
+        return result
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.state = INACTIVE
+        self.worker.clear()
+        try:
+            self.worker.request(lambda: None).result(timeout=PATIENCE_S)  # the piece of work in hand ends first
+        except TimeoutError:
+            self.fault(f"not deactivated: one piece of work has taken more than {PATIENCE_S:.0f} s")
+            self.state = ACTIVE
+            return FAILURE
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.state = UNCONFIGURED
+        self.close()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.state = FINALIZED
+        self.close()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        self.state = UNCONFIGURED
+        self.close()
+        return SUCCESS
 
     # The rest is its own business
 
@@ -175,13 +324,16 @@ class CoreNode(Node):
             self.health.refused += 1
             raise
 
-    def _rebuild(self) -> None:
-        self.core, self._last_stamp = None, None
-
     def on_change(self, changes: dict[str, parameters.Value]) -> None:
-        self._changed |= changes
-        options = self.options()
-        self.worker.request(lambda: self.core is not None and setattr(self.core, "options", options))
+        """Parameters change, all of these together; ValueError refuses them."""
+        before, self._changed = self._changed, self._changed | changes
+        try:
+            options = self.options()
+        except ValueError:
+            self._changed = before
+            raise
+        if self.worker is not None:
+            self.worker.request(lambda: self.core is not None and setattr(self.core, "options", options))
 
     def _dropped(self, _: Any) -> None:
         self.health.dropped += 1
@@ -196,10 +348,10 @@ class CoreNode(Node):
             self.get_logger().error("".join(traceback.format_exception(error)), throttle_duration_sec=10.0)
 
     def _on_camera_info(self, message: CameraInfo) -> None:
-        calibration = (message.width, message.height, *message.k, message.distortion_model, *message.d)
-        if calibration == self._calibration:
+        message.header = Header()  # its stamp is each image's own, the calibration is not
+        if message == self._calibration:
             return
-        self._calibration = calibration
+        self._calibration = message
         try:
             camera = messages.camera_from_info(message)
         except ValueError as error:
@@ -207,36 +359,99 @@ class CoreNode(Node):
             return
         if self.camera is not None and camera != self.camera:
             self.fault("camera_info changed: starting afresh with the new calibration")
-            self.worker.request(self._rebuild)
+            self.worker.request(self.recalibrate)
         self.camera = camera
 
-    def _publish_diagnostics(self) -> None:
+    def _on_clock_jump(self, jump: Any) -> None:
+        seconds = jump.delta.nanoseconds / 1e9
+        if seconds > 0:
+            self.fault(f"the clock on /clock went forward by {seconds:.3f} s")
+            return
+        self.fault(f"the clock on /clock went back by {-seconds:.3f} s: starting afresh")
+        if self.worker is not None:
+            self.worker.request(self.restart)
+
+    def _condition(self) -> tuple[int, str]:
+        """What diagnostics say in one level and one sentence."""
+        if self.state != ACTIVE:
+            return (ERROR, f"{self.state}: {self.refusal}") if self.refusal else (OK, self.state)
         level, text = self.health.level(self.trouble())
-        values = {**self.health.values(), "waiting": self.worker.waiting(), **self.values()}
+        if level == OK and (busy := self.worker.busy()) > BUSY_S:
+            return WARN, f"one piece of work has taken {busy:.0f} s so far"
+        if level == OK and (silence := time.monotonic() - self._last_heard) > SILENCE_S:
+            return WARN, f"nothing has come on {self.resolve_topic_name(self.feed)} for {silence:.0f} s"
+        return level, text
+
+    def _publish_diagnostics(self) -> None:
+        level, text = self._condition()
+        waiting = self.worker.waiting() if self.worker else 0
+        values = {"lifecycle": self.state, **self.health.values(), "waiting": waiting, **self.values()}
         status = messages.diagnostic_status(level, self.get_fully_qualified_name(), text, values)
         self._diagnostics.publish(messages.diagnostic_array([status], self.get_clock().now().to_msg()))
 
 
-def run(node_class: type[CoreNode], arguments: list[str] | None = None) -> None:
-    """Spins a node until SIGINT or SIGTERM; exit code 0 then, 2 with one sentence where a parameter is wrong."""
+def run(node_classes: Sequence[type[CoreNode]], arguments: list[str] | None = None, **node_options: Any) -> None:
+    """Spins nodes in one process until SIGINT or SIGTERM, each in a thread of its own; then the exit code is 0.
+
+    A node that is to start by itself and refuses ends the process with its reason, one sentence, and exit code 2.
+    """
+
+    def body(stack: contextlib.ExitStack) -> None:
+        nodes, broken = [], []
+        for node_class in node_classes:
+            nodes.append(node_class(**node_options))
+            stack.callback(_end, nodes[-1])
+        for node in nodes:
+            if node.value("autostart"):
+                node.start()
+
+        def spin(node: CoreNode) -> None:
+            executor = SingleThreadedExecutor()
+            executor.add_node(node)
+            try:
+                executor.spin()
+            except (KeyboardInterrupt, ExternalShutdownException):
+                pass
+            except Exception:
+                traceback.print_exc()
+                broken.append(node)
+            finally:
+                rclpy.try_shutdown()  # one ends, all end
+
+        threads = [threading.Thread(target=spin, args=(node,), name=node.role) for node in nodes[1:]]
+        for thread in threads:
+            thread.start()
+        spin(nodes[0])
+        for thread in threads:
+            thread.join()
+        if broken:
+            sys.exit(1)
+
+    run_ros(body, arguments)
+
+
+def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] | None) -> None:
+    """``body`` between the beginning and the end of ROS; what it puts on the stack is undone before that end.
+
+    Ends the process: exit code 0 after SIGINT or SIGTERM, 2 with one sentence where the input is wrong.
+    """
     rclpy.init(args=arguments)
-    node, code = None, 0
-    try:
-        node = node_class()
-        node.worker.start()
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except (ValueError, FileNotFoundError) as error:
-        if node is not None:
-            raise
-        print(f"{node_class.role}: {error}", file=sys.stderr)
-        code = 2
-    finally:
-        if node is not None:
-            node.close()
-            node.destroy_node()
-        rclpy.try_shutdown()
+    code = 0
+    with contextlib.ExitStack() as stack:
+        stack.callback(rclpy.try_shutdown)
+        try:
+            body(stack)
+        except (KeyboardInterrupt, ExternalShutdownException):
+            pass
+        except (ValueError, OSError) as error:
+            print(error, file=sys.stderr)
+            code = 2
     sys.exit(code)
+
+
+def _end(node: CoreNode) -> None:
+    if not node.close():
+        print(f"{node.get_name()}: the work in hand does not end, so the process ends without it", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)
+    node.destroy_node()

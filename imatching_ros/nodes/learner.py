@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from diagnostic_msgs.msg import DiagnosticStatus
 from nav_msgs.msg import Path
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image, PointCloud2
 from std_msgs.msg import UInt8MultiArray
 from std_srvs.srv import SetBool
 
-from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.learning.learner import Learner, LearnerOptions, StepResult, Verdict
-from imatching_ros.matching import weights
-
+from ..bundle.options import BundleOptions
+from ..geometry.camera import Camera
+from ..learning.learner import Learner, LearnerOptions, StepResult, Verdict
+from ..matching import weights
 from . import messages, parameters
-from .core_node import CoreNode, latched, run
+from .core_node import ACTIVE, CoreNode, latched, run
 from .diagnostics import OK, WARN, percentiles
 
 NICE = 10  #: whoever drives the robot comes first on a busy machine
@@ -31,28 +31,24 @@ HALVES = 10  #: windows of which only keyframes or only landmarks have come; old
 class LearnerNode(CoreNode):
     """Takes gradient steps whenever no message waits, and publishes what the gate promotes."""
 
-    role = "learner"
+    role, feed = "learner", "image"
 
-    def __init__(self, **node_options: Any) -> None:
-        super().__init__(**node_options)
-        os.nice(NICE)
+    def forget(self) -> None:
+        super().forget()
+        self._start: tuple[torch.nn.Module, weights.WeightsInfo] | None = None
+        self._halves: dict[int, dict[type, Any]] = {}
         self.version = -1
         self.steps = self.verdicts = 0
         self.last_loss, self.last_verdict = float("nan"), ""
         self._step_ms: list[float] = []
-        self._halves: dict[int, dict[type, Any]] = {}
-        self._start: tuple[torch.nn.Module, weights.WeightsInfo] | None = None
-        try:
-            path = FilePath(self.value("weights") or weights.default_path()).expanduser()
-            self._start = weights.load(path)
-            self.version = self._start[1].version
-        except (ValueError, OSError) as error:
-            self._no_weights = str(error)
-            self.fault(self._no_weights)
 
-        self._weights = self.create_publisher(UInt8MultiArray, "weights", latched())
-        self._learning = self.create_publisher(DiagnosticStatus, "learning", self.result_qos)
-        self.create_service(SetBool, "~/enable", self._on_enable)
+    def configure(self) -> None:
+        path = FilePath(self.value("weights") or weights.default_path()).expanduser()
+        self._start = weights.load(path)
+        self.version = self._told = self._start[1].version
+        self._weights = self.tell(UInt8MultiArray, "weights", latched())
+        self._learning = self.tell(DiagnosticStatus, "learning", self.result_qos)
+        self.answer(SetBool, "~/enable", self._on_enable)
         self.serve("~/save_checkpoint", self.save_checkpoint)
         self.serve("~/rollback", self.rollback)
 
@@ -60,12 +56,22 @@ class LearnerNode(CoreNode):
             return lambda message: self.receive((handle, message))
 
         if self.value("image_transport") == "compressed":
-            self.create_subscription(CompressedImage, "image/compressed", take(self._add_image), self.input_qos)
+            self.hear(CompressedImage, "image/compressed", take(self._add_image), self.input_qos)
         else:
-            self.create_subscription(Image, "image", take(self._add_image), self.input_qos)
-        self.create_subscription(PointCloud2, "correspondences", take(self._add_correspondences), self.result_qos)
-        self.create_subscription(Path, "keyframes", take(self._add_half), self.window_qos)
-        self.create_subscription(PointCloud2, "landmarks", take(self._add_half), self.window_qos)
+            self.hear(Image, "image", take(self._add_image), self.input_qos)
+        self.hear(PointCloud2, "correspondences", take(self._add_correspondences), self.result_qos)
+        self.hear(Path, "keyframes", take(self._add_half), self.window_qos)
+        self.hear(PointCloud2, "landmarks", take(self._add_half), self.window_qos)
+
+    def begin(self) -> None:
+        super().begin()
+        os.nice(NICE)  # of this thread, on Linux
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        result = super().on_activate(state)
+        if self.version != self._told:  # a service changed them while nobody could be told
+            self.worker.request(self._republish)
+        return result
 
     def options(self) -> LearnerOptions:
         return parameters.options(LearnerOptions(), "learner", self.role, self.value)
@@ -98,6 +104,15 @@ class LearnerNode(CoreNode):
         self._halves.clear()
         return self._republish()
 
+    def restart(self) -> None:
+        """What is remembered of the images goes, what was learned stays."""
+        self._halves.clear()
+        self._last_stamp = None
+        if self.core is not None:
+            self.core.start_recording(self.camera)
+
+    recalibrate = restart
+
     def rollback(self) -> str:
         """Back to the version before the last promoted one."""
         self._learner().rollback()
@@ -108,11 +123,6 @@ class LearnerNode(CoreNode):
         path = self._folder() / "checkpoint.safetensors"
         weights.write(path, self._learner().weights())
         return str(path)
-
-    def trouble(self) -> str:
-        if self._start is None:
-            return f"{self._no_weights}; name a good file in 'weights' and start again"
-        return super().trouble()
 
     def values(self) -> dict[str, object]:
         return {
@@ -134,7 +144,9 @@ class LearnerNode(CoreNode):
         return self.core
 
     def _add_image(self, message: Image | CompressedImage) -> None:
-        self.core.add_image(messages.to_ns(message.header.stamp), messages.image_from_message(message))
+        stamp = messages.to_ns(message.header.stamp)
+        self.follow(stamp)
+        self.core.add_image(stamp, messages.image_from_message(message))
 
     def _add_correspondences(self, message: PointCloud2) -> None:
         self.core.add_correspondences(messages.correspondences_from_cloud(message))
@@ -193,7 +205,9 @@ class LearnerNode(CoreNode):
                 weights.write(path, data)
             except OSError as error:
                 self.fault(f"{path} could not be written: {error}")
-        self._weights.publish(messages.weights_to_message(data))
+        if self.state == ACTIVE:
+            self._weights.publish(messages.weights_to_message(data))
+            self._told = version
 
     def _folder(self) -> FilePath:
         return FilePath(self.value("weights_dir") or ".").expanduser().resolve()
@@ -205,14 +219,19 @@ class LearnerNode(CoreNode):
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
         self.set_parameters([Parameter("enabled", value=request.data)])
-        # A step in hand ends first; what was learned since the last verdict is judged before the learner rests
-        self.worker.request(lambda: None if request.data else self._judge(now=True)).result(timeout=120.0)
-        response.success, response.message = True, "learning" if request.data else "watching only"
+
+        def judge() -> str:
+            """A step in hand ended first; what was learned since the last verdict is judged before the rest."""
+            if not request.data:
+                self._judge(now=True)
+            return "learning" if request.data else "watching only"
+
+        response.success, response.message = self.ask("~/enable", judge)
         return response
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(LearnerNode, arguments)
+    run([LearnerNode], arguments)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage, Image, PointCloud, PointCloud2
 from std_msgs.msg import UInt8MultiArray
 
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.geometry.correspondences import Correspondences
-from imatching_ros.matching import weights
-from imatching_ros.matching.tracker import Tracker, TrackerOptions
-
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
+from ..matching import weights
+from ..matching.tracker import Tracker, TrackerOptions
 from . import messages, parameters
 from .core_node import CoreNode, latched, run
 
@@ -24,29 +23,27 @@ from .core_node import CoreNode, latched, run
 class MatcherNode(CoreNode):
     """Runs the tracker on each image; takes new weights between two of them."""
 
-    role = "matcher"
+    role, feed = "matcher", "image"
 
-    def __init__(self, **node_options: Any) -> None:
-        super().__init__(**node_options)
+    def forget(self) -> None:
+        super().forget()
         self.matcher: torch.nn.Module | None = None
         self.version = -1
         self._previous: Correspondences | None = None
-        self._correspondences = self.create_publisher(PointCloud2, "correspondences", self.result_qos)
-        self._debug = self.create_publisher(Image, "debug/matches", 1)
+
+    def configure(self) -> None:
+        self._correspondences = self.tell(PointCloud2, "correspondences", self.result_qos)
+        self._debug = self.tell(Image, "debug/matches", QoSProfile(depth=1))
         self._vins = None
         if self.value("vins_features"):
-            self._vins = self.create_publisher(PointCloud, "feature_tracker/feature", self.result_qos)
-        try:
-            self.reload_weights()
-        except (ValueError, OSError) as error:
-            self._no_weights = str(error)
-            self.fault(self._no_weights)
-        self.create_subscription(UInt8MultiArray, "weights", self._on_weights, latched())
+            self._vins = self.tell(PointCloud, "feature_tracker/feature", self.result_qos)
+        self.reload_weights()
+        self.hear(UInt8MultiArray, "weights", self._on_weights, latched())
         self.serve("~/reload_weights", self.reload_weights)
         if self.value("image_transport") == "compressed":
-            self.create_subscription(CompressedImage, "image/compressed", self.receive, self.input_qos)
+            self.hear(CompressedImage, "image/compressed", self.receive, self.input_qos)
         else:
-            self.create_subscription(Image, "image", self.receive, self.input_qos)
+            self.hear(Image, "image", self.receive, self.input_qos)
 
     def options(self) -> TrackerOptions:
         return parameters.options(TrackerOptions(), "tracker", self.role, self.value)
@@ -73,11 +70,6 @@ class MatcherNode(CoreNode):
         path = Path(self.value("weights") or weights.default_path()).expanduser()
         self._use(*weights.load(path))
         return f"version {self.version} from {path}"
-
-    def trouble(self) -> str:
-        if self.matcher is None:
-            return f"{self._no_weights}; publish good weights, or set 'weights' and call ~/reload_weights"
-        return super().trouble()
 
     def values(self) -> dict[str, object]:
         return {"model_version": self.version}
@@ -113,7 +105,7 @@ def draw(image: np.ndarray, correspondences: Correspondences) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run(MatcherNode, arguments)
+    run([MatcherNode], arguments)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from nav_msgs.msg import Odometry, Path
 from sensor_msgs.msg import CameraInfo, ChannelFloat32, CompressedImage, Image, PointCloud, PointCloud2, PointField
 from std_msgs.msg import Header, UInt8MultiArray
 
-from imatching_ros.bundle.window import Window
-from imatching_ros.data.images import decode_compressed, decode_image
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.geometry.correspondences import Correspondences
+from ..bundle.window import Window
+from ..data.images import decode_compressed, decode_image
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
 
 CORRESPONDENCE = np.dtype([
     ("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("u", "<f4"), ("v", "<f4"), ("ref_u", "<f4"), ("ref_v", "<f4"),

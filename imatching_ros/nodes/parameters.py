@@ -49,6 +49,10 @@ _M, _B, _L = (("matcher",), ("bundle",), ("learner",))
 _ALL = NODES
 
 TABLE: tuple[Parameter, ...] = (
+    # Life
+    Parameter("autostart", _ALL, True,
+              "Configure and activate at start, and end the process where that is refused; false: a lifecycle manager "
+              "does it.", read_only=True),
     # What comes in and how
     Parameter("image_transport", ("matcher", "learner"), "raw",
               "raw: sensor_msgs/Image on 'image'; compressed: sensor_msgs/CompressedImage on 'image/compressed'.",
@@ -146,11 +150,12 @@ def _replaced(options: Any, path: list[str], value: Any) -> Any:
     return dataclasses.replace(options, **{name: _replaced(getattr(options, name), rest, value) if rest else value})
 
 
-def declare(ros_node: Any, node: str, apply: Callable[[dict[str, Value]], None]) -> None:
+def declare(ros_node: Any, node: str, apply: Callable[[dict[str, Value]], None]) -> dict[str, str]:
     """Declares the parameters of ``node``, with descriptors, and refuses wrong values from then on.
 
-    Changes that come later together are either all refused or go to ``apply`` together. Raises ValueError, one
-    sentence, where a given value is wrong.
+    Changes that come later together are either all refused or go to ``apply`` together, which may refuse them by
+    ValueError. Where a value given at start is wrong the parameter has its default, and the returned dictionary says
+    why, one sentence under its name, until a right one is set.
     """
     from rcl_interfaces.msg import (
         FloatingPointRange,
@@ -158,12 +163,12 @@ def declare(ros_node: Any, node: str, apply: Callable[[dict[str, Value]], None])
         ParameterDescriptor,
         SetParametersResult,
     )
-    from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 
     known = {parameter.name: parameter for parameter in of(node)}
+    wrong = {}
     for name, override in ros_node._parameter_overrides.items():
         if name in known and (reason := known[name].refusal(override.value)):
-            raise ValueError(reason)
+            wrong[name] = reason
     for parameter in known.values():
         descriptor = ParameterDescriptor(
             description=parameter.description,
@@ -174,19 +179,25 @@ def declare(ros_node: Any, node: str, apply: Callable[[dict[str, Value]], None])
             descriptor.floating_point_range = [FloatingPointRange(from_value=parameter.low, to_value=parameter.high)]
         elif type(parameter.default) is int:
             descriptor.integer_range = [IntegerRange(from_value=parameter.low, to_value=parameter.high, step=1)]
-        try:
-            ros_node.declare_parameter(parameter.name, parameter.default, descriptor)
-        except (InvalidParameterTypeException, InvalidParameterValueException) as error:
-            raise ValueError(str(error)) from None
+        ros_node.declare_parameter(
+            parameter.name, parameter.default, descriptor, ignore_override=parameter.name in wrong
+        )
 
     def check(changes: list[Any]) -> SetParametersResult:
-        reasons = [known[c.name].refusal(c.value) for c in changes if c.name in known]
-        reasons = [reason for reason in reasons if reason]
+        ours = {c.name: c.value for c in changes if c.name in known}
+        reasons = [reason for name, value in ours.items() if (reason := known[name].refusal(value))]
+        if ours and not reasons:
+            try:
+                apply(ours)
+            except ValueError as error:
+                reasons = [str(error)]
         if not reasons:
-            apply({c.name: c.value for c in changes})
+            for name in ours:
+                wrong.pop(name, None)
         return SetParametersResult(successful=not reasons, reason="; ".join(reasons))
 
     ros_node.add_on_set_parameters_callback(check)
+    return wrong
 
 
 def to_yaml() -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
 import rclpy
-from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from imatching_ros.data.recording import Recording, open_recording
-
+from ..data.recording import Recording, open_recording
 from . import messages, parameters
+from .core_node import run_ros
 
 
 class PlayerNode(Node):
@@ -24,7 +23,8 @@ class PlayerNode(Node):
 
     def __init__(self, **node_options: Any) -> None:
         super().__init__("player", **node_options)
-        parameters.declare(self, "player", lambda _: None)
+        if wrong := parameters.declare(self, "player", lambda _: None):
+            raise ValueError("; ".join(wrong.values()))
         bag = self.get_parameter("bag").value
         if not bag:
             raise ValueError("no recording is given; set the parameter 'bag'")
@@ -66,21 +66,15 @@ class PlayerNode(Node):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    rclpy.init(args=arguments)
-    node, code = None, 0
-    try:
-        node = PlayerNode()
-        node.play()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except (ValueError, OSError) as error:  # RecordingError among them
-        print(f"player: {error}", file=sys.stderr)
-        code = 2
-    finally:
-        if node is not None:
-            node.destroy_node()
-        rclpy.try_shutdown()
-    sys.exit(code)
+    def body(stack: contextlib.ExitStack) -> None:
+        try:
+            node = PlayerNode()
+            stack.callback(node.destroy_node)
+            node.play()
+        except (ValueError, OSError) as error:  # RecordingError among them
+            raise ValueError(f"player: {error}") from None
+
+    run_ros(body, arguments)
 
 
 if __name__ == "__main__":

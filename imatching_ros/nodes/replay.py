@@ -36,9 +36,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_srvs.srv import SetBool, Trigger
 
-from imatching_ros.data.recording import Recording
-from imatching_ros.matching import weights as weights_files
-
+from ..data.recording import Recording
+from ..matching import weights as weights_files
 from . import messages, parameters
 from .core_node import latched, lossless
 from .run_files import read_trajectory

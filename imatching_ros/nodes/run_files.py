@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from imatching_ros.matching.weights import write
+from ..matching.weights import write
 
 TRAJECTORY, LANDMARKS = "trajectory.txt", "landmarks.ply"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -33,6 +34,7 @@ class Worker:
         self._requests: deque[tuple[Callable[[], Any], Future]] = deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._begun: float | None = None  # when the piece of work in hand began
         self._thread = threading.Thread(target=self._run, name="core", daemon=True)
 
     def start(self) -> None:
@@ -61,19 +63,34 @@ class Worker:
         """Inputs that have not been taken yet."""
         return len(self._inputs)
 
-    def stop(self) -> None:
-        """Ends the thread after the piece of work in hand, and waits for that."""
+    def busy(self) -> float:
+        """For how many seconds the piece of work in hand has gone on; 0 where there is none."""
+        begun = self._begun
+        return 0.0 if begun is None else time.monotonic() - begun
+
+    def clear(self) -> None:
+        """Drops the inputs that wait."""
+        with self._changed:
+            dropped = list(self._inputs)
+            self._inputs.clear()
+        for old in dropped:
+            self._on_drop(old)
+
+    def stop(self, timeout: float | None = None) -> bool:
+        """Ends the thread after the piece of work in hand, and waits for that; False where it takes longer."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(timeout)
         for _, future in self._requests:
             future.cancel()
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         busy = True
         while True:
+            self._begun = None
             with self._changed:
                 nothing = not self._requests and not (self._inputs and self._ready())
                 if nothing and not busy and not self._stopping:
@@ -83,6 +100,7 @@ class Worker:
                 request = self._requests.popleft() if self._requests else None
                 take = request is None and self._inputs and self._ready()
                 item = self._inputs.popleft() if take else None
+                self._begun = time.monotonic()
             if request is not None:
                 function, future = request
                 try:

@@ -1,0 +1,148 @@
+"""What the tests of the nodes share: node processes in a ROS domain of their own, and pictures for them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rclpy.context import Context
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Image
+
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.nodes import messages, parameters
+from imatching_ros.nodes.core_node import lossless
+from imatching_ros.nodes.replay import free_domain
+
+ROOT = Path(__file__).parents[1]
+CAMERA = Camera(160, 120, 130.0, 130.0, 79.5, 59.5)
+SECOND = 10**9
+START = 1_700_000_000 * SECOND
+
+
+class Ros:
+    """One ROS domain: node processes, and a node in this process that talks to them."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs, self.domain = logs, free_domain()
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.heard: dict[str, list] = {}
+        self.changed = threading.Condition()
+        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+        self.context = Context()
+        rclpy.init(
+            args=[], context=self.context, domain_id=self.domain, signal_handler_options=SignalHandlerOptions.NO
+        )
+        self.node = rclpy.create_node("tester", context=self.context)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self.thread = threading.Thread(target=self._spin)
+        self.thread.start()
+        self.listen(DiagnosticArray, "/diagnostics", lossless())
+
+    def _spin(self) -> None:
+        with contextlib.suppress(ExternalShutdownException):
+            self.executor.spin()
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self.executor.shutdown()
+        self.thread.join()
+        self.node.destroy_node()
+        rclpy.shutdown(context=self.context)
+
+    def start(self, role: str, **values) -> subprocess.Popen:
+        words = [w for k, v in values.items() for w in ("-p", f"{k}:={parameters.yaml_scalar(v)}")]
+        environment = os.environ | {
+            "ROS_DOMAIN_ID": str(self.domain), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+        }  # fmt: skip
+        with open(self.logs / f"{role}.log", "wb") as log:
+            self.processes[role] = subprocess.Popen(
+                [sys.executable, "-m", f"imatching_ros.nodes.{role}", "--ros-args", *words],
+                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=self.logs,
+            )  # fmt: skip
+        return self.processes[role]
+
+    def log(self, role: str) -> str:
+        return (self.logs / f"{role}.log").read_text()
+
+    def listen(self, kind, topic, qos) -> list:
+        """What has come on a topic so far, and will."""
+        heard = self.heard.setdefault(topic, [])
+
+        def callback(message) -> None:
+            with self.changed:
+                heard.append(message)
+                self.changed.notify_all()
+
+        self.node.create_subscription(kind, topic, callback, qos)
+        return heard
+
+    def wait(self, condition, timeout=60.0):
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with self.changed:
+                if result := condition():
+                    return result
+                self.changed.wait(0.1)
+            for role, process in self.processes.items():
+                assert process.poll() is None, f"{role} ended with {process.returncode}: {self.log(role)}"
+        raise AssertionError(f"waited {timeout} s in vain; logs: {[self.log(role) for role in self.processes]}")
+
+    def connect(self, publisher, subscribers=1) -> None:
+        self.wait(lambda: publisher.get_subscription_count() >= subscribers)
+
+    def says(self, role: str) -> dict[str, str]:
+        """The newest diagnostics of a node."""
+        for array in reversed(self.heard["/diagnostics"]):
+            for status in array.status:
+                if status.name == f"/{role}":
+                    values = {pair.key: pair.value for pair in status.values}
+                    return values | {"level": status.level[0], "message": status.message}
+        return {}
+
+    def call(self, kind, name, request=None):
+        client = self.node.create_client(kind, name)
+        assert client.wait_for_service(30.0), name
+        future = client.call_async(request or kind.Request())
+        self.wait(future.done)
+        self.node.destroy_client(client)
+        return future.result()
+
+    def change(self, role: str, transition: str) -> bool:
+        """One transition of a node's life cycle, by its label; whether the node made it."""
+        request = ChangeState.Request(transition=Transition(label=transition))
+        return self.call(ChangeState, f"{role}/change_state", request).success
+
+    def state(self, role: str) -> str:
+        return self.call(GetState, f"{role}/get_state").current_state.label
+
+
+def picture(shift: float = 0.0) -> np.ndarray:
+    """A smooth random texture, moved to the left."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (16, 60)).astype(np.float32)
+    wide = cv2.resize(coarse, (480, 128), interpolation=cv2.INTER_CUBIC)
+    move = np.array([[1, 0, -shift], [0, 1, 0]], np.float32)
+    return cv2.warpAffine(wide, move, (160, 120)).clip(0, 255).astype(np.uint8)
+
+
+def image_message(stamp: int, image: np.ndarray) -> Image:
+    return messages.image_to_message(image, messages.header(stamp, "camera_optical"))

@@ -1,0 +1,104 @@
+"""The life cycle of the nodes: managed from outside, refusing what is wrong, leaving nothing behind."""
+
+import time
+
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
+
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
+from rcl_interfaces.srv import SetParameters  # noqa: E402
+from ros import CAMERA, SECOND, START, Ros, image_message, picture  # noqa: E402
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
+
+from imatching_ros.matching import weights  # noqa: E402
+from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes.core_node import lossless  # noqa: E402
+
+TOPICS = {"matcher": "/correspondences", "bundle": "/odometry", "learner": "/weights"}
+
+
+@pytest.fixture
+def ros(tmp_path):
+    ros = Ros(tmp_path)
+    yield ros
+    ros.close()
+
+
+def inside(process) -> tuple[int, float]:
+    """Threads of a process, and its resident memory in MB."""
+    lines = dict(line.split(":", 1) for line in open(f"/proc/{process.pid}/status") if ":" in line)
+    return int(lines["Threads"]), int(lines["VmRSS"].split()[0]) / 1024
+
+
+def test_lifecycle_five_cycles_leave_nothing_behind(ros):
+    """configure, activate, deactivate, cleanup, with images coming all the time."""
+    for role in parameters.NODES:
+        ros.start(role, autostart=False, image_qos="keep_all", **({"queries": 50} if role == "matcher" else {}))
+    images = ros.node.create_publisher(Image, "image", lossless())
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    matched = ros.listen(PointCloud2, "correspondences", lossless())
+    ros.wait(lambda: all(ros.says(role).get("lifecycle") == "unconfigured" for role in parameters.NODES))
+    assert not any(ros.node.count_publishers(topic) for topic in TOPICS.values())
+    now, seen = START, []
+
+    def play(count: int = 3) -> None:
+        nonlocal now
+        for index in range(count):
+            now += SECOND // 20
+            images.publish(image_message(now, picture(float(index))))
+
+    for cycle in range(5):
+        for role in parameters.NODES:
+            assert ros.change(role, "configure"), ros.log(role)
+        ros.wait(lambda: all(ros.node.count_publishers(topic) for topic in TOPICS.values()))
+        ros.wait(lambda: images.get_subscription_count() == 2 and infos.get_subscription_count() == 3)
+        time.sleep(0.3)
+        infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera")))
+        play()  # inactive: neither answered nor kept
+        for role in reversed(parameters.NODES):
+            assert ros.change(role, "activate"), ros.log(role)
+        before = len(matched)
+        play()
+        ros.wait(lambda before=before: len(matched) == before + 3)
+        assert [messages.to_ns(message.header.stamp) for message in matched[before:]] == [
+            now - 2 * SECOND // 20, now - SECOND // 20, now
+        ]  # fmt: skip
+        for role in parameters.NODES:
+            assert ros.change(role, "deactivate"), ros.log(role)
+            assert ros.state(role) == "inactive"
+        play()
+        for role in parameters.NODES:
+            assert ros.change(role, "cleanup"), ros.log(role)
+            assert ros.state(role) == "unconfigured"
+        ros.wait(lambda: not any(ros.node.count_publishers(topic) for topic in TOPICS.values()))
+        assert len(matched) == 3 * (cycle + 1)
+        seen.append({role: inside(process) for role, process in ros.processes.items()})
+    for role in parameters.NODES:
+        (threads, memory), (threads_then, memory_then) = seen[4][role], seen[1][role]
+        assert threads <= threads_then and memory < memory_then + 10, (role, seen)
+        assert ros.change(role, "shutdown")
+        assert ros.state(role) == "finalized"
+        assert "Traceback" not in ros.log(role)
+
+
+def test_lifecycle_a_managed_node_refuses_configuration_and_lives_on(ros, tmp_path):
+    missing = tmp_path / "missing.safetensors"
+    ros.start("matcher", autostart=False, weights=str(missing))
+    ros.start("bundle", autostart=False, prune_px=-1.0, kernel="cubic")
+    for role, reasons in {
+        "matcher": [f"{missing}: there is no such weights file"],
+        "bundle": ["parameter 'prune_px' is -1, it must lie in [0.1, 100]", "parameter 'kernel' is 'cubic'"],
+    }.items():
+        assert not ros.change(role, "configure")
+        assert ros.state(role) == "unconfigured"
+        for reason in reasons:
+            ros.wait(lambda role=role, reason=reason: reason in ros.says(role).get("message", ""))
+            assert reason in ros.log(role)
+        assert ros.says(role)["level"] == 2 and "Traceback" not in ros.log(role)
+
+    text = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=str(weights.default_path()))
+    request = SetParameters.Request(parameters=[Parameter(name="weights", value=text)])
+    assert ros.call(SetParameters, "matcher/set_parameters", request).results[0].successful
+    assert ros.change("matcher", "configure") and ros.change("matcher", "activate")
+    ros.wait(lambda: ros.says("matcher").get("lifecycle") == "active" and "camera_info" in ros.says("matcher")["message"])
