@@ -126,6 +126,17 @@ def place_observations(slot, lane, layers, xy, cov):
 
 
 @_compiled
+def place_points(points, order, origin):
+    """(blocks, 3 * LANES), about the origin."""
+    p = np.zeros((len(order) // LANES, 3 * LANES))
+    for n in range(len(order)):
+        if order[n] >= 0:
+            for j in range(3):
+                p[n // LANES, j * LANES + n % LANES] = points[order[n], j] - origin[j]
+    return p
+
+
+@_compiled
 def rotations(q):
     """(K, 9), row by row."""
     R = np.empty((len(q), 9))
@@ -487,8 +498,82 @@ def add_products(a, b, x, row, column):
 
 
 @_compiled
-def solve_cameras(H, g, reduced, rhs, free, damping, envelope, A, step):
-    """(Hcc - E E^T) step = -(gc + E y), E y with its sign; A: (6 K, 6 K) to be overwritten. False if not definite."""
+def prior_coordinates(prior_pose, prior_T, q, c):
+    """lie.local of the prior's poses (6 P,)."""
+    d = np.empty(6 * len(prior_pose))
+    for n in range(len(prior_pose)):
+        k = prior_pose[n]
+        x, y, z, w = q[k, 0], q[k, 1], q[k, 2], q[k, 3]
+        a, b, e, f = -prior_T[n, 3], -prior_T[n, 4], -prior_T[n, 5], prior_T[n, 6]
+        rx, ry, rz = w * a + f * x + y * e - z * b, w * b + f * y + z * a - x * e, w * e + f * z + x * b - y * a
+        rw = w * f - x * a - y * b - z * e
+        sine = math.sqrt(rx * rx + ry * ry + rz * rz)
+        size = 2 * math.atan2(sine, abs(rw)) / sine if sine > 1e-150 else 2.0
+        size = -size if rw < 0 else size
+        for j in range(3):
+            d[6 * n + j] = c[k, j] - prior_T[n, j]
+        d[6 * n + 3], d[6 * n + 4], d[6 * n + 5] = size * rx, size * ry, size * rz
+    return d
+
+
+@_compiled
+def prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c):
+    """PosePrior.cost."""
+    if len(prior_pose) == 0:
+        return 0.0
+    d = prior_coordinates(prior_pose, prior_T, q, c)
+    total = dot(prior_g, d) + prior_constant
+    for i in range(len(d)):
+        total += 0.5 * d[i] * dot(prior_H[i], d)
+    return total
+
+
+@_compiled
+def linearise_prior(prior_pose, prior_T, prior_H, prior_g, q, c, G, H, g):
+    """PosePrior.linearise: the Hessian to G (6 P, 6 P), and what belongs to single poses added to H and g."""
+    d = prior_coordinates(prior_pose, prior_T, q, c)
+    J = np.empty((len(prior_pose), 3, 3))
+    for n in range(len(prior_pose)):
+        x, y, z = d[6 * n + 3], d[6 * n + 4], d[6 * n + 5]
+        square = x * x + y * y + z * z
+        if square < 0.0025:
+            b = 1 / 12 + square / 720 + square * square / 30240
+        else:
+            half = math.sqrt(square) / 2
+            b = (1 - half / math.tan(half)) / square
+        J[n, 0, 0], J[n, 1, 1], J[n, 2, 2] = 1 - b * (y * y + z * z), 1 - b * (x * x + z * z), 1 - b * (x * x + y * y)
+        J[n, 0, 1], J[n, 1, 0] = b * x * y + 0.5 * z, b * x * y - 0.5 * z
+        J[n, 0, 2], J[n, 2, 0] = b * x * z - 0.5 * y, b * x * z + 0.5 * y
+        J[n, 1, 2], J[n, 2, 1] = b * y * z + 0.5 * x, b * y * z - 0.5 * x
+    size = len(d)
+    for i in range(size):
+        for n in range(len(prior_pose)):
+            for j in range(3):
+                G[i, 6 * n + j] = prior_H[i, 6 * n + j]
+                G[i, 6 * n + 3 + j] = 0.0
+                for m in range(3):
+                    G[i, 6 * n + 3 + j] += prior_H[i, 6 * n + 3 + m] * J[n, m, j]
+    for n in range(len(prior_pose)):
+        for i in range(size):
+            a, b, e = G[6 * n + 3, i], G[6 * n + 4, i], G[6 * n + 5, i]
+            for j in range(3):
+                G[6 * n + 3 + j, i] = J[n, 0, j] * a + J[n, 1, j] * b + J[n, 2, j] * e
+        k = prior_pose[n]
+        for j in range(6):
+            slope = prior_g[6 * n + j] + dot(prior_H[6 * n + j], d)
+            if j < 3:
+                g[k, j] += slope
+            else:
+                for m in range(3):
+                    g[k, 3 + m] += J[n, j - 3, m] * slope
+            for m in range(j + 1):
+                H[k, j * (j + 1) // 2 + m] += G[6 * n + j, 6 * n + m]
+
+
+@_compiled
+def solve_cameras(H, g, reduced, rhs, free, damping, envelope, prior_pose, G, A, step):
+    """(Hcc - E E^T) step = -(gc + E y), E y with its sign; G as ``linearise_prior``; A: (6 K, 6 K) to be overwritten.
+    False if not definite."""
     K = len(H)
     for k in range(K):
         for r in range(6):
@@ -500,9 +585,18 @@ def solve_cameras(H, g, reduced, rhs, free, damping, envelope, A, step):
                 for s in range(r + 1):
                     if free[k, s]:
                         row[6 * k + s] += H[k, r * (r + 1) // 2 + s] * (1 + damping if r == s else 1.0)
+                if H[k, r * (r + 3) // 2] == 0:  # what nothing observes stays where it is
+                    row[6 * k + r] = 1.0
                 step[k, r] = -g[k, r] - rhs[k, r * LANES : (r + 1) * LANES].sum()
             else:
                 row[6 * k + r], step[k, r] = 1.0, 0.0
+    for n in range(len(prior_pose)):
+        for m in range(len(prior_pose)):
+            k, j = prior_pose[n], prior_pose[m]
+            for r in range(6 if k > j else 0):
+                for s in range(6):
+                    if free[k, r] and free[j, s]:
+                        A[6 * k + r, 6 * j + s] += G[6 * n + r, 6 * m + s]
     # Cholesky by rows inside the envelope, which it preserves.
     x = step.reshape(6 * K)
     for i in range(6 * K):
@@ -596,24 +690,25 @@ _f8, _i8 = types.float64, types.int64
 @njit(
     types.Tuple((_f8[:, ::1], _f8[:, ::1], _i8, _f8, _f8, _f8, types.boolean))(
         _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, types.boolean[:, ::1],
-        _i8, _f8, _i8, _f8, _f8,
+        _i8, _f8, _i8, _f8, _f8, _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8[::1], _f8,
     ),
     cache=True, error_model="numpy", nogil=True,
 )  # fmt: skip
 def minimise(
-    T, points, pose, landmark, xy, cov, fx, fy, free, kernel, scale, max_iterations, relative_decrease, gradient
-):
+    T, points, pose, landmark, xy, cov, fx, fy, free, kernel, scale, max_iterations, relative_decrease, gradient,
+    prior_pose, prior_T, prior_H, prior_g, prior_constant,
+):  # fmt: skip
     """adjust.py's ``_minimise``: T (K, 7), points (L, 3), iterations, cost, relative decrease, gradient, converged."""
-    K = len(T)
+    K, origin = len(T), T[0, :3].copy()
     order, cell_of_block, cell_pose, layer_of_cell, slot, lane, envelope = layout(pose, landmark, K, len(points))
     rows = place_observations(slot, lane, layer_of_cell[-1], xy, cov)
-    blocks, cells, origin = len(cell_of_block) - 1, len(cell_pose), T[0, :3].copy()
-    q, c, p = T[:, 3:].copy(), T[:, :3] - origin, np.zeros((blocks, 3 * LANES))
-    for b in range(blocks):
-        for i in range(LANES):
-            m = order[b * LANES + i]
-            for j in range(3):
-                p[b, j * LANES + i] = points[m, j] - origin[j] if m >= 0 else 0.0
+    blocks, cells = len(cell_of_block) - 1, len(cell_pose)
+    q, c, p = T[:, 3:].copy(), T[:, :3] - origin, place_points(points, order, origin)
+    prior_T = prior_T.copy()
+    for n in range(len(prior_pose)):
+        prior_T[n, :3] -= origin
+        envelope[prior_pose[n]] = min(envelope[prior_pose[n]], prior_pose.min())
+    G = np.empty((6 * len(prior_pose), 6 * len(prior_pose)))
     q_new, c_new, p_new = q.copy(), c.copy(), p.copy()
     t, jacobian = np.zeros(SCRATCH), np.empty((cells, 6 * LANES), np.float32)
     point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27 * LANES))
@@ -623,6 +718,7 @@ def minimise(
         held[k] = not free[k].any()
 
     cost = evaluate(t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale)
+    cost += prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c)
     iterations, decrease, damping, growth = 0, 1.0, 1e-4, 2.0
     while True:
         energy = linearise(
@@ -630,6 +726,9 @@ def minimise(
             jacobian, point, camera,
         )  # fmt: skip
         H, g = sum_lanes(camera)
+        if len(prior_pose):
+            linearise_prior(prior_pose, prior_T, prior_H, prior_g, q, c, G, H, g)
+            energy += 2 * prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c)
         slope_norm = steepest(point, H, g, free, energy)
         converged = cost <= 1e-18 * len(pose) or (decrease < relative_decrease and slope_norm < gradient)
         if converged or iterations >= max_iterations:
@@ -637,7 +736,7 @@ def minimise(
         cost_new, predicted = np.inf, 0.0
         while damping < 1e12:
             eliminate(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, held, envelope, reduced, rhs, e)
-            if solve_cameras(H, g, reduced, rhs, free, damping, envelope, A, step):
+            if solve_cameras(H, g, reduced, rhs, free, damping, envelope, prior_pose, G, A, step):
                 slope, length = step_points(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, step, p_new)
                 for k in range(K):
                     for j in range(6):
@@ -647,7 +746,7 @@ def minimise(
                 retract(q, c, step, held, q_new, c_new)
                 cost_new = evaluate(
                     t, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale
-                )
+                ) + prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q_new, c_new)
                 if cost_new < cost or predicted <= 1e-13 * cost:
                     break
             damping, growth = damping * growth, growth * 2
@@ -666,3 +765,36 @@ def minimise(
             for j in range(3):
                 points_best[order[n], j] = p[n // LANES, j * LANES + n % LANES] + origin[j]
     return T_best, points_best, iterations, cost, decrease, slope_norm, converged
+
+
+@njit(
+    _f8[:, ::1](
+        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, _i8, _f8,
+    ),
+    cache=True, error_model="numpy", nogil=True,
+)  # fmt: skip
+def reduced_system(T, points, pose, landmark, xy, cov, fx, fy, kernel, scale):
+    """system.py's ``reduce`` without damping or prior: the matrix (6 K, 6 K), its products in float64."""
+    K, origin = len(T), T[0, :3].copy()
+    order, cell_of_block, cell_pose, layer_of_cell, slot, lane, envelope = layout(pose, landmark, K, len(points))
+    rows = place_observations(slot, lane, layer_of_cell[-1], xy, cov)
+    blocks, cells = len(cell_of_block) - 1, len(cell_pose)
+    q, c, p = T[:, 3:].copy(), T[:, :3] - origin, place_points(points, order, origin)
+    t, jacobian = np.zeros(SCRATCH), np.empty((cells, 6 * LANES), np.float32)
+    point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27 * LANES))
+    linearise(
+        t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, False, jacobian, point, camera
+    )  # fmt: skip
+    H, _ = sum_lanes(camera)
+    reduced, rhs, e = np.empty((K, K, 6, 6)), np.empty((K, 6 * LANES)), np.empty((K, 18 * LANES))
+    eliminate(
+        t, c, p, cell_of_block, cell_pose, jacobian, point, 0.0, np.zeros(K, np.bool_), envelope, reduced, rhs, e
+    )  # fmt: skip
+    S = np.zeros((6 * K, 6 * K))
+    for k in range(K):
+        for j in range(envelope[k], k + 1):
+            for r in range(6):
+                for s in range(r + 1 if j == k else 6):
+                    x = H[k, r * (r + 1) // 2 + s] if j == k else 0.0
+                    S[6 * k + r, 6 * j + s] = S[6 * j + s, 6 * k + r] = x - reduced[k, j, r, s]
+    return S

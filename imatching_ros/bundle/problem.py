@@ -16,6 +16,34 @@ MIN_DEPTH = 1e-6
 
 
 @dataclass(frozen=True)
+class PosePrior:
+    """``prior.Prior`` on poses of a problem: 1/2 d'H d + g'd + constant, d (6P,) as ``lie.local``."""
+
+    pose: Tensor  #: (P,) int64, indices of the problem's poses
+    T_world_camera: Tensor  #: (P, 7), the linearisation point
+    information: Tensor  #: H (6P, 6P)
+    gradient: Tensor  #: g (6P,)
+    constant: Tensor  #: scalar, such that the cost is never negative
+
+    def cost(self, T_world_camera: Tensor) -> Tensor:
+        """Of the problem's poses (K, 7), scalar."""
+        d = lie.local(self.T_world_camera, T_world_camera[self.pose]).flatten()
+        return 0.5 * d @ (self.information @ d) + self.gradient @ d + self.constant
+
+    def linearise(self, T_world_camera: Tensor) -> tuple[Tensor, Tensor]:
+        """Hessian (6P, 6P) and gradient (6P,) at the problem's poses, in the coordinates of ``lie.retract``.
+
+        Of Gauss-Newton: d moves with a step w of the rotation by the inverse left Jacobian, whose own change is left
+        out of the Hessian.
+        """
+        d = lie.local(self.T_world_camera, T_world_camera[self.pose])
+        turn = torch.eye(6).to(d).repeat(len(d), 1, 1)
+        turn[:, 3:, 3:] = lie.left_jacobian_inverse(d[:, 3:])
+        J = torch.block_diag(*turn)
+        return J.T @ self.information @ J, J.T @ (self.information @ d.flatten() + self.gradient)
+
+
+@dataclass(frozen=True)
 class Problem:
     """K poses, L landmarks and O observations, sorted by landmark. Differentiable in every float field.
 
@@ -29,6 +57,7 @@ class Problem:
     xy: Tensor  #: (O, 2), undistorted, on the plane z = 1
     cov: Tensor  #: (O, 3), uu uv vv, undistorted px^2
     focal: Tensor  #: (2,), fx fy in pixels
+    prior: PosePrior | None = None  #: on some of the poses
 
     def residual(self) -> tuple[Tensor, Tensor]:
         """Residuals (O, 2) in undistorted pixels, predicted minus observed, and depths (O,)."""
@@ -45,8 +74,9 @@ class Problem:
         return torch.where(depth > MIN_DEPTH, whitened(residual, self.cov), BEHIND_PX**2)
 
     def cost(self, kernel: Kernel) -> Tensor:
-        """1/2 sum rho(s): the scalar that the bundle minimises and the learner differentiates."""
-        return 0.5 * kernel.rho(self.squared()).sum()
+        """1/2 sum rho(s), and the prior's: the scalar that the bundle minimises and the learner differentiates."""
+        cost = 0.5 * kernel.rho(self.squared()).sum()
+        return cost if self.prior is None else cost + self.prior.cost(self.T_world_camera)
 
     def select(self, keep: Tensor) -> Problem:
         """The same poses and landmarks with the observations ``keep`` ((O,) bool) only."""

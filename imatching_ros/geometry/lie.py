@@ -111,3 +111,34 @@ def retract(T: Tensor, delta: Tensor) -> Tensor:
     angle = half.norm(dim=-1, keepdim=True)
     q = multiply(torch.cat((torch.sinc(angle / torch.pi) * half, torch.cos(angle)), -1), T[..., 3:])
     return torch.cat((T[..., :3] + delta[..., :3], q / q.norm(dim=-1, keepdim=True)), -1)
+
+
+def local(T: Tensor, T_moved: Tensor) -> Tensor:
+    """The delta (..., 6) that :func:`retract` takes from T (..., 7) to T_moved, its rotation the shorter way round."""
+    turn = multiply(T_moved[..., 3:], torch.cat((-T[..., 3:6], T[..., 6:]), -1))
+    return torch.cat((T_moved[..., :3] - T[..., :3], log(turn)), -1)
+
+
+def log(q: Tensor) -> Tensor:
+    """Unit quaternions (..., 4) as rotation vectors (..., 3) of at most pi."""
+    q = torch.where(q[..., 3:] < 0, -q, q)
+    sine = q[..., :3].norm(dim=-1, keepdim=True)
+    tiny = sine < 1e-150  # the angle's ratio to its sine is then that of the limit, and would be 0 / 0
+    return q[..., :3] * torch.where(tiny, 2.0, 2 * torch.atan2(sine, q[..., 3:]) / torch.where(tiny, 1.0, sine))
+
+
+def left_jacobian_inverse(phi: Tensor) -> Tensor:
+    """(..., 3, 3): how the rotation vector phi (..., 3) of R changes when R becomes Exp(w) R, to first order in w.
+
+    I - [phi]x / 2 + (1 - h cot h) / |phi|^2 [phi]x^2, h = |phi| / 2 (Barfoot, State Estimation for Robotics, 7.1.5).
+    """
+    angle = phi.norm(dim=-1)
+    small = angle < 0.05
+    safe = torch.where(small, 1.0, angle)
+    square = angle.square()
+    series = 1 / 12 + square / 720 + square.square() / 30240
+    b = torch.where(small, series, (1 - safe / 2 / torch.tan(safe / 2)) / safe.square())[..., None, None]
+    x, y, z = phi.unbind(-1)
+    zero = torch.zeros_like(x)
+    hat = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).unflatten(-1, (3, 3))
+    return torch.eye(3).to(phi) - 0.5 * hat + b * (hat @ hat)
