@@ -1,6 +1,7 @@
 """The launch file and the package around it; with launch_ros and an installed package, the whole for real."""
 
 import ast
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,22 @@ LAUNCH = ROOT / "launch" / "imatching.launch.py"
 TREE = ast.parse(LAUNCH.read_text(), str(LAUNCH))
 
 
-def calls(name: str) -> list[ast.Call]:
-    return [n for n in ast.walk(TREE) if isinstance(n, ast.Call) and getattr(n.func, "id", None) == name]
-
-
-def arguments() -> list[str]:
+def arguments() -> dict[str, str]:
+    """Names and defaults."""
     table = next(n.value for n in TREE.body if isinstance(n, ast.Assign) and n.targets[0].id == "ARGUMENTS")
-    return [name for name, _, _ in ast.literal_eval(table)]
+    return {name: default for name, default, _ in ast.literal_eval(table)}
+
+
+def texts(kind: type, *children: str) -> set[str]:
+    """All texts that stand in the given places of one kind of syntax."""
+    found = set()
+    for node in ast.walk(TREE):
+        if isinstance(node, kind):
+            for child in children:
+                value = getattr(node, child)
+                values = value if isinstance(value, list) else [value]
+                found |= {v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)}
+    return found
 
 
 def console_scripts() -> set[str]:
@@ -34,36 +45,52 @@ def console_scripts() -> set[str]:
 
 def test_launch_file_has_the_arguments_of_the_interface():
     compile(TREE, str(LAUNCH), "exec")
-    assert arguments() == [
-        "namespace", "params_file", "image_topic", "camera_info_topic", "image_transport", "use_sim_time", "learning",
-        "weights", "bag", "rate",
+    assert list(arguments()) == [
+        "namespace", "params_file", "image_topic", "camera_info_topic", "image_transport", "use_sim_time", "autostart",
+        "learning", "composed", "device", "weights", "bag", "rate", "rviz",
     ]  # fmt: skip
+    assert arguments()["autostart"] == arguments()["learning"] == "true"
 
 
 def test_launch_file_starts_executables_that_are_installed():
-    roles = {call.args[0].value for call in calls("node")}
-    assert roles == {*parameters.NODES, "player"}
+    roles = {"imatching", "player", *parameters.NODES}
+    assert roles <= texts(ast.Call, "args") | texts(ast.List, "elts")
     assert {f"{role}_node" for role in roles} <= console_scripts()
 
 
 def test_launch_file_sets_parameters_that_are_declared():
-    for call in calls("node"):
-        declared = {parameter.name for parameter in parameters.of(call.args[0].value)}
-        assert {keyword.arg for keyword in call.keywords if keyword.arg} <= declared
-    images = re.findall(r'images\["(\w+)"\]|images = \{"(\w+)"', LAUNCH.read_text())
-    given = {name for pair in images for name in pair if name}
-    assert given == {"image_transport", "weights"}
-    for role in ("matcher", "learner"):
-        assert given <= {parameter.name for parameter in parameters.of(role)}
+    declared = {parameter.name for parameter in parameters.TABLE} | {"use_sim_time"}
+    given = texts(ast.Dict, "keys") | texts(ast.Subscript, "slice") & declared
+    assert {"use_sim_time", "autostart", "device", "weights", "image_transport", "bag", "rate", "clock"} <= given
+    assert given <= declared
 
 
 def test_launch_file_remaps_topics_that_the_nodes_have():
-    sources = {pair.elts[0].value for pair in ast.walk(TREE) if isinstance(pair, ast.Tuple) and len(pair.elts) == 2
-               and isinstance(pair.elts[0], ast.Constant) and not isinstance(pair.elts[1], ast.Constant)}  # fmt: skip
-    assert sources == {"image", "image/compressed", "camera_info"}
-    nodes = "".join((ROOT / "imatching_ros" / "nodes" / f"{name}.py").read_text() for name in ("matcher", "core_node"))
-    for topic in sources:
+    pairs = [n.elts for n in ast.walk(TREE) if isinstance(n, ast.Tuple) and len(n.elts) == 2]
+    sources = {first.value for first, second in pairs if isinstance(first, ast.Constant)} - {0, "raw", "true"}
+    assert sources == {"image", "image/compressed", "camera_info", "/image"}
+    nodes = "".join(file.read_text() for file in (ROOT / "imatching_ros" / "nodes").glob("*.py"))
+    for topic in sources - {"/image"}:
         assert f'"{topic}"' in nodes
+
+
+def test_views_show_topics_that_the_nodes_have():
+    nodes = "".join(file.read_text() for file in (ROOT / "imatching_ros" / "nodes").glob("*.py"))
+    rviz = (ROOT / "config" / "imatching.rviz").read_text()
+    shown = set(re.findall(r"Value: /([\w/]+)$", rviz, re.MULTILINE))
+    assert {"image", "debug/matches", "landmarks", "keyframes", "odometry"} == shown
+    assert shown - {"image"} == texts(ast.Tuple, "elts") & shown - {"image"}  # each of them is remapped
+    foxglove = json.loads((ROOT / "config" / "foxglove.json").read_text())
+    panels = foxglove["configById"]
+
+    def leaves(layout) -> list[str]:
+        return [layout] if isinstance(layout, str) else leaves(layout["first"]) + leaves(layout["second"])
+
+    assert sorted(leaves(foxglove["layout"])) == sorted(panels)
+    shown |= set(re.findall(r'"/([\w/]+)"', json.dumps(panels)))
+    assert shown == {"image", "debug/matches", "landmarks", "keyframes", "odometry", "learning", "diagnostics"}
+    for topic in shown:
+        assert re.search(rf'"/?{topic}"', nodes), topic
 
 
 def test_package_names_what_launch_and_nodes_import():
@@ -99,51 +126,130 @@ import sys
 from launch import LaunchDescription, LaunchService
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
-given = [argument.split(":=") for argument in sys.argv[2:]]
-service = LaunchService()
+# Nodes that compile their solver for the first time end when that is done
+given = [argument.split(":=") for argument in [*sys.argv[2:], "sigterm_timeout:=100"]]
+service = LaunchService(noninteractive=True)
 source = PythonLaunchDescriptionSource(sys.argv[1])
 service.include_launch_description(LaunchDescription([IncludeLaunchDescription(source, launch_arguments=given)]))
 sys.exit(service.run())
 """
 
 
-def start(launch_file, log, *given) -> subprocess.Popen:
+@pytest.fixture
+def launched(installed, tmp_path):
+    """Starts the launch file with arguments, and ends what is left; the log is tmp_path / "log"."""
     from imatching_ros.nodes.replay import free_domain
 
-    environment = os.environ | {"ROS_DOMAIN_ID": str(free_domain()), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
-    with open(log, "wb") as file:
-        return subprocess.Popen(
-            [sys.executable, "-c", RUN, str(launch_file), *given], stdout=file, stderr=subprocess.STDOUT,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+    processes = []
+
+    def start(*given) -> Launched:
+        domain = free_domain()
+        environment = os.environ | {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
+        with open(tmp_path / "log", "wb") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-c", RUN, str(installed), *given], stdout=file, stderr=subprocess.STDOUT,
+                env=environment, start_new_session=True,
+            )  # fmt: skip
+        processes.append(process)
+        return Launched(process, tmp_path / "log", domain)
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@dataclass
+class Launched:
+    process: subprocess.Popen
+    log: Path
+    domain: int
+
+    def until(self, pattern: str, count: int = 1) -> re.Match:
+        """Waits until the log has it so often, and gives the last."""
+        deadline = time.monotonic() + 120
+        while len(found := list(re.finditer(pattern, text := self.log.read_text()))) < count:
+            assert self.process.poll() is None and time.monotonic() < deadline, text
+            time.sleep(0.2)
+        return found[-1]
+
+    def end(self) -> str:
+        """What Ctrl-C does; everything that was said."""
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(120)
+        return self.log.read_text()
+
+
+@pytest.fixture
+def room(tmp_path):
+    from imatching_ros.data.synthetic import render_recording
+
+    return render_recording(tmp_path / "room", frames=10, size=(160, 128), depth_every=10)
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ("params_file:=/missing.yaml", "params_file:=/missing.yaml does not exist"),
+        ("weights:=/missing.safetensors", "weights:=/missing.safetensors does not exist"),
+        ("bag:=/missing", "bag:=/missing does not exist"),
         ("image_transport:=theora", "image_transport:=theora must be raw or compressed"),
+        ("learning:=maybe", "learning:=maybe must be true or false"),
     ],
 )
-def test_launch_refuses_what_cannot_be(installed, tmp_path, given, sentence):
-    process = start(installed, tmp_path / "log", given)
-    assert process.wait(60) == 1
-    assert sentence in (tmp_path / "log").read_text()
+def test_launch_refuses_what_cannot_be(launched, given, sentence):
+    launch = launched(given)
+    assert launch.process.wait(60) == 1
+    assert sentence in launch.log.read_text()
 
 
-def test_launch_plays_a_recording_and_ends_with_sigint(installed, tmp_path):
-    from imatching_ros.data.synthetic import render_recording
+@pytest.mark.parametrize("composed", ["false", "true"])
+def test_launch_plays_a_recording_and_ends_with_sigint(launched, room, composed):
+    launch = launched(
+        "namespace:=robot", "image_topic:=/cam/image_raw", f"bag:={room}", f"composed:={composed}",
+        "use_sim_time:=true",
+    )  # fmt: skip
+    launch.until("the recording has ended: 10 images")
+    launch.until(r"player_node-\d\]: process has finished cleanly")
+    assert "[robot.matcher]: weights of version" in launch.log.read_text()
+    text = launch.end()
+    for executable in ["imatching"] if composed == "true" else parameters.NODES:
+        assert re.search(rf"{executable}_node-\d\]: process has finished cleanly", text), text
 
-    folder = render_recording(tmp_path / "room", frames=10, size=(160, 128), depth_every=10)
-    log = tmp_path / "log"
-    process = start(installed, log, "namespace:=robot", "image_topic:=/cam/image_raw", f"bag:={folder}")
-    deadline = time.monotonic() + 120
-    while "the recording has ended: 10 images" not in (text := log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline, text
-        time.sleep(0.2)
-    assert "[robot.matcher]: weights of version" in text
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
-    text = log.read_text()
-    for role in (*parameters.NODES, "player"):
-        assert re.search(rf"{role}_node-\d\]: process has finished cleanly", text), text
+
+def test_launch_starts_a_killed_node_again_and_no_refused_one(launched, tmp_path):
+    wrong = tmp_path / "params.yaml"
+    wrong.write_text("/**/bundle:\n  ros__parameters:\n    prune_px: -1.0\n")
+    launch = launched(f"params_file:={wrong}")
+    started = r"matcher_node-\d\]: process started with pid \[(\d+)\]"
+    launch.until("weights of version")
+    os.kill(int(launch.until(started)[1]), signal.SIGKILL)
+    again = launch.until(started, 2)
+    launch.until("weights of version", 2)
+    text = launch.end()
+    assert "exit code -9" in text[: again.start()] and "prune_px" in text
+    assert len(re.findall(r"bundle_node-\d\]: process started", text)) == 1
+
+
+def test_launch_leaves_the_lifecycle_to_a_manager(launched):
+    import rclpy
+    from lifecycle_msgs.srv import GetState
+
+    launch = launched("autostart:=false", "learning:=false", "device:=cpu")
+    context = rclpy.Context()
+    rclpy.init(args=[], context=context, domain_id=launch.domain)
+    executor = rclpy.executors.SingleThreadedExecutor(context=context)
+    node = rclpy.create_node("manager", context=context)
+    states = []
+    for role in ("matcher", "bundle"):
+        client = node.create_client(GetState, f"/{role}/get_state")
+        assert client.wait_for_service(60)
+        answer = client.call_async(GetState.Request())
+        rclpy.spin_until_future_complete(node, answer, executor, 30)
+        states.append(answer.result().current_state.label)
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+    text = launch.end()
+    assert states == ["unconfigured"] * 2 and "weights of version" not in text and "learner" not in text
+    assert len(re.findall("process has finished cleanly", text)) == 2
