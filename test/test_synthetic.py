@@ -152,6 +152,17 @@ def test_pictures_are_textured_but_not_everywhere_and_well_exposed(path):
         assert np.percentile(deviation, 95) > 5 * np.percentile(deviation, 5)
 
 
+def test_a_room_may_be_plain_or_repetitive():
+    slope = {}
+    for surfaces in ("mixed", "plain", "repetitive"):
+        scene, path_at = make_scene("handheld", 0, CAMERA, 2.0, surfaces)
+        images = [scene.render(torch.from_numpy(pose), CAMERA)[0] for pose in path_at(np.array([0.0, 1.0, 2.0]))]
+        slope[surfaces] = np.mean([np.abs(np.diff(image, axis=1)).mean() for image in images])
+    assert slope["plain"] < 0.5 * slope["mixed"] and slope["plain"] < 0.7 * slope["repetitive"]
+    with pytest.raises(ValueError, match="'mixed', 'plain' or 'repetitive', not 'gold'"):
+        render_recording("nowhere", surfaces="gold")
+
+
 def test_textures_do_not_alias():
     # A picture of half the size must be the average of the larger one's pixels; aliasing would add its own.
     large = Camera(640, 480, 512.0, 512.0, 319.5, 239.5)

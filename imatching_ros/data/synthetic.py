@@ -193,16 +193,23 @@ class Scene:
         return cv2.remap(self.atlas, map_x, map_y, cv2.INTER_LINEAR).astype(np.float32)
 
 
-def room(rng: np.random.Generator, texels_per_m: float) -> Scene:
-    """A furnished room, 7 x 6 x 3 m about the origin of x and y; its middle, 3 x 2.4 m, is left free for the camera."""
+def room(rng: np.random.Generator, texels_per_m: float, surfaces: str = "mixed") -> Scene:
+    """A furnished room, 7 x 6 x 3 m about the origin of x and y; its middle, 3 x 2.4 m, is left free for the camera.
+
+    surfaces: "mixed"; "plain", weak textures and no pictures on the walls; or "repetitive", bricks and boards alone.
+    """
     build = _Builder(rng, texels_per_m)
     wall = (textures.bricks, textures.stains, textures.plaster, textures.boards)
-    build.box((0, 0, 1.5), (7, 6, 3), 0.0, [*rng.permutation(4), int(rng.choice([1, 3])), 2], wall, inside=True)
     kinds = (textures.shapes, textures.poster, textures.bricks, textures.boards, textures.stains, textures.plaster)
+    if surfaces == "plain":
+        wall, kinds = (textures.plaster,) * 4, (textures.plaster,) * 5 + (textures.stains,)
+    elif surfaces == "repetitive":
+        wall, kinds = (textures.bricks,) * 4, (textures.bricks, textures.boards) * 3
+    build.box((0, 0, 1.5), (7, 6, 3), 0.0, [*rng.permutation(4), int(rng.choice([1, 3])), 2], wall, inside=True)
 
     for ahead, reach, wide in ((0, 3.48, 6), (1, 2.98, 7), (2, 3.48, 6), (3, 2.98, 7)):  # pictures on the walls
         out, right = _planar(ahead * np.pi / 2), _planar((ahead - 1) * np.pi / 2)
-        for left in np.arange(-wide / 2 + 0.2, wide / 2 - 1.4, 1.25):
+        for left in np.arange(-wide / 2 + 0.2, wide / 2 - 1.4, 1.25) if surfaces != "plain" else ():
             across, down = rng.uniform(0.5, 1.1), rng.uniform(0.4, 1.0)
             corner = out * reach + right * (left + rng.uniform(0, 0.2)) + (0, 0, rng.uniform(1.5, 2.7))
             shape = [64 * round(edge * texels_per_m / 64) or 64 for edge in (down, across)]
@@ -342,6 +349,7 @@ def render_recording(
     frames: int = 150,
     size: tuple[int, int] = (640, 480),
     path: str = "handheld",
+    surfaces: str = "mixed",
     rate_hz: float = 20.0,
     sensor: Sensor | None = None,
     depth_every: int = 1,
@@ -358,6 +366,7 @@ def render_recording(
         seed: scene, path and noise all follow from it (and from the other arguments).
         size: width and height in pixels, where no `camera` is given; its focal length is 0.8 times the width.
         path: "handheld" (a furnished room) or "driving" (a winding street).
+        surfaces: of the room: "mixed", "plain" or "repetitive" (`room`).
         sensor: noise, blur and exposure; `Sensor()` where None, see also `Sensor.low_light`.
         progress: called with (frames done, frames) after each frame.
 
@@ -367,6 +376,8 @@ def render_recording(
     out_dir = Path(out_dir)
     if path not in ("handheld", "driving"):
         raise ValueError(f"a synthetic recording's path is 'handheld' or 'driving', not '{path}'")
+    if surfaces not in ("mixed", "plain", "repetitive"):
+        raise ValueError(f"a room's surfaces are 'mixed', 'plain' or 'repetitive', not '{surfaces}'")
     if frames < 2 or not rate_hz > 0 or depth_every < 1:
         raise ValueError("a synthetic recording needs two frames or more, a positive rate and depth_every from 1")
     if out_dir.exists():
@@ -375,7 +386,7 @@ def render_recording(
     width, height = (camera.width, camera.height) if camera else size
     camera = camera or Camera(width, height, 0.8 * width, 0.8 * width, (width - 1) / 2, (height - 1) / 2)
 
-    scene, path_at = make_scene(path, seed, camera, frames / rate_hz)
+    scene, path_at = make_scene(path, seed, camera, frames / rate_hz, surfaces)
     rng = np.random.default_rng([seed, 2])
     exposure = [_wander(rng, (0.7, 0.35), (0.13, 0.41)) for _ in range(2)]
     pattern = sensor.pattern((width, height), np.random.default_rng([seed, 3]))
@@ -413,12 +424,14 @@ def render_recording(
     return out_dir
 
 
-def make_scene(path: str, seed: int, camera: Camera, seconds: float) -> tuple[Scene, Motion]:
-    """The scene and the camera path of `render_recording` with the same path, seed and camera."""
+def make_scene(
+    path: str, seed: int, camera: Camera, seconds: float, surfaces: str = "mixed"
+) -> tuple[Scene, Motion]:
+    """The scene and the camera path of `render_recording` with the same path, seed, camera and surfaces."""
     build, move = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     if path == "handheld":
         # Finer texture than this costs more memory than a large picture's sharpness is worth.
-        return room(build, min(camera.focal, 800) / 1.5), handheld(move)
+        return room(build, min(camera.focal, 800) / 1.5, surfaces), handheld(move)
     speed = 4.5
     road = Road(move, speed * seconds + 70)
     return street(build, road), driving(move, road, speed)
