@@ -19,6 +19,7 @@ ARGUMENTS = (
     ("image_topic", "image", "The camera's image topic, without /compressed."),
     ("camera_info_topic", "", "Its camera_info; empty: the one beside image_topic."),
     ("image_transport", "raw", "raw or compressed."),
+    ("external_odometry", "external_odometry", "Topic of another odometry (nav_msgs/Odometry), for scale or poses."),
     ("use_sim_time", "false", "Take the time from /clock."),
     ("autostart", "true", "Configure and activate the nodes; false: a lifecycle manager does it."),
     ("learning", "true", "Start the learner."),
@@ -58,7 +59,10 @@ def start(context):
 
     image = given["image_topic"].removesuffix("/compressed")
     camera_info = given["camera_info_topic"] or "/".join([*image.split("/")[:-1], "camera_info"])
-    remappings = [("image", image), ("image/compressed", f"{image}/compressed"), ("camera_info", camera_info)]
+    remappings = [
+        ("image", image), ("image/compressed", f"{image}/compressed"), ("camera_info", camera_info),
+        ("external_odometry", given["external_odometry"]),
+    ]  # fmt: skip
     time = {"use_sim_time": truth("use_sim_time")}
     common = {**time, "autostart": truth("autostart"), "image_transport": given["image_transport"]}
     if given["device"]:

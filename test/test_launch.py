@@ -46,8 +46,8 @@ def console_scripts() -> set[str]:
 def test_launch_file_has_the_arguments_of_the_interface():
     compile(TREE, str(LAUNCH), "exec")
     assert list(arguments()) == [
-        "namespace", "params_file", "image_topic", "camera_info_topic", "image_transport", "use_sim_time", "autostart",
-        "learning", "composed", "device", "weights", "bag", "rate", "rviz",
+        "namespace", "params_file", "image_topic", "camera_info_topic", "image_transport", "external_odometry",
+        "use_sim_time", "autostart", "learning", "composed", "device", "weights", "bag", "rate", "rviz",
     ]  # fmt: skip
     assert arguments()["autostart"] == arguments()["learning"] == "true"
 
@@ -68,7 +68,7 @@ def test_launch_file_sets_parameters_that_are_declared():
 def test_launch_file_remaps_topics_that_the_nodes_have():
     pairs = [n.elts for n in ast.walk(TREE) if isinstance(n, ast.Tuple) and len(n.elts) == 2]
     sources = {first.value for first, second in pairs if isinstance(first, ast.Constant)} - {0, "raw", "true"}
-    assert sources == {"image", "image/compressed", "camera_info", "/image"}
+    assert sources == {"image", "image/compressed", "camera_info", "external_odometry", "/image"}
     nodes = "".join(file.read_text() for file in (ROOT / "imatching_ros" / "nodes").glob("*.py"))
     for topic in sources - {"/image"}:
         assert f'"{topic}"' in nodes
