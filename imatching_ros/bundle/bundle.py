@@ -2,39 +2,57 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from imatching_ros.bundle.adjust import compiled
+from imatching_ros.bundle.covariance import covariance
 from imatching_ros.bundle.initialise import initialise
-from imatching_ros.bundle.observations import index_of, observations
+from imatching_ros.bundle.motion import (
+    BLIND,
+    MOVING,
+    ROTATION,
+    STANDSTILL,
+    UNKNOWN,
+    Pair,
+    pair_with,
+    shared,
+    stands_still,
+    turn_of,
+)
+from imatching_ros.bundle.observations import (
+    Observations,
+    index_of,
+    observations,
+    pose_problem,
+    select,
+    survives,
+    surviving,
+)
+from imatching_ros.bundle.odometry import ExternalOdometry
 from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.prior import Prior, marginalise
 from imatching_ros.bundle.registration import Registration, register
-from imatching_ros.bundle.solve import solve
+from imatching_ros.bundle.solve import shift, solve
 from imatching_ros.bundle.window import Window
-from imatching_ros.geometry import lie
+from imatching_ros.geometry import lie, two_view
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
 
+__all__ = ["BLIND", "MOVING", "ROTATION", "STANDSTILL", "UNKNOWN", "Bundle", "Estimate"]
+
 #: What ``Estimate.status`` may be.
 INITIALISING = "initialising"  #: no map yet: too few keyframes, or too little parallax among them
-TRACKING = "tracking"  #: the image is posed against the window's landmarks
+TRACKING = "tracking"  #: the image is posed
 LOST = "lost"  #: the image does not agree with the window's landmarks; every next one tries again
 NEW_MAP = "new map"  #: lost for too long: a map begins again at the last pose, with a scale of its own
 
-#: What ``Estimate.motion`` may be: what the image's correspondences say of the camera's motion.
-MOVING = "moving"
-STANDSTILL = "standstill"
-ROTATION = "rotation only"  #: turning on the spot: nothing new can be triangulated
-BLIND = "blind"  #: too few correspondences: a covered lens, a blank wall, the dark
-UNKNOWN = "unknown"  #: nothing to compare with yet
-
-_PENDING = 64  #: images that may yet be named as a keyframe
-_ODOMETRY = 4000  #: poses of the other odometry that are remembered
+_PENDING = 128  #: images that may yet be named as a keyframe, or get a pose later
 _WAITING = 20  #: keyframes that wait for a pose, or for a map
+_SPAN = 5  #: images back, to see whether the camera stands still
+_GENTLY = 0.1  #: share of a disagreement in scale with the odometry that a keyframe takes away
 
 
 @dataclass(frozen=True)
@@ -43,13 +61,13 @@ class Estimate:
 
     stamp: int  #: ns
     T_world_camera: Tensor | None  #: (7,) float64
-    covariance: Tensor | None  #: (6, 6) float64, as ``lie.retract``, landmarks taken as exact
+    covariance: Tensor | None  #: (6, 6) float64, as ``lie.retract``, in the gauge of the window's oldest keyframe
     status: str  #: INITIALISING, TRACKING, LOST or NEW_MAP
-    inliers: int  #: tracks of the image that agree with a landmark
+    inliers: int  #: tracks of the image that agree with a landmark, or with a turn on the spot
     window: Window | None  #: set where the message named a new keyframe and the window was solved with it
-    motion: str = UNKNOWN  #: MOVING, STANDSTILL, ROTATION, BLIND or UNKNOWN
+    motion: str = UNKNOWN  #: MOVING, STANDSTILL, ROTATION, BLIND or UNKNOWN: see motion.py
     reason: str = ""  #: one sentence where the status is not TRACKING
-    earlier: dict[int, Tensor] = field(default_factory=dict)  #: poses (7,) of earlier stamps that are only now known
+    earlier: dict[int, Tensor] = field(default_factory=dict)  #: poses (7,) of earlier images that are known only now
 
 
 class Bundle:
@@ -67,25 +85,25 @@ class Bundle:
         self.trajectory: dict[int, Tensor] = {}  #: stamp to T_world_camera (7,) of every keyframe that got a pose
         self.keyframes = 0  #: how many keyframes there have been, with or without a pose
         self.maps = 0  #: how many maps have been begun
-        self.metric = False  #: the world's unit is the odometry's metre
+        self.metric = self.options.poses == "external"  #: the world's unit is the odometry's metre
         self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
         self._named: set[int] = set()
+        self._turning: set[int] = set()  # of the pending ones, those whose image shows no parallax
         self._last: tuple[Tensor, Tensor] | None = None  # the poses of the two newest images
         self._failures = 0
-        self._odometry: deque[tuple[int, Tensor]] = deque(maxlen=_ODOMETRY)
         self._origin: tuple[Tensor, float] | None = None  # where, and how large, the next map begins
+        self._odometry = ExternalOdometry()
+        self._earlier: dict[int, Tensor] = {}
 
     def add_odometry(self, stamp: int, T_world_camera: Tensor, covariance: Tensor | None = None) -> None:
-        """A pose (7,) of the camera in the frame of another odometry, metres, at ``stamp`` ns.
+        """The pose (7,) of the camera at ``stamp`` ns in the frame of another odometry, metres, at any rate.
 
-        Raises ValueError, one sentence, where it is not finite or not newer than the one before.
+        With ``options.poses`` "own" it gives the map its scale and nothing else; with "external" it gives the poses,
+        and ``covariance`` (6, 6) is theirs.
+        Raises ValueError, one sentence, where it is not a pose, or not newer than the one before.
         """
-        if self._odometry and stamp <= self._odometry[-1][0]:
-            raise ValueError(f"the odometry of {stamp} ns is not newer than the last one; reset when time goes back")
-        if T_world_camera.shape != (7,) or not T_world_camera.isfinite().all():
-            raise ValueError(f"the odometry's pose of {stamp} ns is not seven finite numbers")
-        self._odometry.append((stamp, T_world_camera.double()))
+        self._odometry.add(stamp, T_world_camera, covariance)
 
     def add(self, message: Correspondences) -> Estimate:
         """Pose the message's image; solve the window first where the message names a new keyframe.
@@ -97,30 +115,61 @@ class Bundle:
                 f"the correspondences of {message.stamp} ns are not newer than the last ones; "
                 "reset the bundle when time goes back"
             )
-        window = None
+        window, self._earlier = None, {}
         for stamp in torch.unique(message.ref_stamp).tolist():
             if stamp in self._pending and stamp not in self._named:
                 window = self._keyframe(stamp) or window
-        estimate = self._track(message, window)
+        estimate = self._track(message)
         self._pending[message.stamp] = message, estimate.T_world_camera
+        if estimate.motion in (ROTATION, STANDSTILL):
+            self._turning.add(message.stamp)
         while len(self._pending) > _PENDING:
-            del self._pending[next(iter(self._pending))]
-        return estimate
+            oldest = next(iter(self._pending))
+            del self._pending[oldest]
+            self._turning.discard(oldest)
+        return replace(estimate, window=window, earlier=self._earlier)
 
-    def _track(self, message: Correspondences, window: Window | None) -> Estimate:
-        if self.window is None:
-            status = NEW_MAP if self._origin else INITIALISING
-            return Estimate(message.stamp, None, None, status, 0, window)
-        found = self._register(message, self._predict())
-        if found is None:
-            self._last, self._failures = None, self._failures + 1
+    # The image: where it is, and how it moves -------------------------------------------------------------------------
+
+    def _track(self, message: Correspondences) -> Estimate:
+        if self.options.poses == "external":
+            return self._follow(message)
+        found = self._register(message, self._predict()) if self.window else None
+        T = found[0].T_world_camera if found else None
+        motion, turned = self._motion(message, T)
+        if found is not None:
+            self._failures, self._last = 0, (self._last[1] if self._last else T, T)
+            cov = self._covariance(message, found[0])
+            return Estimate(message.stamp, T, cov, TRACKING, found[1], None, motion)
+        if self.window is not None and turned is not None:
+            # No landmark in view, but the camera only turned: it is where it was.
+            T, cov, inliers = turned
+            self._failures, self._last = 0, (T, T)
+            return Estimate(message.stamp, T, cov, TRACKING, inliers, None, motion)
+        if self.window is not None:
+            self._last = None
+            self._failures += motion != BLIND  # in the dark nothing says that the camera is elsewhere, nor maps it
             if self._failures > self.options.patience:
                 self._begin_again()
-            return Estimate(message.stamp, None, None, LOST, 0, window)
-        registration, inliers = found
-        T = registration.T_world_camera
-        self._failures, self._last = 0, (self._last[1] if self._last else T, T)
-        return Estimate(message.stamp, T, registration.covariance, TRACKING, inliers, window)
+            return self._unposed(message, LOST, motion)
+        return self._unposed(message, NEW_MAP if self._origin else INITIALISING, motion)
+
+    def _unposed(self, message: Correspondences, status: str, motion: str) -> Estimate:
+        if motion == BLIND:
+            why = "the image shows too few points of the past keyframes"
+        elif status == LOST:
+            why = "the image does not agree with the window's landmarks"
+        elif motion == STANDSTILL:
+            why = "the camera stands still, which shows no depth"
+        elif motion == ROTATION:
+            why = "the camera only turns, which shows no depth"
+        else:
+            why = "there are too few keyframes with parallax so far"
+        what = {
+            LOST: "Tracking is lost", NEW_MAP: "A new map, with a scale of its own, is about to begin at the last pose",
+            INITIALISING: "There is no map yet",
+        }[status]  # fmt: skip
+        return Estimate(message.stamp, None, None, status, 0, None, motion, f"{what}: {why}.")
 
     def _predict(self) -> Tensor | None:
         """Constant velocity: the newest motion once more."""
@@ -129,18 +178,63 @@ class Bundle:
         before, last = self._last
         return lie.compose(last, lie.compose(lie.inverse(before), last))
 
+    def _motion(self, message: Correspondences, T: Tensor | None) -> tuple[str, tuple[Tensor, Tensor, int] | None]:
+        """What the correspondences say of the motion; where it is a turn on the spot and the image has no pose T, also
+        the pose, covariance and agreeing tracks that follow from a posed keyframe."""
+        if not self._pending:
+            return UNKNOWN, None
+        stamps, rows = torch.unique(message.ref_stamp, return_counts=True)
+        enough = stamps[rows >= self.options.min_landmarks].tolist()
+        if not enough:
+            return BLIND, None
+        before = list(self._pending.values())[-_SPAN:][0][0]
+        since = shared(before, message) if len(before) else pair_with(message, before.stamp, self.camera)
+        focal, bound = self.camera.focal, self.options.prune_px
+        motion = UNKNOWN
+        if len(since) >= self.options.min_landmarks and stands_still(since, focal):
+            motion = STANDSTILL
+            if T is not None:
+                return motion, None
+        for stamp in enough:  # the oldest that it was matched with: there the parallax is largest
+            pair = pair_with(message, stamp, self.camera)
+            if len(pair) < self.options.min_landmarks:
+                continue
+            reference = self.trajectory.get(stamp)
+            if reference is None and stamp in self._pending:
+                reference = self._pending[stamp][1]
+            T_j_i = lie.compose(lie.inverse(T), reference) if T is not None and reference is not None else None
+            turn = turn_of(pair, focal, T_j_i, bound)
+            if turn is None:
+                return motion if motion == STANDSTILL else MOVING, None
+            motion = motion if motion == STANDSTILL else ROTATION
+            if T is not None or reference is None or self.window is None:
+                return motion, None
+            return motion, self._turned(pair, turn, reference)
+        return motion, None
+
+    def _turned(self, pair: Pair, turn: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, int]:
+        """The pose after a turn on the spot, its covariance, and how many tracks agree.
+
+        The position may be off by what goes unnoticed as parallax: by ``min_parallax_deg`` seen from the landmarks.
+        """
+        focal = self.camera.focal
+        error = two_view.transfer_error(lie.rotation(turn[3:]), pair.xy_i, pair.xy_j) * focal
+        agree = error < self.options.prune_px
+        T = lie.compose(reference, lie.inverse(turn))
+        distance = float((self.window.points - reference[:3]).norm(dim=-1).median())
+        position = (distance * self.options.min_parallax_deg * torch.pi / 180) ** 2
+        angle = float(pair.variance[agree].mean()) / focal**2 / max(int(agree.sum()), 1)
+        cov = torch.tensor([position] * 3 + [angle] * 3, dtype=torch.float64).diag()
+        return T, cov, int(agree.sum())
+
     def _register(self, message: Correspondences, guess: Tensor | None) -> tuple[Registration, int] | None:
         """The image against the window's landmarks, and how many tracks agree; None where it is not to be trusted."""
-        observed = observations([message], self.camera)
-        observed = observed.select(observed.stamp == message.stamp)
-        place = index_of(self.window.track, observed.track)
-        observed, place = observed.select(place >= 0), place[place >= 0]
+        observed, place = self._seen(message)
         tracks = len(torch.unique(place))
         if tracks < self.options.min_landmarks:
             return None
-        focal = torch.tensor([self.camera.fx, self.camera.fy], dtype=torch.float64)
         result = register(
-            self.window.points[place], observed.xy, observed.cov, focal, guess,
+            self.window.points[place], observed.xy, observed.cov, self._focal, guess,
             self.options.adjust.kernel, self.options.prune_px,
         )  # fmt: skip
         if result is None:
@@ -150,17 +244,53 @@ class Bundle:
             return None
         return result, inliers
 
+    @property
+    def _focal(self) -> Tensor:
+        return torch.tensor([self.camera.fx, self.camera.fy], dtype=torch.float64)
+
+    def _seen(self, message: Correspondences) -> tuple[Observations, Tensor]:
+        """The image's observations of landmarks, and the indices of these."""
+        observed = observations([message], self.camera)
+        observed = observed.select(observed.stamp == message.stamp)
+        place = index_of(self.window.track, observed.track)
+        return observed.select(place >= 0), place[place >= 0]
+
+    def _covariance(self, message: Correspondences, found: Registration) -> Tensor:
+        """Of an image's pose (6, 6), the landmarks' doubt included: the window's problem with one more pose."""
+        window = self.window
+        messages = [self._messages[stamp] for stamp in window.stamps.tolist()]
+        _, posed = surviving(window, messages, self.camera, self.options.prune_px)
+        observed, place = self._seen(message)
+        observed, place = observed.select(found.inliers), place[found.inliers]
+        K = len(window.stamps)
+        order = torch.argsort(torch.cat((posed.landmark, place)), stable=True)
+        extended = replace(
+            posed, T_world_camera=torch.cat((window.T_world_camera, found.T_world_camera[None])),
+            pose=torch.cat((posed.pose, torch.full_like(place, K)))[order],
+            landmark=torch.cat((posed.landmark, place))[order],
+            xy=torch.cat((posed.xy, observed.xy))[order], cov=torch.cat((posed.cov, observed.cov))[order],
+        )  # fmt: skip
+        fixed = torch.zeros(K + 1, dtype=torch.bool)
+        fixed[0] = True
+        return covariance(extended, self.options.adjust.kernel, fixed, self.options.adjust.backend)[K]
+
+    # The keyframe: the window, or the first map -----------------------------------------------------------------------
+
     def _keyframe(self, stamp: int) -> Window | None:
         """Take the image into the window, or into what waits for a pose, and solve."""
         message, T = self._pending[stamp]
         self._named = {named for named in self._named if named in self._pending} | {stamp}
         self._messages[stamp] = message
         self.keyframes += 1
+        if self.options.poses == "external":
+            return self._map_from_odometry()
         if self.window is None:
             return self._initialise()
-        if T is None and (found := self._register(message, None)):
-            T = found[0].T_world_camera
-        solved = T is not None and self._extend(message, T)
+        found = self._register(message, T)
+        if found is None and T is not None:  # posed by its turn alone: it has nothing to add to the window
+            self.trajectory[stamp] = T
+            return None
+        solved = found and self._extend(message, found[0].T_world_camera)
         return solved or self._recover()
 
     def _waiting(self) -> list[Correspondences]:
@@ -168,22 +298,58 @@ class Bundle:
         return [m for stamp, m in self._messages.items() if stamp not in self.trajectory][-_WAITING:]
 
     def _extend(self, message: Correspondences, T: Tensor) -> Window | None:
-        """The window with one more keyframe; the oldest leaves."""
-        kept = self.window.stamps.tolist()[-(self.options.keyframes - 1) :]
-        poses = torch.cat((self.window.T_world_camera[-len(kept) :], T[None]))
-        messages = [self._messages[stamp] for stamp in kept] + [message]
-        solved = solve(messages, poses, self.window.track, self.window.points, self.camera, self.options)
-        return solved and self._take(solved[0])
+        """The window with one more keyframe. The oldest leaves; but the newest before, where that one only turned:
+        turning on the spot must not push out the keyframes that show depth."""
+        window, size = self.window, len(self.window.stamps)
+        leaves = torch.zeros(size, dtype=torch.bool)
+        leaves[-1] = size > 2 and self._only_turned(*window.stamps.tolist()[-2:])
+        leaves[: max(0, size - int(leaves.sum()) - (self.options.keyframes - 1))] = True
+        prior, messages = self._leave(leaves, message)
+        poses = torch.cat((window.T_world_camera[~leaves], T[None]))
+        solved = solve(
+            [*messages, message], poses, window.track, window.points, self.camera, self.options, prior
+        )
+        if solved is None:
+            return None
+        self._messages.update((m.stamp, m) for m in messages)
+        return self._take(solved[0])
+
+    def _leave(self, leaves: Tensor, message: Correspondences) -> tuple[Prior | None, list[Correspondences]]:
+        """What leaving keyframes (K,) know of those that stay, and the messages of these.
+
+        Landmarks that a leaving keyframe sees, and the new one does not, leave too: all their observations are in the
+        prior, and in no message any more.
+        """
+        window = self.window
+        stay = [self._messages[stamp] for stamp in window.stamps[~leaves].tolist()]
+        if not leaves.any():
+            return window.prior, stay
+        messages = [self._messages[stamp] for stamp in window.stamps.tolist()]
+        _, posed = surviving(window, messages, self.camera, self.options.prune_px)
+        gone = torch.zeros(len(window.track), dtype=torch.bool)
+        gone[posed.landmark[leaves[posed.pose]]] = True
+        gone &= ~torch.isin(window.track, message.track)
+        if leaves[-1]:
+            gone[:] = False  # what it saw, the new one sees
+        prior = marginalise(posed, self.options.adjust.kernel, window.stamps, leaves, gone)
+        return prior, [select(m, ~torch.isin(m.track, window.track[gone])) for m in stay]
+
+    def _only_turned(self, before: int, stamp: int) -> bool:
+        """A posed keyframe whose image shows no parallax (motion.py) is hardly elsewhere than the one before: half of
+        the landmarks see less than half of ``min_parallax_deg`` between the two."""
+        if stamp not in self._turning or self.window is None:
+            return False
+        a, b = (self.window.points - self.trajectory[k][:3] for k in (before, stamp))
+        angle = torch.atan2(torch.linalg.cross(a, b).norm(dim=-1), (a * b).sum(-1))
+        return float(angle.median().rad2deg()) < 0.5 * self.options.min_parallax_deg
 
     def _recover(self) -> Window | None:
         """The newest keyframe fits nowhere: a fresh map of the last posed and the waiting ones, joined to this one."""
-        shared = self.window.stamps.tolist()[-3:]
-        found = initialise(
-            [self._messages[stamp] for stamp in shared] + self._waiting(), self.camera, self.options
-        )
+        stamps = self.window.stamps.tolist()[-3:]
+        found = initialise([self._messages[stamp] for stamp in stamps] + self._waiting(), self.camera, self.options)
         if found is None:
             return None
-        both = [stamp for stamp in shared if stamp in found.stamps.tolist()]
+        both = [stamp for stamp in stamps if stamp in found.stamps.tolist()]
         common = index_of(self.window.track, found.track)
         if not both or int((common >= 0).sum()) < self.options.min_landmarks:
             return None
@@ -194,38 +360,105 @@ class Bundle:
         ).norm(dim=-1)
         scale = float(scale.median())
         T_found = torch.cat((T_found[:3] * scale, T_found[3:]))
-        return self._take(_placed(found, lie.compose(T_world, lie.inverse(T_found)), scale))
+        return self._take(found.moved(lie.compose(T_world, lie.inverse(T_found)), scale))
 
     def _initialise(self) -> Window | None:
         found = initialise(self._waiting(), self.camera, self.options)
         if found is None:
             return None
         if self._origin:
-            found = _placed(found, *self._origin)
+            found = found.moved(*self._origin)
         self.maps, self._origin = self.maps + 1, None
         return self._take(found)
 
     def _take(self, window: Window) -> Window:
-        """The window is solved: keep its poses, and give the waiting keyframes theirs where it can."""
+        """The window is solved: keep its poses, and give the images without one theirs where it can."""
         self.window, self._failures = window, 0
+        if self.options.poses == "own":
+            self._scale_to_odometry()
+            window = self.window
         self.trajectory.update(zip(window.stamps.tolist(), window.T_world_camera, strict=True))
-        for message in self._waiting():
-            if found := self._register(message, None):
-                self.trajectory[message.stamp] = found[0].T_world_camera
+        for stamp, (message, T) in self._pending.items():
+            if T is None:
+                known = self._odometry.at(stamp) if self.options.poses == "external" else None
+                T = known[0] if known else self.trajectory.get(stamp)
+                if T is None and (found := self._register(message, None)):
+                    T = found[0].T_world_camera
+                if T is not None:
+                    self._pending[stamp] = message, T
+                    self._earlier[stamp] = T
+                    if stamp in self._messages:
+                        self.trajectory[stamp] = T
         keep = set(window.stamps.tolist()) | {message.stamp for message in self._waiting()}
         self._messages = {stamp: message for stamp, message in self._messages.items() if stamp in keep}
         return window
 
     def _begin_again(self) -> None:
-        """Leave the map behind; the next one begins where this one ended, about as large."""
+        """Leave the map behind; the next one begins at the newest pose, about as large."""
+        T = next((T for _, T in reversed(self._pending.values()) if T is not None), self.window.T_world_camera[-1])
         distance = (self.window.points - self.window.T_world_camera[-1, :3]).norm(dim=-1).median()
-        self._origin = self.window.T_world_camera[-1], float(distance)
+        self._origin = T, float(distance)
         self._messages = {message.stamp: message for message in self._waiting()}
-        self.window, self._failures = None, 0
+        self.window, self._failures, self.metric = None, 0, False
 
+    # Another odometry: its scale, or its poses ------------------------------------------------------------------------
 
-def _placed(window: Window, T: Tensor, scale: float) -> Window:
-    """The window enlarged by ``scale`` and then moved by T."""
-    poses = torch.cat((window.T_world_camera[:, :3] * scale, window.T_world_camera[:, 3:]), -1)
-    points = lie.act(T, window.points * scale)
-    return replace(window, T_world_camera=lie.compose(T, poses), points=points)
+    def _scale_to_odometry(self) -> None:
+        """The map in metres: once as soon as the odometry tells, about the world's origin; then a little with each
+        keyframe, about the newest one, so that no pose jumps."""
+        scale = self._odometry.scale_of(self.window.stamps.tolist(), self.window.T_world_camera[:, :3])
+        if scale is None:
+            return
+        if self.metric:
+            scale = scale**_GENTLY
+            self.window = self.window.moved(shift((1 - scale) * self.window.T_world_camera[-1, :3]), scale)
+            return
+        self.metric = True
+
+        def larger(T: Tensor | None) -> Tensor | None:
+            return None if T is None else torch.cat((T[:3] * scale, T[3:]))
+
+        self.window = self.window.moved(lie.identity(), scale)
+        self.trajectory = {stamp: larger(T) for stamp, T in self.trajectory.items()}
+        self._pending = {stamp: (message, larger(T)) for stamp, (message, T) in self._pending.items()}
+        self._last = self._last and (larger(self._last[0]), larger(self._last[1]))
+
+    def _follow(self, message: Correspondences) -> Estimate:
+        """The image where the odometry says that it is."""
+        found = self._odometry.at(message.stamp)
+        T = found[0] if found else None
+        motion, _ = self._motion(message, T)
+        if found is None:
+            status = LOST if self.window else INITIALISING
+            why = f"the odometry has no pose within reach of {message.stamp} ns"
+            return Estimate(message.stamp, None, None, status, 0, None, motion, f"The image is left out: {why}.")
+        if self.window is None:
+            return replace(self._unposed(message, INITIALISING, motion), T_world_camera=T, covariance=found[1])
+        observed, place = self._seen(message)
+        _, posed = pose_problem(
+            observed, torch.tensor([message.stamp]), T[None], self.window.track, self.window.points, self.camera
+        )
+        inliers = len(torch.unique(posed.landmark[survives(posed, self.options.prune_px)]))
+        return Estimate(message.stamp, T, found[1], TRACKING, inliers, None, motion)
+
+    def _map_from_odometry(self) -> Window | None:
+        """The landmarks of the newest keyframes that the odometry has poses of."""
+        poses = {stamp: found[0] for stamp in self._messages if (found := self._odometry.at(stamp))}
+        self.trajectory.update(poses)
+        stamps = sorted(poses)
+        if len(stamps) > 3 and self._only_turned(*stamps[-3:-1]):
+            del stamps[-2]
+        stamps = stamps[-self.options.keyframes :]
+        self._messages = {stamp: self._messages[stamp] for stamp in stamps}
+        if len(stamps) < 2:
+            return None
+        known = (self.window.track, self.window.points) if self.window else (
+            torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64)
+        )
+        solved = solve(
+            list(self._messages.values()), torch.stack([poses[s] for s in stamps]), *known, self.camera, self.options
+        )
+        if solved is None:
+            return None
+        self.maps = max(self.maps, 1)
+        return self._take(solved[0])

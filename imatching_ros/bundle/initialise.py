@@ -8,6 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from imatching_ros.bundle.motion import Pair, turn_of
 from imatching_ros.bundle.observations import observations, pose_problem
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.registration import register
@@ -39,10 +40,12 @@ def initialise(
     grid = Grid.of(posed)
     best = None
     for i, j in _anchors(grid, camera.focal, options):
-        found = _grow(grid, i, j, posed.focal, options)
-        if found is None:
+        motions = _motions(grid, i, j, camera.focal, options)
+        grown = [one for T_j_i in motions if (one := _grow(grid, i, j, T_j_i, posed.focal, options))]
+        if not grown:
             continue
-        which, T, points = found
+        # A plane's two motions agree on its two views: the others tell which it was.
+        which, T, points = max(grown, key=lambda one: (len(one[0]), int(one[2].isfinite().all(-1).sum())))
         solved = solve([messages[k] for k in which], T, track, points, camera, options)
         if solved is None:
             continue
@@ -71,16 +74,40 @@ def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int
     return [(i, j) for _, i, j in sorted(scored, reverse=True)[:_ANCHORS_TRIED]]
 
 
+def _motions(grid: Grid, i: int, j: int, focal: float, options: BundleOptions) -> list[Tensor]:
+    """What T_j_i (7,) of an anchor pair may be: none where it only turned, one by the essential matrix, or two where a
+    plane explains its points better. Criterion: the least GRIC of rotation, homography and essential matrix."""
+    common = grid.mask[:, i] & grid.mask[:, j]
+    xy_i, xy_j = grid.xy[common, i], grid.xy[common, j]
+    found = two_view.relative_pose(xy_i, xy_j, options.prune_px / 2, focal)
+    if found is None or int(found[1].sum()) < 0.5 * int(common.sum()):
+        return []
+    variance = grid.variance[common, i] + grid.variance[common, j]
+    pair = Pair(i, xy_i, xy_j, variance)
+    if turn_of(pair, focal, found[0], options.prune_px) is not None:
+        return []
+    H = two_view.homography(xy_i, xy_j, options.prune_px, focal)
+    if H is None:
+        return [found[0]]
+    error = two_view.transfer_error(H, xy_i, xy_j) * focal
+    sampson = two_view.sampson_error(found[0], xy_i, xy_j) * focal
+    # Here claimed variances, where too large, would turn every scene into a plane: the general model's own residuals
+    # say how exact the points are (the median of chi-squared with one degree of freedom is 0.455).
+    variance = variance * (2 * sampson.square() / variance).median().div(0.455).clamp(1e-4, 1.0)
+    plane = two_view.gric(error.square() / variance, dimension=2, parameters=8)
+    general = two_view.gric(2 * sampson.square() / variance, dimension=3, parameters=5)
+    if general <= plane:
+        return [found[0]]
+    agree = error < options.prune_px
+    return [*two_view.homography_motions(H, xy_i[agree], xy_j[agree]), found[0]]
+
+
 def _grow(
-    grid: Grid, i: int, j: int, focal: Tensor, options: BundleOptions
+    grid: Grid, i: int, j: int, T_j_i: Tensor, focal: Tensor, options: BundleOptions
 ) -> tuple[list[int], Tensor, Tensor] | None:
     """From the anchor pair to all keyframes: which (ascending), T_world_camera (len, 7), points (N, 3) with NaN."""
     mean_focal = float(focal.mean())
-    common = grid.mask[:, i] & grid.mask[:, j]
-    found = two_view.relative_pose(grid.xy[common, i], grid.xy[common, j], options.prune_px / 2, mean_focal)
-    if found is None or int(found[1].sum()) < 0.5 * int(common.sum()):
-        return None
-    poses = {i: lie.identity(), j: lie.inverse(found[0])}
+    poses = {i: lie.identity(), j: lie.inverse(T_j_i)}
     points = _triangulate(grid, poses, mean_focal, options)
     if int(points.isfinite().all(-1).sum()) < 2 * options.min_landmarks:
         return None
@@ -120,9 +147,5 @@ def _triangulate(grid: Grid, poses: dict[int, Tensor], focal: float, options: Bu
 
 def _at_origin(window: Window) -> Window:
     """The window with its oldest keyframe at the origin and the median landmark at distance 1."""
-    to_origin = lie.inverse(window.T_world_camera[0])
-    points = lie.act(to_origin, window.points)
-    T = lie.compose(to_origin, window.T_world_camera)
-    scale = 1 / points.norm(dim=-1).median()
-    T[:, :3] *= scale
-    return Window(window.stamps, T, window.track, points * scale, window.observations, window.error_px)
+    window = window.moved(lie.inverse(window.T_world_camera[0]))
+    return window.moved(lie.identity(), 1 / float(window.points.norm(dim=-1).median()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -95,6 +95,12 @@ def _begun(messages: Sequence[Correspondences], rows: Observations, camera: Came
     )  # fmt: skip
 
 
+def select(message: Correspondences, rows: Tensor) -> Correspondences:
+    """Some rows of the correspondences of an image; ``rows`` a bool mask (M,) or an index."""
+    columns = ("uv", "xy", "ref_stamp", "ref_uv", "track", "score", "cov")
+    return replace(message, **{name: getattr(message, name)[rows] for name in columns})
+
+
 def index_of(ids: Tensor, values: Tensor) -> Tensor:
     """Where each of ``values`` stands in the ascending ``ids``; -1 where it does not."""
     if len(ids) == 0:
@@ -122,7 +128,7 @@ def surviving(
 
     ``messages`` of the window's keyframes (others do no harm). An observation survives if its landmark is in the
     window and reprojects in front of the camera less than ``prune_px`` undistorted pixels away.
-    At the window's poses and points the problem's cost is stationary (paper, equation 7).
+    At the window's poses and points the problem's cost, the window's prior included, is stationary (paper, equation 7).
     """
     ours = [message for message in messages if bool((window.stamps == message.stamp).any())]
     places = torch.tensor([i for i, m in enumerate(messages) if bool((window.stamps == m.stamp).any())])
@@ -130,6 +136,8 @@ def surviving(
     observed, posed = pose_problem(
         observed, window.stamps, window.T_world_camera, window.track, window.points, camera
     )
+    if window.prior is not None:
+        posed = replace(posed, prior=window.prior.on(window.stamps))
     keep = survives(posed, prune_px)
     observed = observed.select(keep)
     if len(observed):

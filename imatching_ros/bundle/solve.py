@@ -12,13 +12,15 @@ from torch import Tensor
 from imatching_ros.bundle.adjust import Solution, adjust
 from imatching_ros.bundle.observations import index_of, observations, pose_problem, survives
 from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.prior import Prior
 from imatching_ros.bundle.problem import Problem
 from imatching_ros.bundle.window import Window
-from imatching_ros.geometry import triangulation
+from imatching_ros.geometry import lie, triangulation
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
 
 _LOOSE = 3.0  #: before the first adjustment the newest pose is only predicted: prune at this many times the bound
+_AT_ONCE = 8_000_000  #: cells of landmarks by pairs of keyframes whose parallax is computed at once
 _ROUNDS = 6  #: of prune and adjust, before landmarks whose observations come and go are dropped altogether
 
 
@@ -28,6 +30,7 @@ class Grid:
 
     xy: Tensor  #: (N, K, 2)
     mask: Tensor  #: (N, K) bool
+    variance: Tensor  #: (N, K) of one coordinate, px^2
 
     @classmethod
     def of(cls, posed: Problem) -> Grid:
@@ -39,7 +42,9 @@ class Grid:
         filled = last >= 0
         xy.view(-1, 2)[filled] = posed.xy[last[filled]]
         mask.view(-1)[filled] = True
-        return cls(xy, mask)
+        variance = torch.zeros(N, K, dtype=torch.float64)
+        variance.view(-1)[filled] = posed.cov[last[filled]][:, [0, 2]].mean(-1)
+        return cls(xy, mask, variance)
 
 
 def solve(
@@ -49,11 +54,14 @@ def solve(
     points: Tensor,
     camera: Camera,
     options: BundleOptions,
+    prior: Prior | None = None,
 ) -> tuple[Window, Solution] | None:
     """The window of these keyframes, at a stationary point of the objective over the observations that survive.
 
-    messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to be.
+    messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to be; they are held
+    where ``options.poses`` is "external".
     track, points: (L,) ascending and (L, 3), the landmarks known so far; all other tracks are triangulated.
+    prior: what keyframes that left know of these.
     Returns None where fewer landmarks than ``options.min_landmarks`` survive.
     """
     stamps = torch.tensor([message.stamp for message in messages])
@@ -65,12 +73,41 @@ def solve(
     )
     zeros = torch.zeros(len(candidates), 3, dtype=torch.float64)
     _, posed = pose_problem(observed, stamps, T_world_camera, candidates, zeros, camera)
+    if prior is not None:
+        posed = replace(posed, prior=prior.on(stamps))
     window = _Solver(posed, start, camera.focal, options)
     if not window.adjust(_LOOSE * options.prune_px, once=True):
         return None
     if not window.adjust(options.prune_px):
         return None
-    return window.result(stamps, candidates, T_world_camera, known >= 0)
+    return window.result(stamps, candidates, known >= 0, prior)
+
+
+def refine(
+    messages: Sequence[Correspondences], T_world_camera: Tensor, camera: Camera, options: BundleOptions
+) -> Window | None:
+    """All keyframes of a recording adjusted together, offline: one window over all of them.
+
+    messages: of the K keyframes, oldest first. T_world_camera: (K, 7), as the bundle left them
+    (``Bundle.trajectory``). The first pose stays; the scale is the one that the poses came with.
+    """
+    nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64)
+    solved = solve(messages, T_world_camera, *nothing, camera, options)
+    return solved and rescaled_to(solved[0], T_world_camera)
+
+
+def rescaled_to(window: Window, T_world_camera: Tensor) -> Window:
+    """The window about its first pose as large as poses (K, 7) of its keyframes: by the median distance from it."""
+    ours, theirs = ((T[1:, :3] - T[0, :3]).norm(dim=-1) for T in (window.T_world_camera, T_world_camera))
+    ratio = (theirs / ours)[ours > 0]
+    scale = float(ratio.median()) if len(ratio) else 1.0
+    origin = window.T_world_camera[0, :3]
+    return window.moved(shift((1 - scale) * origin), scale)
+
+
+def shift(t: Tensor) -> Tensor:
+    """The pose (7,) that moves by t (3,)."""
+    return torch.cat((t, lie.identity()[3:]))
 
 
 class _Solver:
@@ -79,6 +116,7 @@ class _Solver:
     def __init__(self, posed: Problem, points: Tensor, focal: float, options: BundleOptions) -> None:
         self.posed, self.points, self.focal, self.options = posed, points, focal, options
         self.T = posed.T_world_camera
+        self.held = torch.ones(len(self.T), dtype=torch.bool) if options.poses == "external" else None
         self.grid = Grid.of(posed)
         self.start = points
         self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
@@ -98,7 +136,7 @@ class _Solver:
             if len(torch.unique(self.posed.landmark[keep])) < self.options.min_landmarks:
                 return False
             self.kept = keep
-            self.solution = adjust(self._problem().select(keep), exact if tight else rough)
+            self.solution = adjust(self._problem().select(keep), exact if tight else rough, self.held)
             self.T, self.points = self.solution.T_world_camera, self.solution.points
             keep = self._survivors(prune_px)
             settled = torch.equal(keep, self.kept)
@@ -120,11 +158,14 @@ class _Solver:
         keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
         seen = torch.zeros(len(self.T), len(self.points), dtype=torch.bool)
         seen[self.posed.pose[keep], self.posed.landmark[keep]] = True
-        toward = self.points[:, None] - self.T[:, :3]  # (N, K, 3)
-        toward = toward / toward.norm(dim=-1, keepdim=True)
-        both = seen.T[:, :, None] & seen.T[:, None]
-        widest = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(1)
-        sound = widest < math.cos(math.radians(self.options.min_parallax_deg))
+        narrow = math.cos(math.radians(self.options.min_parallax_deg))
+        sound = torch.zeros(len(self.points), dtype=torch.bool)
+        step = max(1, _AT_ONCE // len(self.T) ** 2)
+        for some in torch.arange(len(self.points)).split(step):
+            toward = self.points[some, None] - self.T[:, :3]  # (N, K, 3)
+            toward = toward / toward.norm(dim=-1, keepdim=True)
+            both = seen.T[some, :, None] & seen.T[some, None]
+            sound[some] = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(1) < narrow
         return keep & sound[self.posed.landmark]
 
     def _triangulate(self, prune_px: float) -> None:
@@ -145,22 +186,24 @@ class _Solver:
         self.points[again[better]] = found[better]
 
     def result(
-        self, stamps: Tensor, track: Tensor, T_before: Tensor, carried: Tensor
+        self, stamps: Tensor, track: Tensor, carried: Tensor, prior: Prior | None
     ) -> tuple[Window, Solution]:
-        """The window, in the scale of the landmarks that were known before: a scale that one pose fixes wanders."""
+        """The window, in the scale of the landmarks that were known before: a scale that one pose fixes wanders.
+
+        The prior knows nothing of scale, and is enlarged with the window.
+        """
         landmark = self.posed.landmark[self.kept]
         count = torch.bincount(landmark, minlength=len(track))
-        origin = self.T[0, :3]
-        same = carried & (count > 0) & self.start.isfinite().all(-1)
-        scale = 1.0
-        if same.any():
-            ratio = (self.start[same] - origin).norm(dim=-1) / (self.points[same] - origin).norm(dim=-1)
-            scale = float(ratio.median())
-        T = self.T.clone()
-        T[:, :3] = origin + scale * (T[:, :3] - origin)
-        points = origin + scale * (self.points - origin)
         squared = self._problem().select(self.kept).residual()[0].square().sum(-1)
         total = torch.zeros(len(track), dtype=torch.float64).index_add_(0, landmark, squared)
         alive = count > 0
-        window = Window(stamps, T, track[alive], points[alive], count[alive], (total / count)[alive].sqrt())
+        window = Window(
+            stamps, self.T, track[alive], self.points[alive], count[alive], (total / count)[alive].sqrt(), prior
+        )
+        same = carried & alive & self.start.isfinite().all(-1)
+        if self.held is None and same.any():
+            origin = self.T[0, :3]
+            ratio = (self.start[same] - origin).norm(dim=-1) / (self.points[same] - origin).norm(dim=-1)
+            scale = float(ratio.median())
+            window = window.moved(shift((1 - scale) * origin), scale)
         return window, self.solution

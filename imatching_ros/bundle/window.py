@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import pypose
+import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from imatching_ros.bundle.prior import Prior
+from imatching_ros.bundle.prior import Prior
+from imatching_ros.geometry import lie
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,14 @@ class Window:
     observations: Tensor  #: (L,) int64, number of surviving observations
     error_px: Tensor  #: (L,) float64, RMS reprojection error over the surviving observations, undistorted px
     prior: Prior | None = None  #: what keyframes that left know of these poses; the window was solved with it
+
+    def moved(self, T: Tensor, scale: float = 1.0) -> Window:
+        """The window enlarged by ``scale`` about the world's origin and then moved by T (7,)."""
+        poses = torch.cat((self.T_world_camera[:, :3] * scale, self.T_world_camera[:, 3:]), -1)
+        return replace(
+            self, T_world_camera=lie.compose(T, poses), points=lie.act(T, self.points * scale),
+            prior=self.prior and self.prior.transformed(T, scale),
+        )  # fmt: skip
 
     @property
     def poses(self) -> pypose.LieTensor:

@@ -1,7 +1,13 @@
-"""Robust two-view pose and pose from points, by PoseLib. Deterministic: RANSAC's seed is fixed."""
+"""Robust two-view pose and pose from points, by PoseLib, and which model two views call for.
+
+Deterministic: RANSAC's seed is fixed.
+"""
 
 from __future__ import annotations
 
+import math
+
+import cv2
 import numpy as np
 import poselib
 import torch
@@ -11,6 +17,7 @@ from imatching_ros.geometry import lie
 
 _RELATIVE_MINIMUM = 8  #: five points give a model, eight begin to confirm it
 _ABSOLUTE_MINIMUM = 6
+_HYPOTHESES = 64  #: pairs of rays that the rotation is first guessed from
 
 
 def relative_pose(
@@ -54,6 +61,94 @@ def absolute_pose(points: Tensor, xy: Tensor, threshold_px: float, focal: float)
     return _result(pose, info, finite, _ABSOLUTE_MINIMUM)
 
 
+def relative_rotation(xy_i: Tensor, xy_j: Tensor, threshold: float) -> Tensor | None:
+    """The turn of a camera that stays where it is: T_j_i (7,) without translation; None for fewer than two points.
+
+    xy_i, xy_j: (N, 2) undistorted, on the plane z = 1, finite. threshold: distance of an inlier, on that plane.
+    Two rays fix a rotation (frames built on them, Black 1964); of such guesses from rays that lie far apart in the
+    list the one with the least truncated error is refined on its inliers (Kabsch 1976).
+    """
+    N = len(xy_i)
+    if N < 2:
+        return None
+    a, b = ((lambda r: r / r.norm(dim=-1, keepdim=True))(_homogeneous(xy.double())) for xy in (xy_i, xy_j))
+    first = torch.linspace(0, N - 1, min(_HYPOTHESES, N)).long()
+    second = (first + max(N // 2, 1)) % N
+    R = _frame(b[first], b[second]) @ _frame(a[first], a[second]).mT
+    for turn in range(4):
+        moved = a @ R.mT  # (H, N, 3), and (N, 3) once refined
+        error2 = (moved[..., :2] / moved[..., 2:].clamp_min(1e-6) - xy_j).square().sum(-1)
+        error2 = torch.where(moved[..., 2] > 0, error2, torch.inf)
+        if turn == 0:
+            best = int(error2.clamp_max(threshold**2).sum(-1).argmin())
+            R, error2 = R[best], error2[best]
+        weight = (error2 < threshold**2).double()[:, None]
+        U, _, Vt = torch.linalg.svd((weight * b).mT @ a)
+        sign = torch.det(U @ Vt).sign()
+        R = U @ torch.diag(torch.stack((torch.ones_like(sign), torch.ones_like(sign), sign))) @ Vt
+    return lie.from_matrix(torch.cat((R, torch.zeros(3, 1, dtype=R.dtype)), -1)) if R.isfinite().all() else None
+
+
+def homography(xy_i: Tensor, xy_j: Tensor, threshold_px: float, focal: float) -> Tensor | None:
+    """H_j_i (3, 3) float64 of points (N, 2) on the plane z = 1 that lie on one plane in space; None without a model.
+
+    Arguments as in :func:`relative_pose`; rows must be finite.
+    """
+    if len(xy_i) < _RELATIVE_MINIMUM:
+        return None
+    H, info = poselib.estimate_homography(
+        _pixels(xy_i, focal), _pixels(xy_j, focal),
+        {"max_reproj_error": threshold_px, "seed": 0, "max_iterations": 2000, "min_iterations": 100}, {},
+    )  # fmt: skip
+    H = torch.from_numpy(np.asarray(H, np.float64))
+    if sum(info["inliers"]) < _RELATIVE_MINIMUM or not H.isfinite().all():
+        return None
+    to_plane = torch.tensor([1 / focal, 1 / focal, 1.0], dtype=torch.float64)
+    H = to_plane[:, None] * H / to_plane
+    ahead = (_homogeneous(xy_i.double()) @ H[2]).median()  # what is seen lies in front: that gives the sign
+    return H / ahead if float(ahead) != 0.0 else None
+
+
+def homography_motions(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> list[Tensor]:
+    """The motions T_j_i (7,) that a plane's homography allows: two, where the points are in front of both cameras.
+
+    Malis and Vargas 2007, by OpenCV; translations of length 1. xy_i, xy_j: (N, 2), inliers. The candidates whose points
+    lie in front of the cameras as often as those of the best are kept.
+    """
+    _, rotations, translations, normals = cv2.decomposeHomographyMat(H.numpy(), np.eye(3))
+    motions, fronts = [], []
+    ray = _homogeneous(xy_i.double())
+    for R, t, n in zip(rotations, translations, normals, strict=True):
+        t, n = torch.from_numpy(t).squeeze(-1), torch.from_numpy(n).squeeze(-1)
+        if not 1e-6 < float(t.norm()):
+            continue
+        front = int((ray @ n > 0).sum())  # the plane n.x = d lies ahead where the ray meets it at a positive depth
+        T = lie.from_matrix(torch.cat((torch.from_numpy(R), (t / t.norm())[:, None]), -1))
+        motions.append(T)
+        fronts.append(front)
+    return [T for T, front in zip(motions, fronts, strict=True) if front >= 0.9 * max(fronts)]
+
+
+def transfer_error(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
+    """Distance (N,) of points xy_j from where a homography (3, 3) puts xy_i; inf where that is not in front."""
+    moved = _homogeneous(xy_i.double()) @ H.mT
+    error = (moved[:, :2] / moved[:, 2:].clamp_min(1e-9) - xy_j).norm(dim=-1)
+    return torch.where(moved[:, 2] > 1e-9, error, torch.inf)
+
+
+def gric(squared: Tensor, dimension: int, parameters: int) -> float:
+    """Torr's geometric robust information criterion of a two-view model; the model with the least explains best.
+
+    squared: (N,) squared errors over their variance. A model has a manifold of ``dimension`` (3: a point lies on its
+    epipolar line; 2: it lies where the model puts it) in the four coordinates of a correspondence, and so many
+    ``parameters``. With lambda_1 = ln 4, lambda_2 = ln 4N and errors cut off at lambda_3 = 2 per degree of freedom
+    (Torr, The problem of degeneracy in structure and motion recovery from uncalibrated image sequences, IJCV 1999).
+    """
+    n = len(squared)
+    fit = squared.clamp_max(2.0 * (4 - dimension)).sum()
+    return float(fit) + math.log(4) * dimension * n + math.log(4 * max(n, 1)) * parameters
+
+
 def sampson_error(T_j_i: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
     """First-order distance of correspondences from the epipolar geometry (Hartley and Zisserman, 11.4.3).
 
@@ -67,6 +162,17 @@ def sampson_error(T_j_i: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
     algebraic = (torch.cat((xy_j, one), -1) * line_j).sum(-1)
     scale = line_j[:, :2].square().sum(-1) + line_i[:, :2].square().sum(-1)
     return algebraic.abs() / scale.sqrt().clamp_min(1e-12)
+
+
+def _homogeneous(xy: Tensor) -> Tensor:
+    return torch.cat((xy, torch.ones_like(xy[..., :1])), -1)
+
+
+def _frame(a: Tensor, b: Tensor) -> Tensor:
+    """Orthonormal frames (H, 3, 3), as columns, built on two directions (H, 3) each."""
+    x = torch.nn.functional.normalize(a + b, dim=-1)
+    z = torch.nn.functional.normalize(torch.linalg.cross(a, b), dim=-1)
+    return torch.stack((x, torch.linalg.cross(z, x), z), -1)
 
 
 def _camera(focal: float) -> dict:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bundle.observations import Observations, index_of, surviving
+from ..bundle.observations import Observations, index_of, select, surviving
 from ..bundle.options import BundleOptions
 from ..bundle.problem import Problem
 from ..bundle.robust import Kernel
@@ -75,21 +76,22 @@ def make_lesson(
     return Lesson(camera, torch.stack([images[stamp] for stamp in stamps]), ours, window, pairs)
 
 
-def select(message: Correspondences, rows: Tensor) -> Correspondences:
-    """Some rows of the correspondences of an image; ``rows`` a bool mask (M,) or an index."""
-    columns = ("uv", "xy", "ref_stamp", "ref_uv", "track", "score", "cov")
-    return replace(message, **{name: getattr(message, name)[rows] for name in columns})
+def encode(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> dict[int, Any]:
+    """Features of the images of some pairs, each encoded once. Differentiable."""
+    device = next(matcher.parameters()).device
+    used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
+    return {k: matcher.encode(lesson.images[k : k + 1].to(device, torch.float32) / 255) for k in used}
 
 
 def match(
-    matcher: Matcher, lesson: Lesson, pairs: list[Pair], queries: Mapping[int, Tensor] | None = None
-) -> list[Matches]:
-    """f_theta again on some pairs, each image encoded once: at the pairs' rows, or at the points (N, 2) px that
-    ``queries`` has for each reference. Differentiable.
+    matcher: Matcher, lesson: Lesson, pairs: list[Pair], queries: Mapping[int, Tensor] | None = None,
+    features: Mapping[int, Any] | None = None,
+) -> list[Matches]:  # fmt: skip
+    """f_theta again on some pairs: at the pairs' rows, or at the points (N, 2) px that ``queries`` has for each
+    reference; with the images' ``features``, or encoding them. Differentiable.
     """
     device = next(matcher.parameters()).device
-    used = {index for pair in pairs for index in (pair.reference, pair.target)}
-    features = {k: matcher.encode(lesson.images[k : k + 1].to(device, torch.float32) / 255) for k in sorted(used)}
+    features = features or encode(matcher, lesson, pairs)
     matches = []
     for pair in pairs:
         asked = queries[pair.reference] if queries else lesson.messages[pair.target].ref_uv[pair.rows]
@@ -98,13 +100,13 @@ def match(
 
 
 @torch.no_grad()
-def rematch(matcher: Matcher, lesson: Lesson) -> Lesson:
+def rematch(matcher: Matcher, lesson: Lesson, features: Mapping[int, Any] | None = None) -> Lesson:
     """The lesson as the matcher sees it now: new rows, the same T*, p*.
 
     The covariances stay: they are the weights of both levels, and a model must not look better by doubting itself.
     """
     messages = [replace(message, uv=message.uv.clone()) for message in lesson.messages]
-    for pair, matches in zip(lesson.pairs, match(matcher, lesson, lesson.pairs), strict=True):
+    for pair, matches in zip(lesson.pairs, match(matcher, lesson, lesson.pairs, features=features), strict=True):
         messages[pair.target].uv[pair.rows] = matches.uv[0].cpu()
     messages = [replace(m, xy=lesson.camera.normalise(m.uv.double()).float()) for m in messages]
     return replace(lesson, messages=messages)
@@ -133,12 +135,15 @@ def requery(lesson: Lesson, prune_px: float) -> Lesson:
 
 
 def resolve(lesson: Lesson, options: BundleOptions) -> Lesson | None:
-    """The lesson with the lower level solved for its rows (equation 1b), warm-started at its T*, p*.
+    """The lesson with the lower level solved for its rows (equation 1b), under the prior that the bundle solved it
+    with, warm-started at its T*, p*.
 
     None where the bundle finds no stationary point with enough landmarks.
     """
     window = lesson.window
-    solved = solve(lesson.messages, window.T_world_camera, window.track, window.points, lesson.camera, options)
+    solved = solve(
+        lesson.messages, window.T_world_camera, window.track, window.points, lesson.camera, options, window.prior
+    )  # fmt: skip
     if solved is None or not solved[1].converged:
         return None
     return replace(lesson, window=solved[0])
@@ -174,7 +179,7 @@ def objective(
     distance (px) of the coarse ones from the reprojected landmarks, which is their target (paper 3.2.3), and the
     number of rows.
     """
-    posed = survivors.problem
+    posed = replace(survivors.problem, prior=None)  # it has no part in the rows' sum, and theta none in it
     fine, coarse, rows = [], [], 0
     for pair, matched in zip(pairs, matches, strict=True):
         place, mine = survivors.of(pair)
