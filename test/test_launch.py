@@ -108,9 +108,9 @@ def test_package_names_what_launch_and_nodes_import():
     assert package.findtext("version") == version and f'version="{version}"' in (ROOT / "setup.py").read_text()
 
 
-@pytest.fixture
-def installed():
-    """The installed package's launch file."""
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The installed package's launch file; its solver is compiled, which keeps a node busy once per installation."""
     pytest.importorskip("launch_ros", reason="launch_ros is not installed (a ROS 2 installation has it)")
     from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
 
@@ -118,6 +118,8 @@ def installed():
         share = Path(get_package_share_directory("imatching_ros"))
     except PackageNotFoundError:
         pytest.skip("the package is not in an ament prefix: colcon build, and source install/setup.bash")
+    warm = "from imatching_ros.bundle.adjust import compiled; compiled()"
+    subprocess.run([sys.executable, "-c", warm], cwd=tmp_path_factory.mktemp("elsewhere"), check=True)
     return share / "launch" / "imatching.launch.py"
 
 
@@ -126,7 +128,6 @@ import sys
 from launch import LaunchDescription, LaunchService
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
-# Nodes that compile their solver for the first time end when that is done
 given = [argument.split(":=") for argument in [*sys.argv[2:], "sigterm_timeout:=100"]]
 service = LaunchService(noninteractive=True)
 source = PythonLaunchDescriptionSource(sys.argv[1])
