@@ -53,6 +53,7 @@ setup(
             f"matcher_node = {NAME}.nodes.matcher:main",
             f"bundle_node = {NAME}.nodes.bundle:main",
             f"learner_node = {NAME}.nodes.learner:main",
+            f"imatching_node = {NAME}.nodes.composed:main",
             f"player_node = {NAME}.nodes.player:main",
         ],
     },

@@ -81,6 +81,14 @@ class Ros:
             )  # fmt: skip
         return self.processes[role]
 
+    def end(self, role: str) -> None:
+        """SIGINT, and exit code 0."""
+        process = self.processes.pop(role)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0, self.log(role)
+        for array in self.heard["/diagnostics"]:
+            array.status = [status for status in array.status if status.name != f"/{role}"]
+
     def log(self, role: str) -> str:
         return (self.logs / f"{role}.log").read_text()
 

@@ -104,6 +104,28 @@ def test_scaling_keeps_the_geometry():
     torch.testing.assert_close(half.normalise((uv + 0.5) * 0.5 - 0.5), camera.normalise(uv))
 
 
+def test_binning_is_the_mean_of_its_pixels():
+    """The centre of a picture's light stays where it is: one bright pixel, and the mean of those around it."""
+    camera = Camera(640, 480, *(400.0, 405.0, 321.0, 238.0), "plumb_bob", (-0.28, 0.074, 2e-4, 1.8e-5))
+    binned = camera.binned(4, 3)
+    assert (binned.width, binned.height) == (160, 160)
+    image = np.zeros((480, 640))
+    image[60:63, 100:104] = 1.0
+    small = image.reshape(160, 3, 160, 4).mean((1, 3))
+    here = torch.tensor(np.argwhere(small == 1.0)[0, ::-1].copy(), dtype=torch.float64)
+    there = torch.tensor(np.argwhere(image == 1.0).mean(0)[::-1].copy(), dtype=torch.float64)
+    torch.testing.assert_close(binned.normalise(here), camera.normalise(there))
+    assert camera.binned(1, 1) == camera
+
+
+def test_cropping_moves_the_principal_point():
+    camera = Camera(640, 480, 400.0, 405.0, 321.0, 238.0)
+    assert camera.cropped(0, 0, 0, 0) == camera
+    assert camera.cropped(10, 20, 300, 200) == Camera(300, 200, 400.0, 405.0, 311.0, 218.0)
+    with pytest.raises(ValueError, match="leaves the camera's 640x480"):
+        camera.cropped(400, 0, 300, 200)
+
+
 def test_camera_info():
     camera = Camera.from_camera_info(640, 480, [500, 0, 320, 0, 501, 240, 0, 0, 1], [0.0] * 5, "plumb_bob")
     assert (camera.fx, camera.fy, camera.cx, camera.cy, camera.distortion_model) == (500, 501, 320, 240, "none")

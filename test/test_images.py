@@ -78,6 +78,15 @@ def test_bayer_is_demosaicked_by_its_own_pattern(seed, height, width, padding, b
     assert np.abs(grey[1:-1, 1:-1] - expected).max() < 1.01
 
 
+@settings(max_examples=40, deadline=None)
+@given(seeds, sides, sides, st.integers(0, 7), st.sampled_from(["yuv422", "uyvy", "yuv422_yuy2", "yuyv"]))
+def test_yuv_gives_its_luma(seed, height, width, padding, encoding):
+    samples = np.random.default_rng(seed).integers(0, 256, (height, 2 * width, 2), np.uint8)
+    step, data = packed(samples, padding, False)
+    luma = samples[..., 1 if encoding in ("yuv422", "uyvy") else 0]
+    assert np.array_equal(decode_image(encoding, height, 2 * width, step, data), luma)
+
+
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8)])
 def test_any_buffer_is_read(wrap):
     assert decode_image("mono8", 2, 3, 3, wrap(bytes(range(6)))).tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -86,7 +95,7 @@ def test_any_buffer_is_read(wrap):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("yuv422", 2, 2, 4, bytes(8)), "encoding 'yuv422' is not supported; use one of mono8"),
+        (("32FC1", 2, 2, 8, bytes(16)), "encoding '32FC1' is not supported; use one of mono8"),
         (("mono8", 0, 2, 2, b""), "empty"),
         (("mono16", 2, 3, 5, bytes(10)), "step is 5 bytes, a row of 3 pixels in mono16 has 6"),
         (("rgb8", 2, 2, 6, bytes(11)), "has 11 bytes, 2 rows of 6 bytes need 12"),

@@ -34,7 +34,8 @@ def inside(process) -> tuple[int, float]:
 def test_lifecycle_five_cycles_leave_nothing_behind(ros):
     """configure, activate, deactivate, cleanup, with images coming all the time."""
     for role in parameters.NODES:
-        ros.start(role, autostart=False, image_qos="keep_all", **({"queries": 50} if role == "matcher" else {}))
+        values = {"queries": 50, "processing_mode": "all"} if role == "matcher" else {}
+        ros.start(role, autostart=False, image_qos="keep_all", **values)
     images = ros.node.create_publisher(Image, "image", lossless())
     infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
     matched = ros.listen(PointCloud2, "correspondences", lossless())

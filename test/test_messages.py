@@ -11,7 +11,10 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2  # noqa: E402
 
+from imatching_ros.bundle.prior import Prior  # noqa: E402
 from imatching_ros.bundle.window import Window  # noqa: E402
+from imatching_ros.data.images import ENCODINGS, decode_image  # noqa: E402
+from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.geometry.camera import Camera  # noqa: E402
 from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
 from imatching_ros.nodes import messages  # noqa: E402
@@ -46,6 +49,10 @@ def window(landmarks: int = 50) -> Window:
         observations=torch.randint(2, 20, (landmarks,), generator=g),
         error_px=torch.rand(landmarks, generator=g, dtype=torch.float64),
     )
+
+
+def window_messages(sent: Window, stamp: int) -> list:
+    return [*messages.window_to_messages(sent, stamp, "map"), messages.prior_to_cloud(sent.prior, stamp, "map")]
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2000])
@@ -130,9 +137,9 @@ def test_fault_fuzzed_point_clouds_are_read_or_refused(data, height, width, poin
 
 def test_window_comes_back_to_the_last_bits_of_its_points():
     sent = window()
-    path, landmarks = messages.window_to_messages(sent, STAMP + 99, "map")
-    assert messages.to_ns(path.header.stamp) == messages.to_ns(landmarks.header.stamp) == STAMP + 99
-    received = messages.window_from_messages(path, landmarks)
+    parts = window_messages(sent, STAMP + 99)
+    assert {messages.to_ns(part.header.stamp) for part in parts} == {STAMP + 99}
+    received = messages.window_from_messages(*parts)
     for name in ("stamps", "T_world_camera", "track", "observations"):
         assert torch.equal(getattr(received, name), getattr(sent, name)), name
     assert torch.equal(received.error_px, sent.error_px.float().double())
@@ -146,16 +153,49 @@ def test_viewers_find_float32_points_in_landmarks():
     assert [kinds[name] for name in ("x", "y", "z", "id", "observations", "error_px")] == [7, 7, 7, 6, 6, 7]
 
 
-def test_fault_halves_of_different_solves_are_refused():
-    path, landmarks = messages.window_to_messages(window(), STAMP, "map")
-    landmarks.header.stamp = messages.to_stamp(STAMP + 1)
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_fault_parts_of_different_solves_are_refused(part):
+    parts = window_messages(window(), STAMP)
+    parts[part].header.stamp = messages.to_stamp(STAMP + 1)
     with pytest.raises(ValueError, match="different stamps"):
-        messages.window_from_messages(path, landmarks)
+        messages.window_from_messages(*parts)
+
+
+def test_prior_comes_back_bit_by_bit():
+    g = torch.Generator().manual_seed(2)
+    root = torch.randn(24, 24, generator=g, dtype=torch.float64)
+    sent = Prior(window().stamps, window().T_world_camera, root @ root.T, root[0])
+    message = messages.prior_to_cloud(sent, STAMP, "map")
+    assert {field.name: field.count for field in message.fields} == {
+        "sec": 1, "nanosec": 1, "pose": 7, "gradient": 6, "information": 144
+    }  # fmt: skip
+    parts = [*messages.window_to_messages(window(), STAMP, "map"), message]
+    received = messages.window_from_messages(*parts).prior
+    for name in ("stamps", "T_world_camera", "information", "gradient"):
+        assert torch.equal(getattr(received, name), getattr(sent, name)), name
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda m: setattr(m.fields[4], "count", 143), "143 of datatype 8, expected 144 float64"),
+        (lambda m: setattr(m, "width", 3), "expected 108 float64"),
+        (lambda m: setattr(m, "data", bytes(m.data)[:-1]), "bytes, fewer than"),
+        (lambda m: setattr(m, "data", np.full(len(m.data), 255, np.uint8).tobytes()), "'pose' that is not finite"),
+        (lambda m: setattr(m, "width", 10**6), "more than any window has"),
+    ],
+)
+def test_fault_malformed_prior_is_refused_with_a_sentence(spoil, sentence):
+    zeros = torch.zeros(24, 24, dtype=torch.float64)
+    message = messages.prior_to_cloud(Prior(window().stamps, window().T_world_camera, zeros, zeros[0]), STAMP, "map")
+    spoil(message)
+    with pytest.raises(ValueError, match=sentence):
+        messages.prior_from_cloud(message)
 
 
 def test_an_empty_window_comes_back():
     none = Window(*(column[:0] for column in vars(window()).values() if column is not None))
-    received = messages.window_from_messages(*messages.window_to_messages(none, STAMP, "map"))
+    received = messages.window_from_messages(*window_messages(none, STAMP))
     assert received.T_world_camera.shape == (0, 7) and received.points.shape == (0, 3)
 
 
@@ -181,6 +221,30 @@ def test_odometry_carries_pose_and_covariance_row_by_row():
 def test_camera_info_comes_back(camera):
     info = messages.camera_to_info(camera, messages.header(STAMP, "camera"))
     assert messages.camera_from_info(info) == camera
+
+
+def test_camera_info_of_a_binned_cut_out_of_the_sensor():
+    """A pixel of the published image lies where the sensor's pixels that it is the mean of lie."""
+    whole = Camera(640, 480, 500.0, 501.0, 321.0, 238.0, "plumb_bob", (0.1, -0.2, 0.001, 0.002, 0.3))
+    info = messages.camera_to_info(whole, messages.header(STAMP, "camera"))
+    info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = 100, 60, 400, 301
+    info.binning_x, info.binning_y = 2, 3
+    camera = messages.camera_from_info(info)
+    assert (camera.width, camera.height) == (200, 100)
+    uv = torch.tensor([[0.0, 0.0], [17.0, 99.0]], dtype=torch.float64)
+    there = torch.tensor([[100.5, 61.0], [134.5, 358.0]], dtype=torch.float64)  # the middle of 2x3 pixels
+    torch.testing.assert_close(camera.normalise(uv), whole.normalise(there))
+    info.roi.x_offset = 300
+    with pytest.raises(ValueError, match=r"400x301 at \(300, 60\) leaves the camera's 640x480"):
+        messages.camera_from_info(info)
+
+
+def test_camera_info_of_a_rectified_image():
+    raw = Camera(640, 480, 500.0, 501.0, 321.0, 238.0, "plumb_bob", (0.1, -0.2, 0.001, 0.002, 0.3))
+    info = messages.camera_to_info(raw, messages.header(STAMP, "camera"))
+    info.p = [450.0, 0.0, 310.0, -30.0, 0.0, 451.0, 230.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    assert messages.camera_from_info(info) == raw
+    assert messages.camera_from_info(info, rectified=True) == Camera(640, 480, 450.0, 451.0, 310.0, 230.0)
 
 
 def test_fault_uncalibrated_camera_info_is_refused():
@@ -213,27 +277,96 @@ def test_fault_images_that_cannot_be_read_are_refused(message):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def bridge_that(convert):
+    class Bridge:
+        def imgmsg_to_cv2(self, message, encoding):
+            dtype = np.uint16 if message.encoding == "mono16" else np.uint8
+            return convert(np.frombuffer(bytes(message.data), dtype).reshape(message.height, message.width))
+
+    return Bridge
+
+
+def test_cv_bridge_is_used_only_where_it_is_sound(monkeypatch):
+    """Stand-ins for it: the real one is not among what pip can install."""
+    monkeypatch.setattr(messages, "CvBridge", bridge_that(lambda image: (image / 257).round().astype(np.uint8)))
+    assert messages._bridge() is not None
+    monkeypatch.setattr(messages, "CvBridge", bridge_that(lambda image: image.astype(np.uint8)))
+    assert messages._bridge() is None
+    monkeypatch.setattr(messages, "CvBridge", bridge_that(lambda image: 1 // 0))
+    assert messages._bridge() is None
+    image = messages.image_to_message(np.arange(12, dtype=np.uint8).reshape(3, 4), messages.header(0, "c"))
+    monkeypatch.setattr(messages, "_BRIDGE", messages.CvBridge())
+    assert (messages.image_from_message(image) == np.arange(12).reshape(3, 4)).all()  # what it cannot do is done here
+
+
+def test_cv_bridge_and_the_own_decoder_agree():
+    pytest.importorskip("cv_bridge", reason="cv_bridge is not installed")
+    random = np.random.default_rng(0)
+    for encoding in ("mono8", "mono16", "rgb8", "bgr8", "rgba8", "bgra8", "bayer_rggb8", "bayer_grbg8"):
+        size, channels, _ = ENCODINGS[encoding]
+        step = 8 * size * channels
+        data = random.integers(0, 256, 8 * step, np.uint8).tobytes()
+        message = Image(encoding=encoding, height=8, width=8, step=step, data=data)
+        assert np.array_equal(messages.image_from_message(message), decode_image(encoding, 8, 8, step, data)), encoding
+
+
 def test_weights_travel_as_their_bytes():
     data = bytes(range(256)) * 5
     assert messages.weights_from_message(messages.weights_to_message(data)) == data
 
 
-def test_vins_features_have_one_point_per_track_with_its_velocity():
-    def one(stamp, tracks, xy):
+def test_vins_features_are_what_vins_fusion_reads():
+    """Its feature_callback takes channels by number: id, camera, u, v, velocity x and y, and where there are more than
+    five channels three of a true point; ids become int through float32; z must be 1."""
+
+    def one(stamp, tracks, xy, uv):
         n = len(tracks)
         return Correspondences(
-            stamp, torch.zeros(n, 2), torch.tensor(xy), torch.zeros(n, dtype=torch.int64), torch.zeros(n, 2),
+            stamp, torch.tensor(uv), torch.tensor(xy), torch.zeros(n, dtype=torch.int64), torch.zeros(n, 2),
             torch.tensor(tracks), torch.ones(n), torch.ones(n, 3), 0,
         )  # fmt: skip
 
-    before = one(10**9, [5, 6], [[0.0, 0.0], [1.0, 1.0]])
-    after = one(10**9 + 100_000_000, [6, 2**24 + 3, 6], [[1.5, 1.0], [2.0, 2.0], [1.5, 1.0]])
+    before = one(10**9, [5, 6], [[0.0, 0.0], [1.0, 1.0]], [[1.0, 2.0], [3.0, 4.0]])
+    after = one(
+        10**9 + 100_000_000, [6, 2**24 + 3, 6, 2**32 - 1], [[1.5, 1.0], [2.0, 2.0], [1.5, 1.0], [3.0, -1.0]],
+        [[10.0, 20.0], [30.0, 40.0], [10.0, 20.0], [50.0, 60.0]],
+    )  # fmt: skip
     message = messages.vins_features(after, before, "camera")
-    assert len(message.channels) == 9 and len(message.points) == 2
-    channels = {channel.name: list(channel.values) for channel in message.channels}
-    assert channels["id"] == [6.0, 3.0]
-    assert channels["velocity_x"] == pytest.approx([5.0, 0.0]) and channels["velocity_y"] == pytest.approx([0.0, 0.0])
-    assert [point.z for point in message.points] == [1.0, 1.0]
+    assert [channel.name for channel in message.channels] == (
+        "id camera_id p_u p_v velocity_x velocity_y gx gy gz".split()
+    )
+    values = [list(channel.values) for channel in message.channels]
+    assert [int(np.float32(value)) for value in values[0]] == [6, 3, 2**24 - 1]
+    assert values[1] == [0.0] * 3
+    assert (values[2], values[3]) == ([10.0, 30.0, 50.0], [20.0, 40.0, 60.0])
+    assert values[4] == pytest.approx([5.0, 0.0, 0.0]) and values[5] == pytest.approx([0.0] * 3)
+    assert values[6] == values[7] == values[8] == [0.0] * 3
+    assert [(point.x, point.y, point.z) for point in message.points] == [(1.5, 1.0, 1.0), (2.0, 2.0, 1.0), (3, -1, 1)]
+    assert messages.to_ns(message.header.stamp) == after.stamp
+
+
+def test_odometry_of_a_robot_becomes_that_of_its_camera():
+    """Pose and covariance against a numerical derivative: the covariance is of position and of turns about the axes
+    of the header's frame."""
+    g = torch.Generator().manual_seed(3)
+    root = torch.randn(6, 6, generator=g, dtype=torch.float64) * 0.1
+    numbers = torch.randn(2, 7, generator=g, dtype=torch.float64)
+    body, extrinsics = (messages.pose_from_numbers([*n[:3], *(n[3:] / n[3:].norm())]) for n in numbers)
+    message = messages.odometry(body, root @ root.T, STAMP, "odom", "base_link")
+    stamp, T, covariance = messages.camera_odometry(message, extrinsics)
+    assert stamp == STAMP
+    torch.testing.assert_close(T, lie.compose(body, extrinsics))
+    delta = 1e-6 * torch.eye(6, dtype=torch.float64)
+    J = lie.local(T, lie.compose(lie.retract(body, delta), extrinsics)).T / 1e-6
+    torch.testing.assert_close(covariance, J @ root @ root.T @ J.T, atol=1e-5, rtol=1e-4)
+    assert messages.camera_odometry(messages.odometry(body, None, STAMP, "odom", "b"), extrinsics)[2] is None
+
+
+@pytest.mark.parametrize("numbers", [(float("nan"),) * 7, (0.0,) * 7, (0, 0, 0, 1, 1, 1, 1)])
+def test_fault_odometry_without_a_pose_is_refused(numbers):
+    message = messages.odometry(torch.tensor(numbers, dtype=torch.float64), None, STAMP, "odom", "base_link")
+    with pytest.raises(ValueError, match="not finite|unit quaternion"):
+        messages.camera_odometry(message, messages.pose_from_numbers((0, 0, 0, 0, 0, 0, 1)))
 
 
 def test_stamps_come_back():

@@ -14,8 +14,10 @@ rclpy = pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
 from nav_msgs.msg import Odometry  # noqa: E402
 from nav_msgs.msg import Path as PathMessage  # noqa: E402
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
-from rcl_interfaces.srv import SetParametersAtomically  # noqa: E402
+from rcl_interfaces.srv import GetParameters, SetParametersAtomically  # noqa: E402
+from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from ros import CAMERA, SECOND, START, Ros, image_message, picture  # noqa: E402
+from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 from std_msgs.msg import UInt8MultiArray  # noqa: E402
 from std_srvs.srv import SetBool, Trigger  # noqa: E402
@@ -23,15 +25,18 @@ from std_srvs.srv import SetBool, Trigger  # noqa: E402
 from imatching_ros.bundle.bundle import Bundle  # noqa: E402
 from imatching_ros.data.recording import open_recording  # noqa: E402
 from imatching_ros.data.synthetic import render_recording  # noqa: E402
+from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from imatching_ros.nodes.replay import ReplayError, replay  # noqa: E402
 from imatching_ros.nodes.worker import Worker  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
+BEST_EFFORT = ReliabilityPolicy.BEST_EFFORT
 
 
 @pytest.fixture(scope="module")
@@ -243,8 +248,11 @@ def test_matcher_node_services_and_parameters(matcher, first_weights):
         request = SetParametersAtomically.Request(parameters=changes)
         return matcher.call(SetParametersAtomically, "matcher/set_parameters_atomically", request).result
 
-    refused = change(round_trip_px=-1.0)
+    refused = change(agreement_px=0.1, round_trip_px=-1.0)
     assert not refused.successful and "round_trip_px" in refused.reason and "50" in refused.reason
+    request = GetParameters.Request(names=["agreement_px", "round_trip_px"])
+    values = matcher.call(GetParameters, "matcher/get_parameters", request).values
+    assert [value.double_value for value in values] == [3.0, 2.0]  # all of one set, or none of it
     assert len(play(matcher, picture(1.0)))
     assert change(round_trip_px=0.1, agreement_px=1.0).successful
     before = len(matcher.matched[-1].data)
@@ -262,12 +270,14 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
     odometry = ros.listen(Odometry, "odometry", lossless())
     keyframes = ros.listen(PathMessage, "keyframes", latched(100))
     landmarks = ros.listen(PointCloud2, "landmarks", latched(100))
+    priors = ros.listen(PointCloud2, "prior", latched(100))
     infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
     rows = ros.node.create_publisher(PointCloud2, "correspondences", lossless())
     ros.wait(lambda: ros.says("bundle"))
     ros.wait(lambda: ros.node.count_subscribers("/camera_info") >= 1)
     ros.connect(rows, 1)
-    ros.wait(lambda: all(ros.node.count_publishers(topic) for topic in ("/odometry", "/keyframes", "/landmarks")))
+    topics = ("/odometry", "/keyframes", "/landmarks", "/prior")
+    ros.wait(lambda: all(ros.node.count_publishers(topic) for topic in topics))
     time.sleep(0.5)
     assert "no usable camera_info" in ros.says("bundle")["message"]
     infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
@@ -284,15 +294,17 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
     posed = [e for e in estimates if e.T_world_camera is not None]
     solved = [e for e in estimates if e.window is not None]
     assert len(posed) > 5 and len(solved) > 1, "the scene is meant to be easy"
-    ros.wait(lambda: len(odometry) == len(posed) and len(keyframes) == len(landmarks) == len(solved))
+    ros.wait(lambda: len(odometry) == len(posed))
+    ros.wait(lambda: len(keyframes) == len(landmarks) == len(priors) == len(solved))
     for message, estimate in zip(odometry, posed, strict=True):
         assert messages.to_ns(message.header.stamp) == estimate.stamp
         assert (message.header.frame_id, message.child_frame_id) == ("map", "camera_optical")
         pose = messages.pose_from_message(message.pose.pose)
         torch.testing.assert_close(pose, estimate.T_world_camera, atol=1e-6, rtol=0)
         assert np.linalg.eigvalsh(message.pose.covariance.reshape(6, 6)).min() >= -1e-12
-    for path, cloud, estimate in zip(keyframes, landmarks, solved, strict=True):
-        window = messages.window_from_messages(path, cloud)
+    for path, cloud, prior, estimate in zip(keyframes, landmarks, priors, solved, strict=True):
+        window = messages.window_from_messages(path, cloud, prior)
+        assert (window.prior is None) == (estimate.window.prior is None)
         assert torch.equal(window.stamps, estimate.window.stamps)
         assert torch.equal(window.track, estimate.window.track)
         assert torch.equal(window.observations, estimate.window.observations)
@@ -310,6 +322,64 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
     assert ros.call(Trigger, "bundle/reset").success
     assert ros.call(Trigger, "bundle/save_map").success
     assert len((tmp_path / "trajectory.txt").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("poses", ["own", "external"])
+def test_bundle_node_beside_another_odometry(ros, poses):
+    """The robot's odometry gives the map its metre, or all of its poses; camera_pose says where the camera is on it."""
+    role = "bundle"
+    if role in ros.processes:
+        ros.end(role)
+    T_base_camera = messages.pose_from_numbers((0.3, -0.1, 0.2, -0.5, 0.5, -0.5, 0.5))
+    ros.start(role, image_qos="keep_all", poses=poses, camera_pose=T_base_camera.tolist())
+    odometry = ros.listen(Odometry, "odometry", lossless())
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    rows = ros.node.create_publisher(PointCloud2, "correspondences", lossless())
+    robot = ros.node.create_publisher(Odometry, "external_odometry", lossless())
+    for publisher in (infos, rows, robot):
+        ros.connect(publisher)
+    ros.wait(lambda: ros.node.count_publishers("/odometry"))
+    time.sleep(0.5)
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    ros.wait(lambda: "camera_info" not in ros.says(role).get("message", "camera_info"))
+    before, truth = len(odometry), {}
+    for index, correspondences in enumerate(scene_correspondences(40)):
+        T = lie.identity()
+        T[:3] = torch.tensor([0.06 * index, 0.01 * index, 0.0])
+        truth[correspondences.stamp] = T[:3]
+        body = lie.compose(T, lie.inverse(T_base_camera))
+        robot.publish(messages.odometry(body, None, correspondences.stamp, "odom", "base_link"))
+        ros.wait(lambda index=index: int(ros.says(role).get("external_odometry", 0)) > index or index % 10)
+        rows.publish(messages.correspondences_to_cloud(correspondences, "camera_optical"))
+    ros.wait(lambda: ros.says(role).get("processed") == "40")
+    says = ros.says(role)
+    assert (says["scale"], says["external_odometry"], says["status"]) == ("metric", "40", "tracking"), says
+    poses_of = {messages.to_ns(m.header.stamp): messages.pose_from_message(m.pose.pose) for m in odometry[before:]}
+    first, last = min(poses_of), max(poses_of)
+    moved = (poses_of[last] - poses_of[first])[:3].norm()
+    assert float(moved) == pytest.approx(float((truth[last] - truth[first]).norm()), rel=0.05)
+    if poses == "external":
+        assert odometry[-1].header.frame_id == "odom"
+        torch.testing.assert_close(poses_of[last][:3], truth[last], atol=1e-3, rtol=0)
+    ros.end(role)
+
+
+def test_fault_odometry_of_an_unknown_frame_is_said(ros):
+    """Without camera_pose and tf2 nobody can know where the camera is on the robot."""
+    ros.start("bundle", image_qos="keep_all")
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    rows = ros.node.create_publisher(PointCloud2, "correspondences", lossless())
+    robot = ros.node.create_publisher(Odometry, "external_odometry", lossless())
+    for publisher in (infos, rows, robot):
+        ros.connect(publisher)
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    sent = scene_correspondences(2)
+    rows.publish(messages.correspondences_to_cloud(sent[0], "camera_optical"))
+    ros.wait(lambda: ros.says("bundle").get("processed") == "1")
+    robot.publish(messages.odometry(lie.identity(), None, sent[0].stamp, "odom", "base_link"))
+    ros.wait(lambda: "where the camera" in ros.says("bundle")["last_error"])
+    assert "'base_link' is not known" in ros.says("bundle")["last_error"]
+    ros.end("bundle")
 
 
 # The learner
@@ -376,6 +446,64 @@ def test_fault_node_without_its_weights_ends_with_one_sentence(ros, tmp_path):
     del ros.processes["matcher"]
     assert process.wait(60) == 2
     assert ros.log("matcher").strip() == f"matcher: {missing}: there is no such weights file"
+
+
+# All in one process
+
+
+def test_composed_nodes_share_one_process_one_model_and_one_end(ros, tmp_path):
+    """Also: QoS is overridden the ROS way, a clock that jumps back starts all three afresh, silence is said."""
+    process = ros.start(
+        "composed", image_qos="keep_all", processing_mode="all", queries=50, use_sim_time=True,
+        **{"qos_overrides./correspondences.publisher.reliability": "best_effort"},
+    )  # fmt: skip
+    images = ros.node.create_publisher(Image, "image", lossless())
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    clock = ros.node.create_publisher(Clock, "/clock", 10)
+    matched = ros.listen(PointCloud2, "correspondences", QoSProfile(depth=100, reliability=BEST_EFFORT))
+    for publisher, ends in ((images, 2), (infos, 3), (clock, 3)):
+        ros.connect(publisher, ends)
+    infos_of = ros.node.get_publishers_info_by_topic("/correspondences")
+    assert [i.qos_profile.reliability for i in infos_of if i.node_name == "matcher"] == [BEST_EFFORT]
+    ros.wait(lambda: ros.node.count_publishers("/weights"))
+    time.sleep(0.5)
+    clock.publish(Clock(clock=messages.to_stamp(START + 100 * SECOND)))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera")))
+    before = len(matched)
+    for index in range(4):
+        images.publish(image_message(START + 100 * SECOND + index * SECOND // 20, picture(2.0 * index)))
+    ros.wait(lambda: len(matched) >= before + 4)
+    assert matched[-1].width > 10 and matched[before].width == 0
+    for role in parameters.NODES:
+        ros.wait(lambda role=role: f"nothing has come on /{'image' if role != 'bundle' else 'correspondences'} for"
+                 in ros.says(role)["message"])  # fmt: skip
+    assert {ros.says(role)["lifecycle"] for role in parameters.NODES} == {"active"}
+    assert len({ros.says(role)["peak_memory_mb"] for role in parameters.NODES}) <= 3
+
+    clock.publish(Clock(clock=messages.to_stamp(START)))
+    for role in parameters.NODES:
+        ros.wait(lambda role=role: "clock on /clock went back by 100.000 s" in ros.says(role)["last_error"])
+    images.publish(image_message(START + SECOND, picture(0.0)))
+    images.publish(image_message(START + SECOND + SECOND // 20, picture(2.0)))
+    ros.wait(lambda: len(matched) >= before + 6)
+    assert (matched[-2].width, matched[-1].width > 10) == (0, True)
+    says = ros.wait(lambda: (s := ros.says("matcher"))["processed"] == "6" and s)
+    assert (says["refused"], says["dropped"]) == ("0", "0")
+    process.send_signal(signal.SIGINT)
+    del ros.processes["composed"]
+    assert process.wait(30) == 0
+    assert "Traceback" not in ros.log("composed") and "terminate called" not in ros.log("composed")
+
+
+def test_composed_nodes_read_a_weights_file_once(first_weights, tmp_path):
+    path, shared = tmp_path / "w.safetensors", SharedWeights()
+    path.write_bytes(first_weights.read_bytes())
+    one, other = shared.load(path, "cpu"), shared.load(path, "cpu")
+    assert one[0] is other[0]
+    weights.save(path, one[0], 9, 3)
+    assert shared.load(path, "cpu")[1].version == 9
+    with pytest.raises(FileNotFoundError):
+        shared.load(tmp_path / "missing.safetensors", "cpu")
 
 
 # Replay
@@ -463,6 +591,13 @@ def test_node_parameters_file_is_what_the_table_says():
     assert written == parameters.to_yaml(), "run: python -m imatching_ros.nodes.parameters > config/imatching.yaml"
 
 
+def test_node_parameters_documentation_is_what_the_table_says():
+    written = (ROOT / "docs" / "parameters.md").read_text()
+    assert written == parameters.to_markdown(), (
+        "run: python -m imatching_ros.nodes.parameters --markdown > docs/parameters.md"
+    )
+
+
 def test_node_parameters_carry_the_core_defaults():
     """A default that differs from the core's would make the node another program than the offline command."""
     from imatching_ros.bundle.options import BundleOptions
@@ -485,10 +620,17 @@ def test_node_parameters_are_whole():
         if type(parameter.default) in (int, float):
             assert parameter.low is not None and parameter.high is not None, parameter.name
             assert "must lie in" in parameter.refusal(type(parameter.default)(parameter.high * 2 + 1))
-    for node in (*parameters.NODES, "player"):
+    for node in (*parameters.NODES, *parameters.OTHERS):
         names = [parameter.name for parameter in parameters.of(node)]
         assert len(names) == len(set(names))
-    transport = next(parameter for parameter in parameters.TABLE if parameter.name == "image_transport")
-    assert transport.refusal("both") == (
+    table = {parameter.name: parameter for parameter in parameters.TABLE}
+    assert table["nodes"].refusal(["bundle", "bundel"]) == (
+        "parameter 'nodes' is ['bundle', 'bundel'], it must name one or more of matcher, bundle, learner"
+    )
+    assert table["nodes"].refusal("bundle") == "parameter 'nodes' takes a list of str, not 'bundle'"
+    assert table["camera_pose"].refusal([1.0] * 6).endswith("it must be 7 finite numbers")
+    assert table["camera_pose"].refusal([float("nan")] * 7) and table["camera_pose"].refusal([1] * 7)
+    assert table["camera_pose"].refusal([0.0] * 7) is None
+    assert table["image_transport"].refusal("both") == (
         "parameter 'image_transport' is 'both', it must be one of raw, compressed"
     )

@@ -14,6 +14,10 @@ ENCODINGS = {
     "bgr8": (1, 3, cv2.COLOR_BGR2GRAY),
     "rgba8": (1, 4, cv2.COLOR_RGBA2GRAY),
     "bgra8": (1, 4, cv2.COLOR_BGRA2GRAY),
+    "yuv422": (1, 2, cv2.COLOR_YUV2GRAY_UYVY),
+    "uyvy": (1, 2, cv2.COLOR_YUV2GRAY_UYVY),
+    "yuv422_yuy2": (1, 2, cv2.COLOR_YUV2GRAY_YUY2),
+    "yuyv": (1, 2, cv2.COLOR_YUV2GRAY_YUY2),
     "bayer_rggb8": (1, 1, cv2.COLOR_BayerBG2GRAY),
     "bayer_bggr8": (1, 1, cv2.COLOR_BayerRG2GRAY),
     "bayer_gbrg8": (1, 1, cv2.COLOR_BayerGR2GRAY),
@@ -29,7 +33,7 @@ def decode_image(encoding: str, height: int, width: int, step: int, data, is_big
     """The grey picture (height, width) uint8 of a sensor_msgs/Image's fields.
 
     `data` is any buffer of bytes; `step` is a row's length in bytes, padding included. Colours are weighed as OpenCV
-    weighs them. 16-bit values v are full scale at 65535 and become round(v / 257).
+    weighs them; of YUV the luma is taken as it is. 16-bit values v are full scale at 65535 and become round(v / 257).
     Raises ValueError, one sentence, for an unknown encoding, an empty image or too few bytes.
     """
     if encoding not in ENCODINGS:

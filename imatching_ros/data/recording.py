@@ -151,7 +151,12 @@ def open_recording(
         about = next(_messages(bag, reader, [c for c in filled if c.topic == camera_info_topic]))[3]
         count = sum(c.msgcount for c in filled if c.topic == image_topic)
     try:
-        camera = Camera.from_camera_info(about.width, about.height, about.k, about.d, about.distortion_model)
+        roi = about.roi
+        camera = (
+            Camera.from_camera_info(about.width, about.height, about.k, about.d, about.distortion_model)
+            .cropped(roi.x_offset, roi.y_offset, roi.width, roi.height)
+            .binned(about.binning_x or 1, about.binning_y or 1)
+        )
     except ValueError as error:
         raise RecordingError(f"{camera_info_topic} in {bag}: {error}") from None
     transport = "compressed" if images[image_topic] == COMPRESSED else "raw"

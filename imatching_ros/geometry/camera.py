@@ -82,6 +82,30 @@ class Camera:
             cx=(self.cx + 0.5) * sx - 0.5, cy=(self.cy + 0.5) * sy - 0.5,
         )  # fmt: skip
 
+    def cropped(self, x: int, y: int, width: int, height: int) -> Camera:
+        """The same camera for the window of the image whose first pixel is (x, y); all zero: the whole image.
+
+        Raises ValueError where the window leaves the image.
+        """
+        if not (x or y or width or height):
+            return self
+        width, height = width or self.width - x, height or self.height - y
+        if x + width > self.width or y + height > self.height:
+            raise ValueError(
+                f"the region of interest {width}x{height} at ({x}, {y}) leaves the camera's {self.width}x{self.height}"
+            )
+        return replace(self, width=width, height=height, cx=self.cx - x, cy=self.cy - y)
+
+    def binned(self, x: int, y: int) -> Camera:
+        """The same camera for an image whose every pixel is the mean of ``x`` times ``y`` pixels.
+
+        The new pixel u covers the old ones from x u to x u + x - 1, so its centre lies at x u + (x - 1) / 2: therefore
+        cx' = (cx + 0.5) / x - 0.5, which image_geometry's cx / x misses by up to half a pixel.
+        """
+        if x == y == 1:
+            return self
+        return replace(self.scaled(1 / x, 1 / y), width=self.width // x, height=self.height // y)
+
     def normalise(self, uv: Tensor) -> Tensor:
         """Pixels (..., 2) to undistorted coordinates on the plane z = 1 (..., 2). Differentiable.
 

@@ -1,26 +1,31 @@
-"""bundle_node: correspondences in; odometry, keyframes and landmarks out."""
+"""bundle_node: correspondences, and perhaps another odometry, in; odometry, keyframes, landmarks and prior out."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path as FilePath
 
-import numpy as np
+import torch
 from geometry_msgs.msg import TransformStamped
 from nav_msgs.msg import Odometry, Path
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.time import Time
 from sensor_msgs.msg import PointCloud2
 
-from ..bundle.bundle import Bundle
+from ..bundle.bundle import LOST, Bundle
 from ..bundle.options import BundleOptions
+from ..bundle.window import Window
 from ..geometry.camera import Camera
 from . import messages, parameters
-from .core_node import CoreNode, run
+from .core_node import ACTIVE, CoreNode, lossless, run
 from .run_files import write_map
 
 try:
-    from tf2_ros import TransformBroadcaster
-except ImportError:  # ROS from PyPI has no tf2_ros
-    TransformBroadcaster = None
+    import tf2_ros
+except ImportError:  # ROS from PyPI has none
+    tf2_ros = None
+
+LANDMARKS = 200_000  #: that save_map can write; the oldest beyond are forgotten
 
 
 class BundleNode(CoreNode):
@@ -30,22 +35,36 @@ class BundleNode(CoreNode):
 
     def forget(self) -> None:
         super().forget()
-        self._points: dict[int, np.ndarray] = {}  # by track: the last position of every landmark
-        self.status = "waiting"
-        self.inliers = self.poses = self.windows = 0
+        self._points: dict[int, list[float]] = {}  # by track: the last position of every landmark, oldest track first
+        self.status, self.motion, self.reason = "waiting", "unknown", ""
+        self.inliers = self.poses = self.windows = self.odometry = 0
+        self._camera_frame = ""
+        self._T_child_camera: torch.Tensor | None = None
 
     def configure(self) -> None:
+        self._external = self.value("poses") == "external"
         self._world_frame = self.value("world_frame")
         self._odometry = self.tell(Odometry, "odometry", self.result_qos)
         self._keyframes = self.tell(Path, "keyframes", self.window_qos)
         self._landmarks = self.tell(PointCloud2, "landmarks", self.window_qos)
-        self._tf = None
+        self._prior = self.tell(PointCloud2, "prior", self.window_qos)
+        if any(given := self.value("camera_pose")):
+            self._T_child_camera = messages.pose_from_numbers(given)
+        self._broadcaster = None
         if self.value("publish_tf"):
-            if TransformBroadcaster is None:
+            if tf2_ros is None:
                 raise ValueError("publish_tf is set but tf2_ros is not installed; install it, or leave publish_tf out")
-            self._tf = TransformBroadcaster(self)
+            self._broadcaster = tf2_ros.TransformBroadcaster(self)
+            self._configured.callback(self.destroy_publisher, self._broadcaster.pub_tf)
+        self._buffer = self._listener = None
+        if tf2_ros is not None and self._T_child_camera is None:
+            self._buffer = tf2_ros.Buffer()
+            self._listener = tf2_ros.TransformListener(self._buffer, self)
+            self._configured.callback(self._listener.unregister)
         self.serve("~/save_map", self.save_map)
         self.hear(PointCloud2, "correspondences", self.receive, self.result_qos)
+        often = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
+        self.hear(Odometry, "external_odometry", self._on_odometry, lossless() if self.keeps_all else often)
 
     def options(self) -> BundleOptions:
         return parameters.options(BundleOptions(), "bundle", self.role, self.value)
@@ -58,21 +77,20 @@ class BundleNode(CoreNode):
         correspondences = messages.correspondences_from_cloud(message)
         self.follow(correspondences.stamp)
         estimate = self.core.add(correspondences)
-        self.status, self.inliers = estimate.status, estimate.inliers
+        self._camera_frame = message.header.frame_id
+        self.status, self.motion, self.reason = estimate.status, estimate.motion, estimate.reason
+        self.inliers = estimate.inliers
         if estimate.T_world_camera is not None:
             pose = messages.odometry(
-                estimate.T_world_camera, estimate.covariance, estimate.stamp, self._world_frame, message.header.frame_id
+                estimate.T_world_camera, estimate.covariance, estimate.stamp, self._world_frame, self._camera_frame
             )
             self._odometry.publish(pose)
             self.poses += 1
-            if self._tf is not None:
-                self._send_transform(pose)
+            if self._broadcaster is not None:
+                self._broadcaster.sendTransform(_transform(pose))
         if estimate.window is not None:
-            self._points.update(zip(estimate.window.track.tolist(), estimate.window.points.numpy(), strict=True))
-            keyframes, landmarks = messages.window_to_messages(estimate.window, estimate.stamp, self._world_frame)
-            self._landmarks.publish(landmarks)
-            self._keyframes.publish(keyframes)
-            self.windows += 1
+            self._remember(estimate.window)
+            self._publish(estimate.window, estimate.stamp)
         self.health.done(time.perf_counter() - started)
 
     def reset(self) -> str:
@@ -86,29 +104,89 @@ class BundleNode(CoreNode):
         write_map(folder, {stamp: T.numpy() for stamp, T in poses.items()}, self._points)
         return f"{len(poses)} keyframes and {len(self._points)} landmarks in {folder}"
 
+    def concern(self) -> str:
+        return super().concern() or (f"lost: {self.reason}" if self.status == LOST else "")
+
     def values(self) -> dict[str, object]:
-        # Monocular: the scale is whatever the first two keyframes made it.
+        # Monocular: without another odometry the scale is whatever the first two keyframes made it
         return {
             "status": self.status,
+            "motion": self.motion,
+            "reason": self.reason,
             "inliers": self.inliers,
             "poses": self.poses,
             "keyframes": self.core.keyframes if self.core else 0,
             "maps": self.core.maps if self.core else 0,
             "windows": self.windows,
-            "scale": "arbitrary",
+            "scale": "metric" if self.core and self.core.metric else "arbitrary",
+            "external_odometry": self.odometry,
         }
 
-    def _send_transform(self, pose: Odometry) -> None:
-        transform = TransformStamped(header=pose.header, child_frame_id=pose.child_frame_id)
-        position = pose.pose.pose.position
-        translation = transform.transform.translation
-        translation.x, translation.y, translation.z = position.x, position.y, position.z
-        transform.transform.rotation = pose.pose.pose.orientation
-        self._tf.sendTransform(transform)
+    def _publish(self, window: Window, stamp: int) -> None:
+        keyframes, landmarks = messages.window_to_messages(window, stamp, self._world_frame)
+        self._prior.publish(messages.prior_to_cloud(window.prior, stamp, self._world_frame))
+        self._landmarks.publish(landmarks)
+        self._keyframes.publish(keyframes)
+        self.windows += 1
+
+    def _remember(self, window: Window) -> None:
+        for track, point in zip(window.track.tolist(), window.points.tolist(), strict=True):
+            self._points.pop(track, None)  # so that it is the newest again
+            self._points[track] = point
+        while len(self._points) > LANDMARKS:
+            del self._points[next(iter(self._points))]
+
+    def _on_odometry(self, message: Odometry) -> None:
+        if self.state == ACTIVE:
+            self.worker.request(lambda: self._add_odometry(message))
+
+    def _add_odometry(self, message: Odometry) -> None:
+        if self.camera is None:
+            return
+        try:
+            extrinsics = self._extrinsics(message.child_frame_id)
+            if extrinsics is None:
+                return
+            if self.core is None:
+                self.core = self.build(self.camera)
+            self.core.add_odometry(*messages.camera_odometry(message, extrinsics))
+        except ValueError as error:
+            self.health.refused += 1
+            self.fault(f"external_odometry: {error}")
+            return
+        self.odometry += 1
+        if self._external:
+            self._world_frame = message.header.frame_id or self._world_frame
+
+    def _extrinsics(self, child_frame: str) -> torch.Tensor | None:
+        """Pose (7,) of the camera in the odometry's child frame; None as long as the camera's frame is not known."""
+        if self._T_child_camera is None and self._camera_frame:
+            if child_frame in ("", self._camera_frame):
+                self._T_child_camera = messages.pose_from_numbers((0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+            elif self._buffer is not None:
+                try:
+                    found = self._buffer.lookup_transform(child_frame, self._camera_frame, Time())
+                except tf2_ros.TransformException as error:
+                    raise ValueError(f"where the camera is in '{child_frame}' is not known: {error}") from None
+                self._T_child_camera = messages.pose_from_transform(found.transform)
+            else:
+                raise ValueError(
+                    f"where the camera '{self._camera_frame}' is in '{child_frame}' is not known; set camera_pose"
+                )
+        return self._T_child_camera
+
+
+def _transform(pose: Odometry) -> TransformStamped:
+    transform = TransformStamped(header=pose.header, child_frame_id=pose.child_frame_id)
+    position = pose.pose.pose.position
+    translation = transform.transform.translation
+    translation.x, translation.y, translation.z = position.x, position.y, position.z
+    transform.transform.rotation = pose.pose.pose.orientation
+    return transform
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run([BundleNode], arguments)
+    run(BundleNode, arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, TimeoutError
+from pathlib import Path
 from typing import Any
 
 import rclpy
@@ -27,6 +28,7 @@ from std_msgs.msg import Header
 from std_srvs.srv import Trigger
 
 from ..geometry.camera import Camera
+from ..matching import weights
 from . import messages, parameters
 from .diagnostics import ERROR, OK, WARN, Health
 from .worker import Worker
@@ -41,6 +43,21 @@ PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of
 END_S = 20.0  #: and the end of the process this long
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+
+
+def load_weights(path: Path, device: str) -> tuple[torch.nn.Module, weights.WeightsInfo]:
+    """The matcher of a weights file, on a device. FileNotFoundError or ValueError, one sentence each."""
+    matcher, info = weights.load(path)
+    return placed(matcher, device), info
+
+
+def placed(matcher: torch.nn.Module, device: str) -> torch.nn.Module:
+    """The matcher on a device; ValueError where torch has no such device."""
+    try:
+        return matcher.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"parameter 'device' is '{device}', which torch cannot use: {reason}") from None
 
 
 def lossless() -> QoSProfile:
@@ -70,8 +87,10 @@ class CoreNode(LifecycleNode):
     role: str  #: matcher, bundle or learner: the node's name unless remapped, and its column of the parameters
     feed: str  #: the topic without which it has nothing to do
 
-    def __init__(self, **node_options: Any) -> None:
+    def __init__(self, load: Callable[[Path, str], Any] = load_weights, **node_options: Any) -> None:
+        """``load``: what reads weights files; nodes of one process may share one that reads each only once."""
         super().__init__(self.role, **node_options)
+        self._load = load
         self._changed: dict[str, parameters.Value] = {}  # ROS tells of a change before it makes it
         self._wrong = parameters.declare(self, self.role, self.on_change)
         self.health = Health()
@@ -123,6 +142,14 @@ class CoreNode(LifecycleNode):
             return f"no usable camera_info has come on {self.resolve_topic_name('camera_info')}"
         return ""
 
+    def concern(self) -> str:
+        """What to warn of though nothing went wrong, or nothing."""
+        if (busy := self.worker.busy()) > BUSY_S:
+            return f"one piece of work has taken {busy:.0f} s so far"
+        if (silence := time.monotonic() - self._last_heard) > SILENCE_S:
+            return f"nothing has come on {self.resolve_topic_name(self.feed)} for {silence:.0f} s"
+        return ""
+
     def values(self) -> dict[str, object]:
         """What diagnostics say beside the counters."""
         return {}
@@ -156,6 +183,11 @@ class CoreNode(LifecycleNode):
     def value(self, name: str) -> Any:
         """A parameter's value."""
         return self._changed.get(name, self.get_parameter(name).value)
+
+    def load(self) -> tuple[torch.nn.Module, weights.WeightsInfo, Path]:
+        """The file of parameter ``weights``, or the shipped one. FileNotFoundError or ValueError."""
+        path = Path(self.value("weights") or weights.default_path()).expanduser()
+        return *self._load(path, self.value("device")), path
 
     @property
     def keeps_all(self) -> bool:
@@ -353,7 +385,7 @@ class CoreNode(LifecycleNode):
             return
         self._calibration = message
         try:
-            camera = messages.camera_from_info(message)
+            camera = messages.camera_from_info(message, self._rectified())
         except ValueError as error:
             self.fault(f"camera_info: {error}")
             return
@@ -361,6 +393,13 @@ class CoreNode(LifecycleNode):
             self.fault("camera_info changed: starting afresh with the new calibration")
             self.worker.request(self.recalibrate)
         self.camera = camera
+
+    def _rectified(self) -> bool:
+        if (given := self.value("rectified")) != "auto":
+            return given == "always"
+        # Whether the camera_info's P or K describes an image, the image's name alone tells (REP 104, image_proc)
+        names = (self.resolve_topic_name(topic) for topic in ("image", "image/compressed"))
+        return any(name.removesuffix("/compressed").rpartition("/")[2].startswith("image_rect") for name in names)
 
     def _on_clock_jump(self, jump: Any) -> None:
         seconds = jump.delta.nanoseconds / 1e9
@@ -376,10 +415,8 @@ class CoreNode(LifecycleNode):
         if self.state != ACTIVE:
             return (ERROR, f"{self.state}: {self.refusal}") if self.refusal else (OK, self.state)
         level, text = self.health.level(self.trouble())
-        if level == OK and (busy := self.worker.busy()) > BUSY_S:
-            return WARN, f"one piece of work has taken {busy:.0f} s so far"
-        if level == OK and (silence := time.monotonic() - self._last_heard) > SILENCE_S:
-            return WARN, f"nothing has come on {self.resolve_topic_name(self.feed)} for {silence:.0f} s"
+        if level == OK and (concern := self.concern()):
+            return WARN, concern
         return level, text
 
     def _publish_diagnostics(self) -> None:
@@ -390,44 +427,45 @@ class CoreNode(LifecycleNode):
         self._diagnostics.publish(messages.diagnostic_array([status], self.get_clock().now().to_msg()))
 
 
-def run(node_classes: Sequence[type[CoreNode]], arguments: list[str] | None = None, **node_options: Any) -> None:
-    """Spins nodes in one process until SIGINT or SIGTERM, each in a thread of its own; then the exit code is 0.
+def run(node_class: type[CoreNode], arguments: list[str] | None = None) -> None:
+    """The ``main`` of a node's executable."""
+    run_ros(lambda stack: spin_nodes([node_class], stack), arguments)
 
-    A node that is to start by itself and refuses ends the process with its reason, one sentence, and exit code 2.
+
+def spin_nodes(node_classes: Sequence[type[CoreNode]], stack: contextlib.ExitStack, **node_options: Any) -> None:
+    """Makes nodes and spins each in a thread of its own, until ROS is shut down; their end goes on the stack.
+
+    Raises ValueError, one sentence, where a node that is to start by itself refuses.
     """
+    nodes, broken = [], []
+    for node_class in node_classes:
+        nodes.append(node_class(**node_options))
+        stack.callback(_end, nodes[-1])
+    for node in nodes:
+        if node.value("autostart"):
+            node.start()
 
-    def body(stack: contextlib.ExitStack) -> None:
-        nodes, broken = [], []
-        for node_class in node_classes:
-            nodes.append(node_class(**node_options))
-            stack.callback(_end, nodes[-1])
-        for node in nodes:
-            if node.value("autostart"):
-                node.start()
+    def spin(node: CoreNode) -> None:
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        try:
+            executor.spin()
+        except (KeyboardInterrupt, ExternalShutdownException):
+            pass
+        except Exception:
+            traceback.print_exc()
+            broken.append(node)
+        finally:
+            rclpy.try_shutdown()  # one ends, all end
 
-        def spin(node: CoreNode) -> None:
-            executor = SingleThreadedExecutor()
-            executor.add_node(node)
-            try:
-                executor.spin()
-            except (KeyboardInterrupt, ExternalShutdownException):
-                pass
-            except Exception:
-                traceback.print_exc()
-                broken.append(node)
-            finally:
-                rclpy.try_shutdown()  # one ends, all end
-
-        threads = [threading.Thread(target=spin, args=(node,), name=node.role) for node in nodes[1:]]
-        for thread in threads:
-            thread.start()
-        spin(nodes[0])
-        for thread in threads:
-            thread.join()
-        if broken:
-            sys.exit(1)
-
-    run_ros(body, arguments)
+    threads = [threading.Thread(target=spin, args=(node,), name=node.role) for node in nodes[1:]]
+    for thread in threads:
+        thread.start()
+    spin(nodes[0])
+    for thread in threads:
+        thread.join()
+    if broken:
+        sys.exit(1)
 
 
 def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -25,7 +26,8 @@ from .core_node import ACTIVE, CoreNode, latched, run
 from .diagnostics import OK, WARN, percentiles
 
 NICE = 10  #: whoever drives the robot comes first on a busy machine
-HALVES = 10  #: windows of which only keyframes or only landmarks have come; older ones are forgotten
+PARTS = {"keyframes": Path, "landmarks": PointCloud2, "prior": PointCloud2}  #: of a window
+UNJOINED = 10  #: windows of which not all three messages have come; older ones are forgotten
 
 
 class LearnerNode(CoreNode):
@@ -36,16 +38,16 @@ class LearnerNode(CoreNode):
     def forget(self) -> None:
         super().forget()
         self._start: tuple[torch.nn.Module, weights.WeightsInfo] | None = None
-        self._halves: dict[int, dict[type, Any]] = {}
+        self._parts: dict[int, dict[str, Any]] = {}
         self.version = -1
         self.steps = self.verdicts = 0
         self.last_loss, self.last_verdict = float("nan"), ""
         self._step_ms: list[float] = []
 
     def configure(self) -> None:
-        path = FilePath(self.value("weights") or weights.default_path()).expanduser()
-        self._start = weights.load(path)
-        self.version = self._told = self._start[1].version
+        matcher, info, _ = self.load()
+        self._start = matcher, info
+        self.version = self._told = info.version
         self._weights = self.tell(UInt8MultiArray, "weights", latched())
         self._learning = self.tell(DiagnosticStatus, "learning", self.result_qos)
         self.answer(SetBool, "~/enable", self._on_enable)
@@ -60,8 +62,8 @@ class LearnerNode(CoreNode):
         else:
             self.hear(Image, "image", take(self._add_image), self.input_qos)
         self.hear(PointCloud2, "correspondences", take(self._add_correspondences), self.result_qos)
-        self.hear(Path, "keyframes", take(self._add_half), self.window_qos)
-        self.hear(PointCloud2, "landmarks", take(self._add_half), self.window_qos)
+        for name, kind in PARTS.items():
+            self.hear(kind, name, take(partial(self._add_part, name)), self.window_qos)
 
     def begin(self) -> None:
         super().begin()
@@ -101,12 +103,12 @@ class LearnerNode(CoreNode):
     def reset(self) -> str:
         """Back to the first weights."""
         super().reset()
-        self._halves.clear()
+        self._parts.clear()
         return self._republish()
 
     def restart(self) -> None:
         """What is remembered of the images goes, what was learned stays."""
-        self._halves.clear()
+        self._parts.clear()
         self._last_stamp = None
         if self.core is not None:
             self.core.start_recording(self.camera)
@@ -151,16 +153,16 @@ class LearnerNode(CoreNode):
     def _add_correspondences(self, message: PointCloud2) -> None:
         self.core.add_correspondences(messages.correspondences_from_cloud(message))
 
-    def _add_half(self, message: Path | PointCloud2) -> None:
-        """Keyframes and landmarks of one solve come as two messages of one stamp."""
+    def _add_part(self, name: str, message: Path | PointCloud2) -> None:
+        """Keyframes, landmarks and prior of one solve come as three messages of one stamp."""
         stamp = messages.to_ns(message.header.stamp)
-        halves = self._halves.setdefault(stamp, {})
-        halves[type(message)] = message
-        if len(halves) == 2:
-            del self._halves[stamp]
-            self.core.add_window(messages.window_from_messages(halves[Path], halves[PointCloud2]))
-        while len(self._halves) > HALVES:
-            del self._halves[next(iter(self._halves))]
+        parts = self._parts.setdefault(stamp, {})
+        parts[name] = message
+        if len(parts) == len(PARTS):
+            del self._parts[stamp]
+            self.core.add_window(messages.window_from_messages(**parts))
+        while len(self._parts) > UNJOINED:
+            del self._parts[next(iter(self._parts))]
 
     def _judge(self, now: bool = False) -> None:
         verdict = self.core.verdict(now) if self.core is not None else None
@@ -231,7 +233,7 @@ class LearnerNode(CoreNode):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run([LearnerNode], arguments)
+    run(LearnerNode, arguments)
 
 
 if __name__ == "__main__":

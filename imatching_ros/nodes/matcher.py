@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +16,7 @@ from ..geometry.correspondences import Correspondences
 from ..matching import weights
 from ..matching.tracker import Tracker, TrackerOptions
 from . import messages, parameters
-from .core_node import CoreNode, latched, run
+from .core_node import CoreNode, latched, placed, run
 
 
 class MatcherNode(CoreNode):
@@ -29,6 +28,7 @@ class MatcherNode(CoreNode):
         super().forget()
         self.matcher: torch.nn.Module | None = None
         self.version = -1
+        self.rows = 0  # of the newest image
         self._previous: Correspondences | None = None
 
     def configure(self) -> None:
@@ -57,6 +57,7 @@ class MatcherNode(CoreNode):
         self.follow(stamp)
         image = messages.image_from_message(message)
         correspondences = self.core.track(stamp, image)
+        self.rows = len(correspondences)
         self._correspondences.publish(messages.correspondences_to_cloud(correspondences, frame))
         self.health.done(time.perf_counter() - started)
         if self._vins is not None:
@@ -67,23 +68,24 @@ class MatcherNode(CoreNode):
 
     def reload_weights(self) -> str:
         """Loads the file of parameter ``weights``, or the shipped one."""
-        path = Path(self.value("weights") or weights.default_path()).expanduser()
-        self._use(*weights.load(path))
+        matcher, info, path = self.load()
+        self._use(matcher, info)
         return f"version {self.version} from {path}"
 
     def values(self) -> dict[str, object]:
-        return {"model_version": self.version}
+        return {"model_version": self.version, "rows": self.rows}
 
     def _queue_size(self) -> int:
         return 1 if self.value("processing_mode") == "latest" else super()._queue_size()
 
     def _on_weights(self, message: UInt8MultiArray) -> None:
         try:
-            loaded = weights.loads(messages.weights_from_message(message), "the weights message")
+            matcher, info = weights.loads(messages.weights_from_message(message), "the weights message")
+            matcher = placed(matcher, self.value("device"))
         except ValueError as error:
             self.fault(str(error))
             return
-        self.worker.request(lambda: self._use(*loaded))
+        self.worker.request(lambda: self._use(matcher, info))
 
     def _use(self, matcher: torch.nn.Module, info: weights.WeightsInfo) -> None:
         self.matcher, self.version = matcher, info.version
@@ -105,7 +107,7 @@ def draw(image: np.ndarray, correspondences: Correspondences) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    run([MatcherNode], arguments)
+    run(MatcherNode, arguments)
 
 
 if __name__ == "__main__":

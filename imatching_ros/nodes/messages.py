@@ -6,22 +6,35 @@ Every ``*_from_*`` raises ValueError with one sentence where a message is malfor
 from __future__ import annotations
 
 import array
-from collections.abc import Mapping
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
-from geometry_msgs.msg import Point32, Pose, PoseStamped
+from geometry_msgs.msg import Point32, Pose, PoseStamped, Transform
 from nav_msgs.msg import Odometry, Path
-from sensor_msgs.msg import CameraInfo, ChannelFloat32, CompressedImage, Image, PointCloud, PointCloud2, PointField
+from sensor_msgs.msg import (
+    CameraInfo,
+    ChannelFloat32,
+    CompressedImage,
+    Image,
+    PointCloud,
+    PointCloud2,
+    PointField,
+    RegionOfInterest,
+)
 from std_msgs.msg import Header, UInt8MultiArray
 
+from ..bundle.prior import Prior
 from ..bundle.window import Window
 from ..data.images import decode_compressed, decode_image
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
+from ..geometry.frames import carried
 
 CORRESPONDENCE = np.dtype([
     ("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("u", "<f4"), ("v", "<f4"), ("ref_u", "<f4"), ("ref_v", "<f4"),
@@ -41,6 +54,28 @@ _FIELD_TYPES = {
     "i4": PointField.INT32, "u4": PointField.UINT32, "f4": PointField.FLOAT32, "f8": PointField.FLOAT64,
 }  # fmt: skip
 _DTYPES = {number: name for name, number in _FIELD_TYPES.items()}
+
+
+try:
+    from cv_bridge import CvBridge
+except Exception:  # absent, or built for another numpy
+    CvBridge = None
+
+
+def _bridge() -> Any:
+    """cv_bridge where it is installed and sound: a port of that name on PyPI corrupts 16-bit images."""
+    if CvBridge is None:
+        return None
+    ramp = np.minimum(np.arange(256) * 257 + 100, 65535).astype(np.uint16).reshape(16, 16)
+    message = Image(encoding="mono16", height=16, width=16, step=32, data=array.array("B", ramp.tobytes()))
+    with contextlib.suppress(Exception):
+        bridge = CvBridge()
+        if np.array_equal(bridge.imgmsg_to_cv2(message, "mono8"), np.arange(256).reshape(16, 16)):
+            return bridge
+    return None
+
+
+_BRIDGE = _bridge()
 
 
 # Stamps
@@ -72,7 +107,7 @@ def cloud(rows: np.ndarray, head: Header) -> PointCloud2:
         height=1,
         width=len(rows),
         fields=[
-            PointField(name=name, offset=offset, datatype=_FIELD_TYPES[dtype.str[1:]], count=1)
+            PointField(name=name, offset=offset, datatype=_FIELD_TYPES[dtype.base.str[1:]], count=_count(dtype))
             for name, (dtype, offset) in rows.dtype.fields.items()
         ],
         is_bigendian=False,
@@ -81,6 +116,10 @@ def cloud(rows: np.ndarray, head: Header) -> PointCloud2:
         data=array.array("B", rows.tobytes()),
         is_dense=True,
     )
+
+
+def _count(dtype: np.dtype) -> int:
+    return math.prod(dtype.shape)
 
 
 def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
@@ -94,8 +133,11 @@ def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
         field = fields.get(name)
         if field is None:
             raise ValueError(f"the point cloud has no field '{name}'; its publisher and this node must agree on it")
-        if _DTYPES.get(field.datatype) != dtype.str[1:] or field.count != 1:
-            raise ValueError(f"field '{name}' of the point cloud has datatype {field.datatype}, expected {dtype.name}")
+        if _DTYPES.get(field.datatype) != dtype.base.str[1:] or field.count != _count(dtype):
+            raise ValueError(
+                f"field '{name}' of the point cloud has {field.count} of datatype {field.datatype}, expected "
+                f"{_count(dtype)} {dtype.base.name}"
+            )
         if field.offset + dtype.itemsize > message.point_step:
             raise ValueError(f"field '{name}' of the point cloud ends beyond its point_step of {message.point_step}")
     if message.row_step < message.width * message.point_step or len(message.data) < message.row_step * message.height:
@@ -103,7 +145,7 @@ def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
     names = list(wanted.names)
     layout = np.dtype({
         "names": names,
-        "formats": [order + wanted.fields[name][0].str[1:] for name in names],
+        "formats": [(order + wanted[name].base.str[1:], wanted[name].shape) for name in names],
         "offsets": [fields[name].offset for name in names],
         "itemsize": message.point_step,
     })
@@ -112,7 +154,7 @@ def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
     ) if len(message.data) else np.empty((0, 0), layout)  # fmt: skip
     result = np.empty(rows.size, wanted)
     for name in names:
-        result[name] = rows[name].reshape(-1)
+        result[name] = rows[name].reshape(result[name].shape)
     return result
 
 
@@ -206,6 +248,36 @@ def pose_from_message(message: Pose) -> torch.Tensor:
     return torch.tensor([p.x, p.y, p.z, q.x, q.y, q.z, q.w], dtype=torch.float64)
 
 
+def pose_from_numbers(numbers: Sequence[float]) -> torch.Tensor:
+    """(7,) float64 of ``x y z qx qy qz qw``; ValueError where the quaternion is not one."""
+    T = torch.tensor(list(numbers), dtype=torch.float64)
+    norm = T[3:].norm()
+    if not abs(float(norm) - 1.0) < 1e-2:
+        raise ValueError(f"the pose {T.tolist()} has no unit quaternion; write x y z qx qy qz qw")
+    return torch.cat((T[:3], T[3:] / norm))
+
+
+def pose_from_transform(message: Transform) -> torch.Tensor:
+    """(7,) float64 ``tx ty tz qx qy qz qw``."""
+    t, q = message.translation, message.rotation
+    return pose_from_numbers((t.x, t.y, t.z, q.x, q.y, q.z, q.w))
+
+
+def camera_odometry(
+    message: Odometry, T_child_camera: torch.Tensor
+) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+    """Stamp in ns, pose (7,) and covariance (6, 6) of the camera that the odometry's child frame carries.
+
+    A covariance of zeros says that none is known. Raises ValueError where the message holds no pose.
+    """
+    T = pose_from_message(message.pose.pose)
+    covariance = torch.from_numpy(np.array(message.pose.covariance, np.float64).reshape(6, 6))
+    if not (T.isfinite().all() and covariance.isfinite().all()):
+        raise ValueError("the odometry holds a number that is not finite")
+    T = pose_from_numbers(T.tolist())
+    return to_ns(message.header.stamp), *carried(T, covariance if bool(covariance.any()) else None, T_child_camera)
+
+
 def odometry(
     T_world_camera: torch.Tensor, covariance: torch.Tensor | None, stamp: int, world_frame: str, camera_frame: str
 ) -> Odometry:
@@ -218,7 +290,7 @@ def odometry(
 
 
 def window_to_messages(window: Window, stamp: int, world_frame: str) -> tuple[Path, PointCloud2]:
-    """One solve as ``keyframes`` and ``landmarks``, both stamped with the image that caused it."""
+    """One solve as ``keyframes`` and ``landmarks``, both stamped with the image that caused it, as is ``prior``."""
     path = Path(
         header=header(stamp, world_frame),
         poses=[
@@ -238,10 +310,52 @@ def window_to_messages(window: Window, stamp: int, world_frame: str) -> tuple[Pa
     return path, cloud(rows, header(stamp, world_frame))
 
 
-def window_from_messages(keyframes: Path, landmarks: PointCloud2) -> Window:
-    """The window of one solve. Raises ValueError where the two messages are of different solves."""
-    if to_ns(keyframes.header.stamp) != to_ns(landmarks.header.stamp):
-        raise ValueError("keyframes and landmarks have different stamps, so they are not of the same solve")
+def _prior_type(poses: int) -> np.dtype:
+    return np.dtype([
+        ("sec", "<i4"), ("nanosec", "<u4"), ("pose", "<f8", (7,)), ("gradient", "<f8", (6,)),
+        ("information", "<f8", (36 * poses,)),
+    ])  # fmt: skip
+
+
+def prior_to_cloud(prior: Prior | None, stamp: int, world_frame: str) -> PointCloud2:
+    """What the window was solved with beside its observations: one row for each of P poses, none without a prior.
+
+    Fields: the pose's stamp, where it was linearised (x y z qx qy qz qw), and its six rows of gradient (6P) and of
+    information (6P, 6P), the latter row after row: six rows of 6P numbers each.
+    """
+    poses = 0 if prior is None else len(prior.stamps)
+    rows = np.empty(poses, _prior_type(poses))
+    if prior is not None:
+        rows["sec"], rows["nanosec"] = np.divmod(prior.stamps.numpy(), 1_000_000_000)
+        rows["pose"] = prior.T_world_camera.numpy()
+        rows["gradient"] = prior.gradient.numpy().reshape(poses, 6)
+        rows["information"] = prior.information.numpy().reshape(poses, 36 * poses)
+    return cloud(rows, header(stamp, world_frame))
+
+
+def prior_from_cloud(message: PointCloud2) -> Prior | None:
+    """The exact inverse. Raises ValueError where it is malformed."""
+    poses = message.width * message.height
+    if poses == 0:
+        return None
+    if poses > 1000:
+        raise ValueError(f"the prior speaks of {poses} poses, more than any window has")
+    rows = cloud_rows(message, _prior_type(poses))
+    for name in ("pose", "gradient", "information"):
+        if not np.isfinite(rows[name]).all():
+            raise ValueError(f"the prior holds a value of '{name}' that is not finite")
+    return Prior(
+        stamps=torch.from_numpy(rows["sec"].astype(np.int64) * 1_000_000_000 + rows["nanosec"]),
+        T_world_camera=torch.from_numpy(rows["pose"].copy()),
+        information=torch.from_numpy(rows["information"].reshape(6 * poses, 6 * poses).copy()),
+        gradient=torch.from_numpy(rows["gradient"].reshape(6 * poses).copy()),
+    )
+
+
+def window_from_messages(keyframes: Path, landmarks: PointCloud2, prior: PointCloud2) -> Window:
+    """The window of one solve. Raises ValueError where the messages are of different solves, or malformed."""
+    if len({to_ns(message.header.stamp) for message in (keyframes, landmarks, prior)}) > 1:
+        raise ValueError("keyframes, landmarks and prior have different stamps, so they are not of the same solve")
     rows = cloud_rows(landmarks, LANDMARK)
     points = torch.from_numpy(_points(rows))
     poses = [pose_from_message(pose.pose) for pose in keyframes.poses]
@@ -255,6 +369,7 @@ def window_from_messages(keyframes: Path, landmarks: PointCloud2) -> Window:
         points=points,
         observations=torch.from_numpy(rows["observations"].astype(np.int64)),
         error_px=torch.from_numpy(rows["error_px"].astype(np.float64)),
+        prior=prior_from_cloud(prior),
     )
 
 
@@ -272,10 +387,22 @@ def _points(rows: np.ndarray) -> np.ndarray:
 # Images and cameras
 
 
-def camera_from_info(message: CameraInfo) -> Camera:
-    """The camera; ValueError where it is not calibrated."""
-    return Camera.from_camera_info(
-        message.width, message.height, list(message.k), list(message.d), message.distortion_model
+def camera_from_info(message: CameraInfo, rectified: bool = False) -> Camera:
+    """The camera of the image as it is published, cut out and binned as the message says.
+
+    A rectified image has the intrinsics of P and no distortion, a raw one those of K and D. Raises ValueError where
+    the camera is not calibrated.
+    """
+    roi = message.roi
+    if rectified:
+        p = message.p
+        camera = Camera.from_camera_info(message.width, message.height, [*p[:3], *p[4:7], *p[8:11]], [], "")
+    else:
+        camera = Camera.from_camera_info(
+            message.width, message.height, list(message.k), list(message.d), message.distortion_model
+        )
+    return camera.cropped(roi.x_offset, roi.y_offset, roi.width, roi.height).binned(
+        message.binning_x or 1, message.binning_y or 1
     )
 
 
@@ -298,6 +425,9 @@ def image_from_message(message: Image | CompressedImage) -> np.ndarray:
     """Grey (H, W) uint8 of an Image or a CompressedImage; ValueError where it cannot be read."""
     if isinstance(message, CompressedImage):
         return decode_compressed(bytes(message.data))
+    if _BRIDGE is not None:
+        with contextlib.suppress(Exception):  # what it cannot read, or what is malformed, is for the decoder to say
+            return np.ascontiguousarray(_BRIDGE.imgmsg_to_cv2(message, "mono8"))
     return decode_image(
         message.encoding, message.height, message.width, message.step, bytes(message.data), bool(message.is_bigendian)
     )
@@ -328,7 +458,13 @@ def from_recording(message: Any, stamp: int) -> Image | CompressedImage | Camera
         k=message.k.tolist(),
         r=message.r.tolist(),
         p=message.p.tolist(),
-    )
+        binning_x=message.binning_x,
+        binning_y=message.binning_y,
+        roi=RegionOfInterest(
+            x_offset=message.roi.x_offset, y_offset=message.roi.y_offset,
+            width=message.roi.width, height=message.roi.height, do_rectify=message.roi.do_rectify,
+        ),
+    )  # fmt: skip
 
 
 def image_to_message(image: np.ndarray, head: Header) -> Image:

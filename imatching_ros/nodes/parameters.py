@@ -1,7 +1,8 @@
 """Every parameter of the three nodes, in one table.
 
-Declaration, validation and ``config/imatching.yaml`` follow from it; write the file anew with
-``python -m imatching_ros.nodes.parameters > config/imatching.yaml``.
+Declaration, validation, ``config/imatching.yaml`` and ``docs/parameters.md`` follow from it; write the files anew with
+``python -m imatching_ros.nodes.parameters > config/imatching.yaml`` and
+``python -m imatching_ros.nodes.parameters --markdown > docs/parameters.md``.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-Value = bool | int | float | str
+Value = bool | int | float | str | tuple[float, ...] | tuple[str, ...]
 Options = TypeVar("Options")
 
-NODES = ("matcher", "bundle", "learner")  #: the three; the player is only a camera's stand-in
+NODES = ("matcher", "bundle", "learner")  #: the three
+OTHERS = ("imatching", "player")  #: the three in one process; a camera's stand-in
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter. ``low`` and ``high`` are inclusive; ``choices`` are all that a text may be."""
+    """One parameter. ``low`` and ``high`` are inclusive; ``choices`` are all that a text, or one of several, may be."""
 
     name: str
     nodes: tuple[str, ...]
@@ -36,6 +39,8 @@ class Parameter:
 
     def refusal(self, value: Any) -> str | None:
         """Why this value is refused, in one sentence, or None where it is right."""
+        if isinstance(self.default, tuple):
+            return self._list_refusal(value)
         if type(value) is not type(self.default):
             return f"parameter '{self.name}' takes a {type(self.default).__name__}, not {value!r}"
         if self.choices and value not in self.choices:
@@ -43,6 +48,21 @@ class Parameter:
         if self.low is not None and not self.low <= value <= self.high:  # written so that NaN is refused
             return f"parameter '{self.name}' is {value:g}, it must lie in [{self.low:g}, {self.high:g}]"
         return None
+
+    def _list_refusal(self, value: Any) -> str | None:
+        kind = type(self.default[0])
+        if isinstance(value, str | bytes) or not all(type(item) is kind for item in _items(value)):
+            return f"parameter '{self.name}' takes a list of {kind.__name__}, not {value!r}"
+        items = _items(value)
+        if self.choices and not (items and set(items) <= set(self.choices)):
+            return f"parameter '{self.name}' is {list(items)}, it must name one or more of {', '.join(self.choices)}"
+        if kind is float and (len(items) != len(self.default) or not all(map(math.isfinite, items))):
+            return f"parameter '{self.name}' is {list(items)}, it must be {len(self.default)} finite numbers"
+        return None
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if hasattr(value, "__iter__") else (value,)
 
 
 _M, _B, _L = (("matcher",), ("bundle",), ("learner",))
@@ -53,6 +73,9 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("autostart", _ALL, True,
               "Configure and activate at start, and end the process where that is refused; false: a lifecycle manager "
               "does it.", read_only=True),
+    Parameter("nodes", ("imatching",), NODES, "The nodes that imatching_node runs in its one process.",
+              choices=NODES, read_only=True),
+    Parameter("device", ("matcher", "learner"), "cpu", "Where torch computes: cpu, cuda, cuda:1, …", read_only=True),
     # What comes in and how
     Parameter("image_transport", ("matcher", "learner"), "raw",
               "raw: sensor_msgs/Image on 'image'; compressed: sensor_msgs/CompressedImage on 'image/compressed'.",
@@ -68,6 +91,10 @@ TABLE: tuple[Parameter, ...] = (
               read_only=True),
     Parameter("threads", _ALL, 1, "Threads of one torch operation; 0 leaves the choice to torch.", 0, 256,
               read_only=True),
+    Parameter("rectified", _ALL, "auto",
+              "always: images are rectified, so camera_info's P describes them; never: they are raw, so K and D do; "
+              "auto: rectified where the last part of the image topic's name begins with image_rect.",
+              choices=("auto", "always", "never"), read_only=True),
     # Weights
     Parameter("weights", ("matcher", "learner"), "",
               "Weights file to start with; empty: the shipped ones. ~/reload_weights reads it again."),
@@ -103,6 +130,14 @@ TABLE: tuple[Parameter, ...] = (
               read_only=True, option="bundle.min_landmarks"),
     Parameter("lost_frames", _B, 15, "Frames without a pose before a new map is begun.", 1, 100_000, read_only=True,
               option="bundle.patience"),
+    # Beside another odometry
+    Parameter("poses", _B, "own",
+              "own: poses are solved, and external_odometry, where it comes, gives them their scale; external: they "
+              "are those of external_odometry, only landmarks are solved.", choices=("own", "external"), read_only=True,
+              option="bundle.poses"),
+    Parameter("camera_pose", _B, (0.0,) * 7,
+              "Pose of the camera's optical frame in the child frame of external_odometry: x y z qx qy qz qw. All "
+              "zero: the two frames are one, or tf2 knows.", read_only=True),
     # The upper level
     Parameter("learning_rate", _L, 2e-4, "Adam's learning rate.", 1e-8, 0.1, option="learner.rate"),
     Parameter("clip", _L, 1.0, "Largest norm of a gradient.", 1e-6, 1e6, option="learner.clip"),
@@ -179,9 +214,8 @@ def declare(ros_node: Any, node: str, apply: Callable[[dict[str, Value]], None])
             descriptor.floating_point_range = [FloatingPointRange(from_value=parameter.low, to_value=parameter.high)]
         elif type(parameter.default) is int:
             descriptor.integer_range = [IntegerRange(from_value=parameter.low, to_value=parameter.high, step=1)]
-        ros_node.declare_parameter(
-            parameter.name, parameter.default, descriptor, ignore_override=parameter.name in wrong
-        )
+        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        ros_node.declare_parameter(parameter.name, default, descriptor, ignore_override=parameter.name in wrong)
 
     def check(changes: list[Any]) -> SetParametersResult:
         ours = {c.name: c.value for c in changes if c.name in known}
@@ -205,19 +239,48 @@ def to_yaml() -> str:
     lines = [
         "# Parameters of imatching_ros, with their defaults. Written by: python -m imatching_ros.nodes.parameters",
     ]
-    for node in (*NODES, "player"):
+    for node in (*NODES, *OTHERS):
         lines += ["", f"/**/{node}:", "  ros__parameters:"]
         for parameter in of(node):
-            comment = parameter.description
-            if parameter.choices:
-                comment += f" One of {', '.join(parameter.choices)}."
-            if parameter.low is not None:
-                comment += f" From {_number(parameter.low)} to {_number(parameter.high)}."
-            if parameter.read_only:
-                comment += " Read-only."
+            comment = " ".join((parameter.description, *_limits(parameter)))
             lines += [f"    # {line}" for line in textwrap.wrap(comment, 106, break_on_hyphens=False)]
             lines.append(f"    {parameter.name}: {yaml_scalar(parameter.default)}")
     return "\n".join(lines) + "\n"
+
+
+def to_markdown() -> str:
+    """``docs/parameters.md``: the same as tables."""
+    lines = [
+        "# Parameters",
+        "",
+        "Written by `python -m imatching_ros.nodes.parameters --markdown`. What is not read-only may change while the",
+        "node runs; several changes in one `set_parameters_atomically` are made together, or none of them.",
+    ]
+    for node in (*NODES, *OTHERS):
+        lines += ["", f"## {node}", "", "| name | type | default | meaning |", "|---|---|---|---|"]
+        for parameter in of(node):
+            kind, default = _kind(parameter.default), yaml_scalar(parameter.default)
+            meaning = " ".join((parameter.description, *_limits(parameter)))
+            lines.append(f"| `{parameter.name}` | {kind} | `{default}` | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _limits(parameter: Parameter) -> list[str]:
+    limits = []
+    if parameter.choices:
+        limits.append(f"One of {', '.join(parameter.choices)}.")
+    if parameter.low is not None:
+        limits.append(f"From {_number(parameter.low)} to {_number(parameter.high)}.")
+    if parameter.read_only:
+        limits.append("Read-only.")
+    return limits
+
+
+def _kind(value: Value) -> str:
+    """The type as ROS calls it."""
+    if isinstance(value, tuple):
+        return f"{_kind(value[0])} array"
+    return {bool: "bool", int: "integer", float: "double", str: "string"}[type(value)]
 
 
 def _number(value: float) -> str:
@@ -233,4 +296,4 @@ def yaml_scalar(value: Value) -> str:
 
 
 if __name__ == "__main__":
-    print(to_yaml(), end="")
+    print(to_markdown() if sys.argv[1:] == ["--markdown"] else to_yaml(), end="")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..matching.weights import write
 TRAJECTORY, LANDMARKS = "trajectory.txt", "landmarks.ply"
 
 
-def write_map(folder: Path, T_world_camera: dict[int, np.ndarray], landmarks: dict[int, np.ndarray]) -> None:
+def write_map(folder: Path, T_world_camera: dict[int, np.ndarray], landmarks: dict[int, Sequence[float]]) -> None:
     """Writes trajectory.txt, from poses (7,) by stamp in ns, and landmarks.ply, from points (3,) by track."""
     lines = [
         f"{stamp // 10**9}.{stamp % 10**9:09d} " + " ".join(f"{value:.9f}" for value in T_world_camera[stamp])
