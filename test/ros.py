@@ -86,6 +86,17 @@ class Ros:
         process = self.processes.pop(role)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0, self.log(role)
+        self.forget(role)
+
+    def kill(self, role: str) -> None:
+        """kill -9."""
+        process = self.processes.pop(role)
+        process.kill()
+        process.wait(30)
+        self.forget(role)
+
+    def forget(self, role: str) -> None:
+        """What its diagnostics said so far."""
         for array in self.heard["/diagnostics"]:
             array.status = [status for status in array.status if status.name != f"/{role}"]
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
+rclpy = pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
 
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import SetParameters  # noqa: E402
@@ -13,7 +13,9 @@ from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.core_node import lossless  # noqa: E402
+from imatching_ros.nodes.matcher import MatcherNode  # noqa: E402
 
 TOPICS = {"matcher": "/correspondences", "bundle": "/odometry", "learner": "/weights"}
 
@@ -102,4 +104,51 @@ def test_lifecycle_a_managed_node_refuses_configuration_and_lives_on(ros, tmp_pa
     request = SetParameters.Request(parameters=[Parameter(name="weights", value=text)])
     assert ros.call(SetParameters, "matcher/set_parameters", request).results[0].successful
     assert ros.change("matcher", "configure") and ros.change("matcher", "activate")
-    ros.wait(lambda: ros.says("matcher").get("lifecycle") == "active" and "camera_info" in ros.says("matcher")["message"])
+    ros.wait(lambda: ros.says("matcher").get("lifecycle") == "active")
+    ros.wait(lambda: "no usable camera_info has come" in ros.says("matcher")["message"])
+
+
+@pytest.mark.parametrize(
+    ("topic", "rectified", "focal"),
+    [
+        ("/cam/image_raw", "auto", 130.0), ("/cam/image_rect", "auto", 99.0), ("/image_rect_color", "auto", 99.0),
+        ("/cam/image_rect/compressed", "auto", 99.0), ("/cam/image_rect", "never", 130.0), ("/image", "always", 99.0),
+    ],
+)  # fmt: skip
+def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(ros, topic, rectified, focal):
+    end = "image/compressed" if topic.endswith("compressed") else "image"
+    node = BundleNode(
+        context=ros.context, cli_args=["--ros-args", "-r", f"{end}:={topic}"],
+        parameter_overrides=[rclpy.Parameter("rectified", value=rectified)],
+    )  # fmt: skip
+    node.start()
+    info = messages.camera_to_info(CAMERA, messages.header(0, "camera"))
+    info.p[0] = info.p[5] = 99.0
+    ros.executor.add_node(node)
+    publisher = ros.node.create_publisher(CameraInfo, "camera_info", 10)
+    ros.connect(publisher)
+    ros.wait(lambda: publisher.publish(info) or node.camera)
+    assert (node.camera.fx, node.camera.fy) == (focal, focal)
+    ros.executor.remove_node(node)
+    assert node.close()
+    node.destroy_node()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("device", "tpu9", "parameter 'device' is 'tpu9', which torch cannot use"),
+        ("qos_overrides./correspondences.publisher.reliability", "certain", "Unexpected QoS override"),
+        ("weights", "/", "there is no such weights file"),
+        ("queries", 10**6, "parameter 'queries' is 1e+06, it must lie in [8, 20000]"),
+    ],
+)
+def test_lifecycle_configuration_is_refused_with_one_sentence(ros, name, value, sentence):
+    node = MatcherNode(context=ros.context, parameter_overrides=[rclpy.Parameter(name, value=value)])
+    for _ in range(2):
+        with pytest.raises(ValueError) as caught:
+            node.start()
+        assert sentence in str(caught.value) and len(str(caught.value).splitlines()) == 1
+    assert node.state == "unconfigured"
+    assert not ros.node.count_subscribers("/image")  # what had been made before the refusal is gone
+    node.destroy_node()

@@ -12,6 +12,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from sensor_msgs.msg import PointCloud2
 
+from ..bundle.adjust import compiled
 from ..bundle.bundle import LOST, Bundle
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
@@ -65,6 +66,10 @@ class BundleNode(CoreNode):
         self.hear(PointCloud2, "correspondences", self.receive, self.result_qos)
         often = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
         self.hear(Odometry, "external_odometry", self._on_odometry, lossless() if self.keeps_all else often)
+
+    def begin(self) -> None:
+        super().begin()
+        compiled()  # now, not when the first image waits for it
 
     def options(self) -> BundleOptions:
         return parameters.options(BundleOptions(), "bundle", self.role, self.value)

@@ -348,9 +348,9 @@ class CoreNode(LifecycleNode):
         return self.value("queue_size")
 
     def _work(self, item: Any) -> None:
-        if self.core is None:
-            self.core = self.build(self.camera)
         try:
+            if self.core is None:
+                self.core = self.build(self.camera)
             self.process(item)
         except Exception:
             self.health.refused += 1
@@ -389,10 +389,10 @@ class CoreNode(LifecycleNode):
         except ValueError as error:
             self.fault(f"camera_info: {error}")
             return
-        if self.camera is not None and camera != self.camera:
+        before, self.camera = self.camera, camera
+        if before not in (None, camera):
             self.fault("camera_info changed: starting afresh with the new calibration")
             self.worker.request(self.recalibrate)
-        self.camera = camera
 
     def _rectified(self) -> bool:
         if (given := self.value("rectified")) != "auto":
@@ -481,9 +481,12 @@ def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] |
             body(stack)
         except (KeyboardInterrupt, ExternalShutdownException):
             pass
-        except (ValueError, OSError) as error:
-            print(error, file=sys.stderr)
-            code = 2
+        except Exception as error:
+            if rclpy.ok():  # otherwise the signal to end came first, and this is its work
+                if not isinstance(error, ValueError | OSError):
+                    raise
+                print(error, file=sys.stderr)
+                code = 2
     sys.exit(code)
 
 

@@ -25,6 +25,26 @@ def peak_memory_mb() -> float:
     return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
 
 
+class Share:
+    """What share of the last minute went into something."""
+
+    SPAN_S = 60.0
+
+    def __init__(self) -> None:
+        self._begun = time.monotonic()
+        self._spent: deque[tuple[float, float]] = deque()  # when it ended, seconds
+
+    def add(self, seconds: float) -> None:
+        self._spent.append((time.monotonic(), seconds))
+
+    def value(self) -> float:
+        now = time.monotonic()
+        while self._spent and self._spent[0][0] < now - self.SPAN_S:
+            self._spent.popleft()
+        span = min(self.SPAN_S, now - self._begun)
+        return min(sum(seconds for _, seconds in list(self._spent)) / span, 1.0) if span else 0.0
+
+
 class Health:
     """Counters of one node. Counts are of what the node works on: images, correspondences or windows."""
 
