@@ -31,6 +31,7 @@ ARGUMENTS = (
     ("rviz", "false", "Start RViz with the package's config/imatching.rviz."),
 )
 
+END_S = "25"  #: longer than a node takes to end the piece of work in hand; then SIGTERM
 RESTART_S = 1.0  #: after which a node that was killed, or crashed, is started again
 REFUSED = 2  #: a node's exit code where a parameter or a file is wrong: starting it again would not help
 VIEWS = ("debug/matches", "landmarks", "keyframes", "odometry")
@@ -73,7 +74,8 @@ def start(context):
     def node(role, name, parameters, **options):
         return Node(
             package=PACKAGE, executable=f"{role}_node", name=name, namespace=given["namespace"],
-            parameters=[str(params_file), parameters], remappings=remappings, output="screen", **options,
+            parameters=[str(params_file), parameters], remappings=remappings, output="screen",
+            sigterm_timeout=END_S, **options,
         )  # fmt: skip
 
     def kept_alive(role, name, parameters):

@@ -128,7 +128,7 @@ import sys
 from launch import LaunchDescription, LaunchService
 from launch.actions import IncludeLaunchDescription
 from launch.launch_description_sources import PythonLaunchDescriptionSource
-given = [argument.split(":=") for argument in [*sys.argv[2:], "sigterm_timeout:=100"]]
+given = [argument.split(":=") for argument in sys.argv[2:]]
 service = LaunchService(noninteractive=True)
 source = PythonLaunchDescriptionSource(sys.argv[1])
 service.include_launch_description(LaunchDescription([IncludeLaunchDescription(source, launch_arguments=given)]))
