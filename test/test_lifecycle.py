@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 
 rclpy = pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
 
@@ -11,11 +12,12 @@ from rcl_interfaces.srv import SetParameters  # noqa: E402
 from ros import CAMERA, SECOND, START, Ros, image_message, picture  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 
+from imatching_ros.bundle.window import Window  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
-from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes import bundle, matcher, messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.core_node import lossless  # noqa: E402
-from imatching_ros.nodes.matcher import MatcherNode  # noqa: E402
+from imatching_ros.nodes.matcher import MatcherNode, draw  # noqa: E402
 
 TOPICS = {"matcher": "/correspondences", "bundle": "/odometry", "learner": "/weights"}
 
@@ -151,4 +153,47 @@ def test_lifecycle_configuration_is_refused_with_one_sentence(ros, name, value, 
         assert sentence in str(caught.value) and len(str(caught.value).splitlines()) == 1
     assert node.state == "unconfigured"
     assert not ros.node.count_subscribers("/image")  # what had been made before the refusal is gone
+    node.destroy_node()
+
+
+def test_an_active_matcher_draws_only_while_someone_looks(ros, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(matcher, "draw", lambda *pair: drawn.append(pair) or draw(*pair))
+    values = {"image_qos": "keep_all", "processing_mode": "all", "queries": 50}
+    node = MatcherNode(
+        context=ros.context, parameter_overrides=[rclpy.Parameter(name, value=value) for name, value in values.items()]
+    )
+    node.start()
+    ros.executor.add_node(node)
+    images = ros.node.create_publisher(Image, "image", lossless())
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    matched = ros.listen(PointCloud2, "correspondences", lossless())
+    ros.connect(images)
+    ros.connect(infos)
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera")))
+    for index in range(3):
+        images.publish(image_message(START + index * SECOND // 20, picture(2.0 * index)))
+    ros.wait(lambda: len(matched) == 3)
+    assert matched[-1].width and not drawn
+    looked = ros.listen(Image, "debug/matches", 1)
+    ros.wait(node._debug.get_subscription_count)
+    images.publish(image_message(START + SECOND, picture(8.0)))
+    ros.wait(lambda: looked)
+    assert len(drawn) == 1
+    assert (looked[0].encoding, looked[0].width, looked[0].height) == ("rgb8", 160, 120)
+    assert messages.to_ns(looked[0].header.stamp) == START + SECOND
+    ros.executor.remove_node(node)
+    assert node.close()
+    node.destroy_node()
+
+
+def test_a_bundle_node_remembers_a_bounded_number_of_landmarks(ros, monkeypatch):
+    monkeypatch.setattr(bundle, "LANDMARKS", 100)
+    node = BundleNode(context=ros.context)
+    for first in (0, 60, 120, 30):
+        track = torch.arange(first, first + 60)
+        points = track[:, None].double().expand(-1, 3)
+        node._remember(Window(track[:0], torch.empty(0, 7), track, points, track, points[:, 0]))
+    assert sorted(node._points) == [*range(30, 90), *range(140, 180)]  # those that were seen last
+    assert node._points[70] == [70.0] * 3
     node.destroy_node()
