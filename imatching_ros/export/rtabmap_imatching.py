@@ -28,7 +28,7 @@ class _Image:
     rows: set[bytes]  # its descriptors
 
 
-_matcher: ExpectationMatcher
+_matcher: ExpectationMatcher | None = None
 _images: deque[_Image] = deque(maxlen=KEPT)
 
 
@@ -36,7 +36,7 @@ def init(*given) -> None:
     """PyDetector gives (cuda), PyMatcher (dimension, threshold, iterations, cuda, model); model may be a file."""
     global _matcher
     cuda, model = (given[0], "") if len(given) == 1 else given[3:]
-    if "_matcher" not in globals() or model.endswith(".safetensors"):
+    if _matcher is None or model.endswith(".safetensors"):
         _matcher, _ = weights.load(model if model.endswith(".safetensors") else weights.default_path())
         _matcher.eval().to("cuda" if cuda and torch.cuda.is_available() else "cpu")
         for image in _images:
