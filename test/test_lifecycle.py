@@ -1,5 +1,6 @@
 """The life cycle of the nodes: managed from outside, refusing what is wrong, leaving nothing behind."""
 
+import signal
 import time
 
 import pytest
@@ -9,16 +10,20 @@ rclpy = pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
 
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import SetParameters  # noqa: E402
+from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from ros import CAMERA, SECOND, START, Ros, image_message, picture  # noqa: E402
+from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 
 from imatching_ros.bundle.window import Window  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.nodes import bundle, matcher, messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
+from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
 from imatching_ros.nodes.core_node import lossless  # noqa: E402
 from imatching_ros.nodes.matcher import MatcherNode, draw  # noqa: E402
 
+BEST_EFFORT = ReliabilityPolicy.BEST_EFFORT
 TOPICS = {"matcher": "/correspondences", "bundle": "/odometry", "learner": "/weights"}
 
 
@@ -197,3 +202,58 @@ def test_a_bundle_node_remembers_a_bounded_number_of_landmarks(ros, monkeypatch)
     assert sorted(node._points) == [*range(30, 90), *range(140, 180)]  # those that were seen last
     assert node._points[70] == [70.0] * 3
     node.destroy_node()
+
+
+def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
+    """Also: QoS is overridden the ROS way, a clock that jumps back starts all three afresh, silence is said."""
+    process = ros.start(
+        "composed", image_qos="keep_all", processing_mode="all", queries=50, use_sim_time=True,
+        **{"qos_overrides./correspondences.publisher.reliability": "best_effort"},
+    )  # fmt: skip
+    images = ros.node.create_publisher(Image, "image", lossless())
+    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
+    clock = ros.node.create_publisher(Clock, "/clock", 10)
+    matched = ros.listen(PointCloud2, "correspondences", QoSProfile(depth=100, reliability=BEST_EFFORT))
+    for publisher, ends in ((images, 2), (infos, 3), (clock, 3)):
+        ros.connect(publisher, ends)
+    infos_of = ros.node.get_publishers_info_by_topic("/correspondences")
+    assert [i.qos_profile.reliability for i in infos_of if i.node_name == "matcher"] == [BEST_EFFORT]
+    ros.wait(lambda: ros.node.count_publishers("/weights"))
+    time.sleep(0.5)
+    clock.publish(Clock(clock=messages.to_stamp(START + 100 * SECOND)))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera")))
+    before = len(matched)
+    for index in range(4):
+        images.publish(image_message(START + 100 * SECOND + index * SECOND // 20, picture(2.0 * index)))
+    ros.wait(lambda: len(matched) >= before + 4)
+    assert matched[-1].width > 10 and matched[before].width == 0
+    for role in parameters.NODES:
+        ros.wait(lambda role=role: f"nothing has come on /{'image' if role != 'bundle' else 'correspondences'} for"
+                 in ros.says(role)["message"])  # fmt: skip
+    assert {ros.says(role)["lifecycle"] for role in parameters.NODES} == {"active"}
+    assert len({ros.says(role)["peak_memory_mb"] for role in parameters.NODES}) <= 3
+
+    clock.publish(Clock(clock=messages.to_stamp(START)))
+    for role in parameters.NODES:
+        ros.wait(lambda role=role: "clock on /clock went back by 100.000 s" in ros.says(role)["last_error"])
+    images.publish(image_message(START + SECOND, picture(0.0)))
+    images.publish(image_message(START + SECOND + SECOND // 20, picture(2.0)))
+    ros.wait(lambda: len(matched) >= before + 6)
+    assert (matched[-2].width, matched[-1].width > 10) == (0, True)
+    says = ros.wait(lambda: (s := ros.says("matcher"))["processed"] == "6" and s)
+    assert (says["refused"], says["dropped"]) == ("0", "0")
+    process.send_signal(signal.SIGINT)
+    del ros.processes["composed"]
+    assert process.wait(30) == 0
+    assert "Traceback" not in ros.log("composed") and "terminate called" not in ros.log("composed")
+
+
+def test_composed_nodes_read_a_weights_file_once(shipped, tmp_path):
+    path, shared = tmp_path / "w.safetensors", SharedWeights()
+    weights.save(path, shipped[0], 3, 3)
+    one, other = shared.load(path, "cpu"), shared.load(path, "cpu")
+    assert one[0] is other[0]
+    weights.save(path, one[0], 9, 3)
+    assert shared.load(path, "cpu")[1].version == 9
+    with pytest.raises(FileNotFoundError):
+        shared.load(tmp_path / "missing.safetensors", "cpu")

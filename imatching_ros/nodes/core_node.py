@@ -23,7 +23,7 @@ from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
 from rclpy.qos_overriding_options import QoSOverridingOptions
-from sensor_msgs.msg import CameraInfo
+from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 from std_srvs.srv import Trigger
 
@@ -220,6 +220,12 @@ class CoreNode(LifecycleNode):
         )
         self._configured.callback(self.destroy_subscription, subscription)
 
+    def hear_images(self, callback: Callable[[Any], None]) -> None:
+        """The camera's images, as ``image_transport`` says."""
+        compressed = self.value("image_transport") == "compressed"
+        self.feed = "image/compressed" if compressed else "image"
+        self.hear(CompressedImage if compressed else Image, self.feed, callback, self.input_qos)
+
     def serve(self, name: str, action: Callable[[], str]) -> None:
         """A Trigger service whose ``action`` runs in the core's thread and returns what to say."""
 
@@ -243,10 +249,11 @@ class CoreNode(LifecycleNode):
         except (TimeoutError, CancelledError):
             return False, "the node is still busy; try again"
 
-    def receive(self, item: Any) -> None:
-        """Queues an input for the core."""
+    def receive(self, item: Any, fed: bool = True) -> None:
+        """Queues an input for the core; ``fed``: it came on the topic without which there is nothing to do."""
         if self.state == ACTIVE:
-            self._last_heard = time.monotonic()
+            if fed:
+                self._last_heard = time.monotonic()
             self.health.received += 1
             self.worker.put(item)
 

@@ -40,10 +40,7 @@ class MatcherNode(CoreNode):
         self.reload_weights()
         self.hear(UInt8MultiArray, "weights", self._on_weights, latched())
         self.serve("~/reload_weights", self.reload_weights)
-        if self.value("image_transport") == "compressed":
-            self.hear(CompressedImage, "image/compressed", self.receive, self.input_qos)
-        else:
-            self.hear(Image, "image", self.receive, self.input_qos)
+        self.hear_images(self.receive)
 
     def options(self) -> TrackerOptions:
         return parameters.options(TrackerOptions(), "tracker", self.role, self.value)
