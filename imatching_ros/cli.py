@@ -53,21 +53,31 @@ def replay(options: argparse.Namespace) -> None:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Fine-tunes on recordings, in process and deterministic by seed; writes the weights and a run folder."""
+    """Fine-tunes on recordings, in process and deterministic by seed; writes the weights and a run folder.
+
+    An interrupted run leaves OUT.checkpoints; the same command goes on from there.
+    """
+    import shutil
+
     import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .data.recording import open_recording
+    from .data.video import open_images
     from .evaluation.report import Pictures
     from .learning.learner import LearnerOptions
     from .learning.tune import tune as run
     from .matching import weights
 
     torch.manual_seed(options.seed)
-    start = options.weights or (options.out if options.out.is_file() else weights.default_path())
+    checkpoints = options.out.with_name(options.out.name + ".checkpoints")
+    interrupted = sorted(checkpoints.glob("epoch_0.safetensors"))  # --out may hold what it had promoted by then
+    start = options.weights or next((p for p in (*interrupted, options.out) if p.is_file()), None)
+    start = start or weights.default_path()
     matcher, info = weights.load(start)
-    console.print(f"starting from {start}, version {info.version}")
-    recordings = [open_recording(bag, options.image_topic, options.camera_info_topic) for bag in options.bag]
+    console.print(f"starting from {start}, version {info.version}", soft_wrap=True)
+    recordings = [
+        open_images(bag, options.image_topic, options.camera_info_topic, options.camera) for bag in options.bag
+    ]
     splits = [round(len(recording) * options.train_fraction) for recording in recordings]
     run_dir = _run_dir(options.run_dir, "tune")
     epochs, started = 2, time.perf_counter()
@@ -90,10 +100,15 @@ def tune(options: argparse.Namespace) -> None:
             [(r.camera, _First(r, n)) for r, n in zip(recordings, splits, strict=True)],
             options.steps,
             epochs=epochs,
-            options=LearnerOptions(seed=options.seed),
+            options=LearnerOptions(seed=options.seed, objective=options.objective),
+            folder=checkpoints,
             on_frame=lambda epoch, stamp: progress.advance(frames),
             on_step=on_step,
         )
+    if history.resumed:
+        console.print(f"went on from step {history.resumed} of an interrupted run")
+    for note in filter(None, (*history.refused, history.stopped)):
+        console.print(f"[yellow]{note}[/]", soft_wrap=True)
     weights.write(options.out, learner.weights())
     # Not from the files: where --out is gone on from, `start` is overwritten by now
     tuned, _ = weights.loads(learner.weights())
@@ -117,6 +132,7 @@ def tune(options: argparse.Namespace) -> None:
         events=[_event(v.step, v.promoted, v.rolled_back, v.version, v.reason) for v in history.verdicts],
     )
     _report(run_dir, figures, pictures, f"tune {recordings[0].bag.name}")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     console.print(f"weights, version {learner.version}: {options.out}")
 
 
@@ -333,6 +349,9 @@ class _First:
     def __init__(self, recording: Any, count: int) -> None:
         self.recording, self.count = recording, count
 
+    def __len__(self) -> int:
+        return self.count
+
     def __iter__(self):
         return (item for item, _ in zip(self.recording, range(self.count), strict=False))
 
@@ -388,8 +407,17 @@ def _parser() -> argparse.ArgumentParser:
     learning(added, 60.0)
 
     added = command(tune, "tune")
-    added.add_argument("bag", type=Path, nargs="+", metavar="BAG")
+    added.add_argument("bag", type=Path, nargs="+", metavar="BAG", help="recording, video file or folder of pictures")
     added.add_argument("--out", type=Path, required=True, metavar="W", help="weights file; if it exists, go on from it")
+    added.add_argument(
+        "--camera", type=float, nargs="+", metavar="X",
+        help="of a video or pictures: fx fy cx cy [k1 k2 p1 p2 [k3]], pixels (default: camera_info.yaml or "
+        "intrinsics.txt beside it)",
+    )  # fmt: skip
+    added.add_argument(
+        "--objective", choices=("imatching", "sgp"), default="imatching",
+        help="the bundle's reprojection error, or, to compare with, two-view geometry alone (default: imatching)",
+    )  # fmt: skip
     added.add_argument("--weights", type=Path, metavar="W", help="to start from (default: --out, or the shipped)")
     added.add_argument("--run-dir", type=Path, metavar="DIR", help="for the report (default: a new one in runs/)")
     added.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")

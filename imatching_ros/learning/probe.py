@@ -82,9 +82,12 @@ def probe_error(matcher: Matcher, probe: Probe) -> Tensor:
 def known_warp_loss(matcher: Matcher, probe: Probe) -> Tensor:
     """Mean robust distance from the truth, of both stages. Differentiable."""
     matches = _match(matcher, probe)
-    fine = (matches.uv[0].cpu() - probe.truth).square().sum(-1)
-    coarse = (matches.coarse_uv[0].cpu() - probe.truth).square().sum(-1)
-    return (fine + 1).sqrt().mean() + (coarse + 1).sqrt().mean() - 2
+    return sum(robust_distance(uv[0].cpu(), probe.truth) for uv in (matches.uv, matches.coarse_uv))
+
+
+def robust_distance(uv: Tensor, truth: Tensor) -> Tensor:
+    """Mean pseudo-Huber distance of matches from their truth, both (N, 2), px."""
+    return ((uv - truth).square().sum(-1) + 1).sqrt().mean() - 1
 
 
 def _match(matcher: Matcher, probe: Probe) -> Matches:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from torch import nn
@@ -12,11 +15,26 @@ from ..bundle.bundle import Bundle
 from ..geometry.camera import Camera
 from ..matching import weights
 from ..matching.tracker import Tracker, TrackerOptions
+from . import checkpoints
 from .gate import Verdict
 from .learner import Learner, LearnerOptions, StepResult
 
-#: One recording: its camera, and its images (stamp ns, (H, W) uint8), iterated once in each epoch.
-Recording = tuple[Camera, Iterable[tuple[int, np.ndarray]]]
+GAP = 5  #: images between those that train and those that judge
+VALIDATION = 0.15  #: of each recording's images, the last ones, judge
+TRAINS, JUDGES = "trains", "judges"
+PATIENCE = 5  #: verdicts in a row without a promotion, after which there is no more to gain
+
+
+class Images(Protocol):
+    """A recording's images: (stamp ns, (H, W) uint8), in order, iterated once in each epoch."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]: ...
+
+
+#: One recording: its camera, and its images.
+Recording = tuple[Camera, Images]
 
 
 @dataclass
@@ -25,43 +43,67 @@ class History:
 
     steps: list[StepResult] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    resumed: int = 0  #: steps that an earlier run had done
+    refused: list[str] = field(default_factory=list)  #: checkpoints that could not be taken up, one sentence each
+    stopped: str = ""  #: why it ended before the last step, one sentence
 
 
 def tune(
     matcher: nn.Module,
     info: weights.WeightsInfo,
-    recordings: list[Recording],
+    recordings: Sequence[Recording],
     steps: int,
     *,
     epochs: int = 2,
     options: LearnerOptions | None = None,
     tracker_options: TrackerOptions | None = None,
+    folder: Path | None = None,
     on_frame: Callable[[int, int], None] = lambda epoch, stamp: None,
     on_step: Callable[[Learner, StepResult | None, Verdict | None], None] = lambda learner, step, verdict: None,
 ) -> tuple[Learner, History]:
     """Fine-tunes on recordings: in each epoch all are tracked and solved with the weights in use, then learned from.
 
+    Each recording is split by time: its first images train, the last ``VALIDATION`` of them, after a gap, are the
+    gate's. It ends after ``steps``, or where the gate has promoted nothing in ``PATIENCE`` verdicts in a row.
+    folder: of checkpoints. Where one is there that the same call has left behind, the run goes on from it, to the same
+    bits; raises ValueError where another call has.
     Raises ValueError where no recording gave a window to learn from.
     """
+    options = options or LearnerOptions()
+    job = {
+        "start": info.sha256, "images": [len(images) for _, images in recordings], "steps": steps, "epochs": epochs,
+        "options": asdict(options), "tracker": asdict(tracker_options or TrackerOptions()),
+    }  # fmt: skip
     learner = Learner(matcher, info, recordings[0][0], options)
-    history = History()
+    history, idle = History(), 0
+    earlier = _earlier(folder, job)  # the weights that each epoch of an interrupted run began with
     for epoch in range(epochs):
-        in_use, info = weights.loads(learner.weights())
-        for camera, images in recordings:
-            learner.start_recording(camera)
-            tracker = Tracker(in_use, info.version, camera, tracker_options)
-            bundle = Bundle(camera, learner.bundle)
-            for stamp, image in images:
-                correspondences = tracker.track(stamp, image)
-                learner.add_image(stamp, image)
-                learner.add_correspondences(correspondences)
-                estimate = bundle.add(correspondences)
-                if estimate.window is not None:
-                    learner.add_window(estimate.window)
-                on_frame(epoch, stamp)
-        target = steps * (epoch + 1) // epochs
-        failures = 0
-        while learner.step_count < target and failures < 50:
+        begins_with = earlier[epoch] if epoch < len(earlier) else learner.weights()
+        in_use, in_use_info = weights.loads(begins_with)
+
+        def watch(part: str, held_out: bool | None, epoch=epoch, in_use=in_use, version=in_use_info.version) -> None:
+            for camera, images in recordings:
+                learner.start_recording(camera)
+                tracker, bundle = Tracker(in_use, version, camera, tracker_options), Bundle(camera, learner.bundle)
+                for stamp, image in islice(images, *_split(len(images), part)):
+                    correspondences = tracker.track(stamp, image)
+                    learner.add_image(stamp, image)
+                    learner.add_correspondences(correspondences)
+                    window = bundle.add(correspondences).window
+                    if window is not None:
+                        learner.add_window(window, held_out)
+                    on_frame(epoch, stamp)
+
+        if epoch == 0:
+            watch(JUDGES, True)
+        # Where the last images gave no window to judge by, one in so many of the others is held out
+        watch(TRAINS, False if epoch or learner.windows else None)
+        if epoch + 1 < len(earlier):
+            continue  # the interrupted run has learned from it
+        if epoch + 1 == len(earlier):
+            idle = _take_up(folder, learner, history)
+        target, failures = steps * (epoch + 1) // epochs, 0
+        while learner.step_count < target and failures < 50 and idle < PATIENCE:
             step = learner.step()
             failures = failures + 1 if step is None else 0
             verdict = learner.verdict(now=learner.step_count == steps)
@@ -69,10 +111,49 @@ def tune(
                 history.steps.append(step)
             if verdict:
                 history.verdicts.append(verdict)
+                idle = 0 if verdict.promoted else idle + 1
+            if folder is not None and step and learner.settled:
+                if not (folder / _epoch_name(epoch)).is_file():
+                    weights.write(folder / _epoch_name(epoch), begins_with)
+                checkpoints.save(folder, learner, job=job, epoch=epoch, idle=idle, history=asdict(history))
             on_step(learner, step, verdict)
         if target and learner.step_count == 0:
             raise ValueError(
                 f"the recordings gave {learner.windows} solved windows, too few to learn from and to judge by; they "
                 "need more images, more sideways motion, or more texture"
             )
+    if idle >= PATIENCE:
+        history.stopped = f"the gate found nothing certainly better in {idle} verdicts in a row"
     return learner, history
+
+
+def _split(count: int, part: str) -> tuple[int, int]:
+    """First and last (exclusive) image of the part that trains or the part that judges."""
+    judges = round(VALIDATION * count)
+    return (count - judges, count) if part == JUDGES else (0, count - judges - GAP if judges else count)
+
+
+def _epoch_name(epoch: int) -> str:
+    return f"epoch_{epoch}.safetensors"
+
+
+def _earlier(folder: Path | None, job: dict) -> list[bytes]:
+    """The weights with which the epochs of an interrupted run of the same job began; none for a new run."""
+    for path in checkpoints.manifests(folder) if folder is not None else ():
+        try:
+            notes = checkpoints.read(path)[0]["notes"]
+        except ValueError:
+            continue
+        if notes.get("job") != job:
+            raise ValueError(f"{folder} was left by a run with other images or options; finish that one or remove it")
+        return [(folder / _epoch_name(epoch)).read_bytes() for epoch in range(notes["epoch"] + 1)]
+    return []
+
+
+def _take_up(folder: Path, learner: Learner, history: History) -> int:
+    """Brings learner and history to where the interrupted run was; verdicts in a row without a promotion."""
+    notes, history.refused = checkpoints.resume(folder, learner)
+    history.steps = [StepResult(**step) for step in notes["history"]["steps"]]
+    history.verdicts = [Verdict(**verdict) for verdict in notes["history"]["verdicts"]]
+    history.resumed = learner.step_count
+    return notes["idle"]
