@@ -26,6 +26,7 @@ try:
 except ImportError:  # ROS from PyPI has none
     tf2_ros = None
 
+COMPILING = "compiling"  #: a status before the first estimate's
 LANDMARKS = 200_000  #: that save_map can write; the oldest beyond are forgotten
 
 
@@ -69,7 +70,9 @@ class BundleNode(CoreNode):
 
     def begin(self) -> None:
         super().begin()
+        self.status = COMPILING
         compiled()  # now, not when the first image waits for it
+        self.status = "waiting"
 
     def options(self) -> BundleOptions:
         return parameters.options(BundleOptions(), "bundle", self.role, self.value)
@@ -110,6 +113,8 @@ class BundleNode(CoreNode):
         return f"{len(poses)} keyframes and {len(self._points)} landmarks in {folder}"
 
     def concern(self) -> str:
+        if self.status == COMPILING:
+            return "the solver is being compiled, which takes a minute the first time on a machine"
         return super().concern() or (f"lost: {self.reason}" if self.status == LOST else "")
 
     def values(self) -> dict[str, object]:

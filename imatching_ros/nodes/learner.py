@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path as FilePath
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 from diagnostic_msgs.msg import DiagnosticStatus
 from nav_msgs.msg import Path
-from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image, PointCloud2
 from std_msgs.msg import UInt8MultiArray
@@ -19,14 +19,16 @@ from std_srvs.srv import SetBool
 
 from ..bundle.options import BundleOptions
 from ..geometry.camera import Camera
+from ..learning import checkpoints
 from ..learning.learner import Learner, LearnerOptions, StepResult, Verdict
 from ..matching import weights
 from . import messages, parameters
 from .core_node import ACTIVE, CoreNode, latched, run
-from .diagnostics import OK, WARN, percentiles
+from .diagnostics import OK, WARN, Share, percentiles
 
 NICE = 10  #: whoever drives the robot comes first on a busy machine
 PARTS = {"keyframes": Path, "landmarks": PointCloud2, "prior": PointCloud2}  #: of a window
+SAVE_S = 10.0  #: between two checkpoints; a promotion does not wait
 UNJOINED = 10  #: windows of which not all three messages have come; older ones are forgotten
 
 
@@ -43,6 +45,8 @@ class LearnerNode(CoreNode):
         self.steps = self.verdicts = 0
         self.last_loss, self.last_verdict = float("nan"), ""
         self._step_ms: list[float] = []
+        self._share = Share()
+        self._saved = 0.0  # when the last checkpoint was written
 
     def configure(self) -> None:
         matcher, info, _ = self.load()
@@ -54,13 +58,10 @@ class LearnerNode(CoreNode):
         self.serve("~/save_checkpoint", self.save_checkpoint)
         self.serve("~/rollback", self.rollback)
 
-        def take(handle: Callable[[Any], None]) -> Callable[[Any], None]:
-            return lambda message: self.receive((handle, message))
+        def take(handle: Callable[[Any], None], fed: bool = False) -> Callable[[Any], None]:
+            return lambda message: self.receive((handle, message), fed)
 
-        if self.value("image_transport") == "compressed":
-            self.hear(CompressedImage, "image/compressed", take(self._add_image), self.input_qos)
-        else:
-            self.hear(Image, "image", take(self._add_image), self.input_qos)
+        self.hear_images(take(self._add_image, True))
         self.hear(PointCloud2, "correspondences", take(self._add_correspondences), self.result_qos)
         for name, kind in PARTS.items():
             self.hear(kind, name, take(partial(self._add_part, name)), self.window_qos)
@@ -69,12 +70,6 @@ class LearnerNode(CoreNode):
         super().begin()
         os.nice(NICE)  # of this thread, on Linux
 
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        result = super().on_activate(state)
-        if self.version != self._told:  # a service changed them while nobody could be told
-            self.worker.request(self._republish)
-        return result
-
     def options(self) -> LearnerOptions:
         return parameters.options(LearnerOptions(), "learner", self.role, self.value)
 
@@ -82,22 +77,34 @@ class LearnerNode(CoreNode):
         bundle = parameters.options(BundleOptions(), "bundle", self.role, self.value)
         learner = Learner(*self._start, camera, self.options(), bundle)
         learner.enabled = self.value("enabled")
+        if self.value("weights_dir"):
+            found, refused = checkpoints.resume(self._checkpoints(), learner)
+            for sentence in refused:
+                self.fault(sentence)
+            if found is not None:
+                self.get_logger().info(f"goes on from step {learner.step_count}, version {learner.version}")
         return learner
 
     def process(self, item: tuple[Callable[[Any], None], Any]) -> None:
         handle, message = item
+        if self.core.version != self._told:  # from a checkpoint, or changed while nobody could be told
+            self._publish_weights(self.core.version)
         handle(message)
         self.health.processed += 1
 
     def idle(self) -> bool:
-        """One gradient step, and the gate's verdict where one is due."""
-        if self.core is None:
+        """One gradient step, and the gate's verdict where one is due; rests as ``duty`` asks."""
+        if self.core is None or self.core.rest() > 0:
             return False
+        started = time.monotonic()
         result = self.core.step()
         if result is None:
             return False
         self._report_step(result)
-        self._judge()
+        promoted = self._judge()
+        if self.value("weights_dir") and (promoted or self.core.settled and started > self._saved + SAVE_S):
+            self._save()
+        self._share.add(time.monotonic() - started)
         return True
 
     def reset(self) -> str:
@@ -121,10 +128,8 @@ class LearnerNode(CoreNode):
         return self._republish()
 
     def save_checkpoint(self) -> str:
-        """Writes the weights of now into ``weights_dir``."""
-        path = self._folder() / "checkpoint.safetensors"
-        weights.write(path, self._learner().weights())
-        return str(path)
+        """Writes what a learner needs to go on into ``weights_dir``."""
+        return str(checkpoints.save(self._checkpoints(), self._learner()))
 
     def values(self) -> dict[str, object]:
         return {
@@ -132,11 +137,14 @@ class LearnerNode(CoreNode):
             "enabled": self.value("enabled"),
             "steps": self.steps,
             "windows": self.core.windows if self.core else 0,
+            "stale": self.core.stale if self.core else 0,
+            "skipped": self.core.skipped if self.core else 0,
             "verdicts": self.verdicts,
             "promotions": self.core.promotions if self.core else 0,
             "rollbacks": self.core.rollbacks if self.core else 0,
             "last_loss": self.last_loss,
             "last_verdict": self.last_verdict,
+            "learning_share": self._share.value(),
             "step_p50_ms": percentiles(self._step_ms)[0],
         }
 
@@ -164,12 +172,22 @@ class LearnerNode(CoreNode):
         while len(self._parts) > UNJOINED:
             del self._parts[next(iter(self._parts))]
 
-    def _judge(self, now: bool = False) -> None:
+    def _judge(self, now: bool = False) -> bool:
+        """Whether the gate had a word, and promoted."""
         verdict = self.core.verdict(now) if self.core is not None else None
-        if verdict is not None:
-            self._report_verdict(verdict)
-            if verdict.promoted:
-                self._publish_weights(verdict.version)
+        if verdict is None:
+            return False
+        self._report_verdict(verdict)
+        if verdict.promoted:
+            self._publish_weights(verdict.version)
+        return verdict.promoted
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        try:
+            checkpoints.save(self._checkpoints(), self.core)
+        except OSError as error:
+            self.fault(f"the checkpoint could not be written: {error}")
 
     def _report_step(self, result: StepResult) -> None:
         self.steps += 1
@@ -202,7 +220,7 @@ class LearnerNode(CoreNode):
         data = self.core.weights()
         self.version = version
         if self.value("weights_dir"):
-            path = self._folder() / f"version_{version:04d}.safetensors"
+            path = self._folder() / checkpoints.version_name(version)
             try:
                 weights.write(path, data)
             except OSError as error:
@@ -213,6 +231,9 @@ class LearnerNode(CoreNode):
 
     def _folder(self) -> FilePath:
         return FilePath(self.value("weights_dir") or ".").expanduser().resolve()
+
+    def _checkpoints(self) -> FilePath:
+        return self._folder() / "checkpoints"
 
     def on_change(self, changes: dict[str, parameters.Value]) -> None:
         super().on_change(changes)

@@ -89,7 +89,8 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("queue_size", _ALL, 200,
               "Messages that may wait for this node's core; the oldest beyond are dropped and counted.", 1, 100_000,
               read_only=True),
-    Parameter("threads", _ALL, 1, "Threads of one torch operation; 0 leaves the choice to torch.", 0, 256,
+    Parameter("threads", _ALL, 1,
+              "Threads of one torch operation, for the whole process; 0 leaves the choice to torch.", 0, 256,
               read_only=True),
     Parameter("rectified", _ALL, "auto",
               "always: images are rectified, so camera_info's P describes them; never: they are raw, so K and D do; "
@@ -99,8 +100,9 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("weights", ("matcher", "learner"), "",
               "Weights file to start with; empty: the shipped ones. ~/reload_weights reads it again."),
     Parameter("weights_dir", _L, "",
-              "Folder that receives each promoted version and each ~/save_checkpoint; empty: promoted versions are "
-              "only published, checkpoints go to the working folder."),
+              "Folder that receives each promoted version, and in checkpoints/ what a learner that is started again "
+              "goes on from; empty: versions are only published, and only ~/save_checkpoint writes, to the working "
+              "folder.", read_only=True),
     # Tracking
     Parameter("queries", _M, 600, "Points per keyframe.", 8, 20_000, read_only=True, option="tracker.queries"),
     Parameter("references", _M, 2, "Past keyframes that each image is matched with.", 1, 10, read_only=True,
@@ -143,6 +145,10 @@ TABLE: tuple[Parameter, ...] = (
     Parameter("clip", _L, 1.0, "Largest norm of a gradient.", 1e-6, 1e6, option="learner.clip"),
     Parameter("verdict_every", _L, 30, "Gradient steps between two verdicts of the gate.", 1, 100_000,
               option="learner.verdict_every"),
+    Parameter("duty", _L, 1.0, "Share of one processor's time that learning may take.", 0.01, 1.0,
+              option="learner.duty"),
+    Parameter("max_age", _L, 3, "Versions by which the weights behind a window may be older than those in use.", 0,
+              1000, option="learner.max_age"),
     Parameter("lessons", _L, 24, "Windows that are remembered.", 1, 1000, read_only=True, option="learner.lessons"),
     Parameter("seed", _L, 0, "Of the order of lessons.", 0, 2**31 - 1, read_only=True, option="learner.seed"),
     # What goes out
