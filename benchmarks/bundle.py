@@ -7,7 +7,8 @@ package's own cost function. Times are the process's processor time, all threads
 are interleaved and the fastest counts: a busy machine then disturbs little, and all alike. ``ms_per_iteration`` is
 the slope between runs of one iteration and of many (set-up excluded); ``ms_to_1e-4`` and ``ms_to_1e-6`` are whole
 runs, set-up included, until the cost is that close, relatively, to the best one any solver found. A peer's problem
-is built beforehand and not timed.
+is built beforehand and not timed. On a GPU, where there is one, time is what CUDA events around the whole call say,
+with the problem already there. ``peak_mb`` is how far a process grows while it solves, beyond the problem.
 """
 
 from __future__ import annotations
@@ -84,13 +85,26 @@ Solver = Callable[[int, bool], Run]  #: after so many iterations, or at converge
 
 
 def ours(posed: Problem, backend: str) -> Solver:
+    if backend == "gpu":
+        rows = {name: value.cuda() for name, value in vars(posed).items() if isinstance(value, torch.Tensor)}
+        posed = replace(posed, **rows)
+
     def run(iterations: int, converge: bool) -> Run:
         stop = dict(relative_decrease=1e-10, gradient=1.0) if converge else dict(relative_decrease=0.0)
-        options = AdjustOptions(KERNEL, max_iterations=iterations, backend=backend, **stop)
-        begin = time.process_time()
-        solution = adjust(posed, options)
-        seconds = time.process_time() - begin
-        return Run(seconds, solution.iterations, solution.T_world_camera, solution.points)
+        eager = "eager" if backend == "gpu" else backend
+        options = AdjustOptions(KERNEL, max_iterations=iterations, backend=eager, **stop)
+        if backend == "gpu":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            solution = adjust(posed, options)
+            end.record()
+            end.synchronize()
+            seconds = begin.elapsed_time(end) / 1e3
+        else:
+            begin = time.process_time()
+            solution = adjust(posed, options)
+            seconds = time.process_time() - begin
+        return Run(seconds, solution.iterations, solution.T_world_camera.cpu(), solution.points.cpu())
 
     return run
 
@@ -206,6 +220,8 @@ def solvers(names: list[str] | None = None) -> dict[str, Callable[[Problem], Sol
     found: dict[str, Callable[[Problem], Solver]] = {"eager": lambda posed: ours(posed, "eager")}
     if compiled():
         found["cpu"] = lambda posed: ours(posed, "cpu")
+    if torch.cuda.is_available():
+        found["gpu"] = lambda posed: ours(posed, "gpu")
     for name, package, solver in (("ceres", "pycolmap", ceres), ("gtsam", "gtsam", gtsam_)):
         if importlib.util.find_spec(package):
             found[name] = solver
@@ -228,9 +244,9 @@ def iterations_to(posed: Problem, solver: Solver, goal: float, limit: int) -> in
 
 
 def compare(
-    posed: Problem, size: tuple[int, int], names: list[str] | None, repeats: int, case: str, converge: bool = True
+    posed: Problem, size: tuple[int, int], names: list[str] | None, repeats: int, note: str = "", converge: bool = True
 ) -> list[dict]:
-    """One row per solver; without ``converge`` only what an iteration costs."""
+    """One row per solver, its name followed by the note; without ``converge`` only what an iteration costs."""
     running = {name: make(posed) for name, make in solvers(names).items()}
     ends = {name: solver(60 if converge else 4, converge) for name, solver in running.items()}
     final = {name: cost(posed, end) for name, end in ends.items()}
@@ -253,19 +269,22 @@ def compare(
         long = min(6, ends[name].iterations)
         slope = (seconds[name, long] - seconds[name, 1]) / (long - 1) if long > 1 else seconds[name, 1]
         ms = {t: 1e3 * seconds[name, n] for t, n in stops[name].items()}
-        mine = name in ("eager", "cpu")
+        mine = name in ("eager", "cpu", "gpu")
         rows.append({
-            "case": case, "keyframes": size[0], "points": size[1], "observations": len(posed.pose),
-            "solver": "imatching" if mine else name, "backend": name if mine else None,
-            "dtype": "float64/float32" if name == "cpu" else "float64", "threads": 1,
+            "keyframes": size[0], "points": size[1], "observations": len(posed.pose),
+            "solver": ("imatching" if mine else name) + note, "backend": name if mine else None,
+            "dtype": "float64/float32" if mine else "float64", "threads": 1,
             "ms_per_iteration": 1e3 * slope, "ms_to_1e-4": ms.get(1e-4), "ms_to_1e-6": ms.get(1e-6),
             "iterations_to_1e-6": stops[name].get(1e-6), "final_cost": final[name], "peak_mb": None,
         })  # fmt: skip
     return rows
 
 
-def peak_mb(name: str, keyframes: int, points: int, spacing: float) -> float | None:
+def peak_mb(row: dict, spacing: float) -> float | None:
     """How much a solver's memory grows, at its highest, over the problem it was given: in a process of its own."""
+    name, keyframes, points = row["backend"] or row["solver"], row["keyframes"], row["points"]
+    if name == "gpu":
+        return None
     command = [sys.executable, __file__, "--peak", name, str(keyframes), str(points), str(spacing)]
     result = subprocess.run(command, capture_output=True, text=True)
     return float(result.stdout.split()[-1]) if result.returncode == 0 and result.stdout else None
@@ -293,8 +312,8 @@ def show(rows: list[dict], title: str) -> None:
         table.add_column(column, justify="right")
     for row in rows:
         peers = {
-            peer["solver"]: peer["ms_per_iteration"] for peer in rows
-            if all(peer[key] == row[key] for key in ("case", "keyframes", "points"))
+            peer["solver"].split()[0]: peer["ms_per_iteration"] for peer in rows
+            if all(peer[key] == row[key] for key in ("keyframes", "points"))
         }  # fmt: skip
 
         def number(value, form=".3f"):
@@ -318,7 +337,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all rows to this file")
     parser.add_argument("--scaling", action="store_true", help="also the curve from 8 to 200 keyframes")
     parser.add_argument("--quick", action="store_true", help="only the smallest window, few repetitions")
-    parser.add_argument("--solver", action="append", help="eager, cpu, ceres or gtsam; may be repeated")
+    parser.add_argument("--solver", action="append", help="eager, cpu, gpu, ceres or gtsam; may be repeated")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -333,12 +352,10 @@ def main() -> None:
     rows = []
     for keyframes, points, spacing in SIZES[:1] if options.quick else SIZES:
         posed = synthetic(keyframes, points, spacing)
-        rows += compare(posed, (keyframes, points), options.solver, repeats, "cold")
-    if not options.no_memory:
-        spacings = {(keyframes, points): spacing for keyframes, points, spacing in SIZES}
-        for row in rows:
-            size = row["keyframes"], row["points"]
-            row["peak_mb"] = peak_mb(row["backend"] or row["solver"], *size, spacings[size])
+        found = compare(posed, (keyframes, points), options.solver, repeats)
+        for row in [] if options.no_memory else found:
+            row["peak_mb"] = peak_mb(row, spacing)
+        rows += found
     show(rows, "Cold start: poses off by 2 cm and 1 degree, points by 4 cm")
     sys.stdout.flush()
     if not options.quick:
@@ -352,14 +369,17 @@ def main() -> None:
             posed, T_world_camera=lie.retract(solved.T_world_camera, noise),
             points=solved.points + 4e-3 * torch.randn(points, 3, generator=g, dtype=torch.float64),
         )  # fmt: skip
-        found = compare(warm, (keyframes, points), options.solver, repeats, "warm")
+        found = compare(warm, (keyframes, points), options.solver, repeats, " (warm)")
         show(found, "Warm start: poses off by 2 mm and 0.1 degree, points by 4 mm")
         rows += found
     if options.scaling:
         found = []
         for keyframes in SCALING:
             posed = synthetic(keyframes, 100 * keyframes, 0.55)
-            found += compare(posed, (keyframes, 100 * keyframes), options.solver, 2, "scaling", converge=False)
+            grown = compare(posed, (keyframes, 100 * keyframes), options.solver, 2, converge=False)
+            for row in [] if options.no_memory else grown:
+                row["peak_mb"] = peak_mb(row, 0.55)
+            found += grown
         show(found, "Growing with the path: 100 points per keyframe")
         rows += found
     if options.json:

@@ -10,7 +10,7 @@ import pytest
 from imatching_ros.bundle.adjust import compiled
 
 KEYS = {
-    "case", "keyframes", "points", "observations", "solver", "backend", "dtype", "threads", "ms_per_iteration",
+    "keyframes", "points", "observations", "solver", "backend", "dtype", "threads", "ms_per_iteration",
     "ms_to_1e-4", "ms_to_1e-6", "iterations_to_1e-6", "final_cost", "peak_mb",
 }  # fmt: skip
 

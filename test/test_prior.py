@@ -367,7 +367,7 @@ def test_covariance_with_prior_and_held_poses(kernel):
     want[free.nonzero(), free.nonzero().T] = torch.linalg.inv(H[free][:, free])
     for k in range(5):
         block = slice(6 * k, 6 * k + 6)
-        torch.testing.assert_close(eager[k], want[block, block], rtol=1e-5, atol=1e-7 * float(want[:30, :30].max()))
+        torch.testing.assert_close(eager[k], want[block, block], rtol=1e-5, atol=1e-6 * float(want[:30, :30].max()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

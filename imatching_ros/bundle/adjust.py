@@ -111,7 +111,7 @@ def _minimise(system: System, options: AdjustOptions) -> Solution:
     """The loop. Nothing in it waits for a GPU: every round linearises, steps and judges, and what it judges is taken
     or left elementwise. Whether it is over is asked in every round where asking is free, else in every eighth."""
     here = system.evaluate(*system.start())
-    every = 1 if here.cost.device.type == "cpu" else 8
+    every = 1 if _asking_is_free(here.cost) else 8
     exact = 1e-18 * len(system.problem.pose)  # below this the cost is rounding, and its gradient means nothing
     iterations, decrease, damping, growth = here.cost.new_tensor([0.0, 1.0, 1e-4, 2.0])
     stuck = here.cost < 0
@@ -143,9 +143,14 @@ def _minimise(system: System, options: AdjustOptions) -> Solution:
     )
 
 
+def _asking_is_free(scalar: Tensor) -> bool:
+    """On a GPU, ``if scalar:`` waits until all that has been asked of it is done."""
+    return scalar.device.type == "cpu"
+
+
 def _choose(first: Tensor, one: Estimate, other: Estimate) -> Estimate:
     """``one if first else other``, without asking a GPU."""
-    if first.device.type == "cpu":
+    if _asking_is_free(first):
         return one if first else other
     return Estimate(*(torch.where(first, *both) for both in zip(vars(one).values(), vars(other).values(), strict=True)))
 

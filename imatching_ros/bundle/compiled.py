@@ -22,6 +22,7 @@ from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
 from imatching_ros.bundle.robust import KERNELS
 
 LANES = 64
+CHUNK = 16  #: lanes; where two cells have none in common, their product is left out
 HUBER, CAUCHY, GEMAN_MCCLURE = (KERNELS.index(name) for name in ("huber", "cauchy", "geman_mcclure"))
 
 # Rows of the flat scratch memory, LANES values each. One array with constant offsets: the compiler then sees that
@@ -41,18 +42,21 @@ _compiled = njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, er
 
 @_compiled
 def layout(pose, landmark, poses, landmarks):
-    """Where every observation goes: blocks of cells of layers, and the envelope of the reduced system."""
+    """Where every observation goes: blocks of cells of layers, which chunks of its lanes a cell fills, and the envelope
+    of the reduced system."""
     observations = len(pose)
     low, high = np.full(landmarks, poses), np.full(landmarks, -1)
     for o in range(observations):
         m = landmark[o]
         low[m], high[m] = min(low[m], pose[o]), max(high[m], pose[o])
-    # Counting sort of the observed landmarks by first pose and last, these up and down: neighbours see much the same.
+    # Counting sort of the observed landmarks by first pose, two at a time, and last, these up and down: neighbours see
+    # much the same.
     start = np.zeros(poses * poses + 1, np.int64)
     place = np.full(landmarks, -1)
     for m in range(landmarks):
         if high[m] >= 0:
-            place[m] = low[m] * poses + (high[m] if low[m] % 2 else poses - 1 - high[m])
+            pair = low[m] // 2
+            place[m] = pair * poses + (high[m] if pair % 2 else poses - 1 - high[m])
             start[place[m] + 1] += 1
     start = np.cumsum(start)
     total = start[-1]
@@ -77,6 +81,7 @@ def layout(pose, landmark, poses, landmarks):
     envelope = np.arange(poses)
     count = np.zeros((poses, LANES), np.int64)
     cells, layers = 0, 0
+    chunks = np.zeros((most, 2), np.int64)
     base = np.zeros(poses, np.int64)
     for b in range(blocks):
         begin, end = poses, -1
@@ -91,14 +96,16 @@ def layout(pose, landmark, poses, landmarks):
                 count[k, i] += 1
                 envelope[k] = min(envelope[k], low[m])
         for k in range(begin, end + 1):
-            deepest = 0
+            deepest, left, right = 0, LANES, 0
             for i in range(LANES):
                 if count[k, i] > 0:
+                    left, right = min(left, i), i
                     deepest = max(deepest, count[k, i])
                     count[k, i] = 0
             if deepest:
                 base[k] = layers
                 cell_pose[cells] = k
+                chunks[cells, 0], chunks[cells, 1] = left // CHUNK, right // CHUNK + 1
                 layers += deepest
                 cells += 1
                 layer_of_cell[cells] = layers
@@ -108,7 +115,7 @@ def layout(pose, landmark, poses, landmarks):
             if m >= 0:
                 for o in range(first_row[m], first_row[m + 1]):
                     slot[o] += base[pose[o]]
-    return order, cell_of_block, cell_pose[:cells], layer_of_cell[: cells + 1], slot, lane, envelope
+    return order, cell_of_block, cell_pose[:cells], layer_of_cell[: cells + 1], chunks[:cells], slot, lane, envelope
 
 
 @_compiled
@@ -249,9 +256,9 @@ def evaluate(t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, 
 def linearise(
     t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, curved, jacobian, point, camera
 ):
-    """The blocks of the normal equations at a state, lane by lane; returns the weighted residuals' square.
+    """The blocks of the normal equations at a state; returns the weighted residuals' square.
 
-    jacobian: (cells, 6 * LANES), W. point: (blocks, 9 * LANES), Hpp and gp. camera: (K, 27 * LANES), Hcc and -gc.
+    jacobian: (cells, 6 * LANES), W. point: (blocks, 9 * LANES), Hpp and gp. camera: (K, 27), Hcc and -gc.
     """
     R, energy = rotations(q), 0.0
     point[:] = 0.0
@@ -281,6 +288,8 @@ def add_cell(t, R, fx, fy, w, point, camera):
     """A cell's W = A^T C to w; W W^T and b = A^T g added to the landmarks'; V V^T, the lower triangle row by row, and
     [b; d x b] to the camera's."""
     r0, r1, r2, r3, r4, r5, r6, r7, r8 = R[0], R[1], R[2], R[3], R[4], R[5], R[6], R[7], R[8]
+    k0 = k1 = k2 = k3 = k4 = k5 = k6 = k7 = k8 = k9 = k10 = k11 = k12 = k13 = 0.0
+    k14 = k15 = k16 = k17 = k18 = k19 = k20 = k21 = k22 = k23 = k24 = k25 = k26 = 0.0
     for i in range(LANES):
         sx, sy, u, v = fx * t[INVERSE + i], fy * t[INVERSE + i], t[U + i], t[V + i]
         ax0, ax1, ax2 = sx * (r0 - u * r2), sx * (r3 - u * r5), sx * (r6 - u * r8)
@@ -311,49 +320,40 @@ def add_cell(t, R, fx, fy, w, point, camera):
         x, y, z = t[DX + i], t[DY + i], t[DZ + i]
         a3, a4, a5 = y * a2 - z * a1, z * a0 - x * a2, x * a1 - y * a0
         b3, b4, b5 = y * b2 - z * b1, z * b0 - x * b2, x * b1 - y * b0
-        camera[i] += h0
-        camera[N + i] += h1
-        camera[2 * N + i] += h2
-        camera[3 * N + i] += h3
-        camera[4 * N + i] += h4
-        camera[5 * N + i] += h5
-        camera[6 * N + i] += a3 * a0 + b3 * b0
-        camera[7 * N + i] += a3 * a1 + b3 * b1
-        camera[8 * N + i] += a3 * a2 + b3 * b2
-        camera[9 * N + i] += a3 * a3 + b3 * b3
-        camera[10 * N + i] += a4 * a0 + b4 * b0
-        camera[11 * N + i] += a4 * a1 + b4 * b1
-        camera[12 * N + i] += a4 * a2 + b4 * b2
-        camera[13 * N + i] += a4 * a3 + b4 * b3
-        camera[14 * N + i] += a4 * a4 + b4 * b4
-        camera[15 * N + i] += a5 * a0 + b5 * b0
-        camera[16 * N + i] += a5 * a1 + b5 * b1
-        camera[17 * N + i] += a5 * a2 + b5 * b2
-        camera[18 * N + i] += a5 * a3 + b5 * b3
-        camera[19 * N + i] += a5 * a4 + b5 * b4
-        camera[20 * N + i] += a5 * a5 + b5 * b5
-        camera[21 * N + i] += g0
-        camera[22 * N + i] += g1
-        camera[23 * N + i] += g2
-        camera[24 * N + i] += y * g2 - z * g1
-        camera[25 * N + i] += z * g0 - x * g2
-        camera[26 * N + i] += x * g1 - y * g0
-
-
-@_compiled
-def sum_lanes(camera):
-    """(K, 27 * LANES) to Hcc (K, 21) and gc (K, 6)."""
-    H, g = np.empty((len(camera), 21)), np.empty((len(camera), 6))
-    for k in range(len(camera)):
-        for j in range(27):
-            row, total = camera[k, j * LANES : (j + 1) * LANES], 0.0
-            for i in range(LANES):
-                total += row[i]
-            if j < 21:
-                H[k, j] = total
-            else:
-                g[k, j - 21] = -total
-    return H, g
+        k0 += h0
+        k1 += h1
+        k2 += h2
+        k3 += h3
+        k4 += h4
+        k5 += h5
+        k6 += a3 * a0 + b3 * b0
+        k7 += a3 * a1 + b3 * b1
+        k8 += a3 * a2 + b3 * b2
+        k9 += a3 * a3 + b3 * b3
+        k10 += a4 * a0 + b4 * b0
+        k11 += a4 * a1 + b4 * b1
+        k12 += a4 * a2 + b4 * b2
+        k13 += a4 * a3 + b4 * b3
+        k14 += a4 * a4 + b4 * b4
+        k15 += a5 * a0 + b5 * b0
+        k16 += a5 * a1 + b5 * b1
+        k17 += a5 * a2 + b5 * b2
+        k18 += a5 * a3 + b5 * b3
+        k19 += a5 * a4 + b5 * b4
+        k20 += a5 * a5 + b5 * b5
+        k21 += g0
+        k22 += g1
+        k23 += g2
+        k24 += y * g2 - z * g1
+        k25 += z * g0 - x * g2
+        k26 += x * g1 - y * g0
+    # In registers until here: the lanes of many cameras would not fit the cache.
+    sums = (
+        k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23,
+        k24, k25, k26,
+    )  # fmt: skip
+    for j in range(27):
+        camera[j] += sums[j]
 
 
 @_compiled
@@ -402,7 +402,9 @@ def solve_points(t):
 
 
 @_compiled
-def eliminate(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, held, envelope, reduced, rhs, e):
+def eliminate(
+    t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, damping, held, envelope, reduced, rhs, e
+):  # fmt: skip
     """E E^T into ``reduced`` (K, K, 6, 6), lower blocks, and E y into the lanes of ``rhs`` (K, 6 * LANES).
 
     Without the poses ``held``. e: (K, 18 * LANES) float32, room for a block's E.
@@ -410,7 +412,7 @@ def eliminate(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, held,
     for k in range(len(c)):
         reduced[k, envelope[k] : k + 1] = 0.0
     rhs[:] = 0.0
-    poses = np.empty(len(c), np.int64)
+    cells = np.empty(len(c), np.int64)
     for b in range(len(p)):
         h, n = point[b], 0
         factor_points(t, h, damping)
@@ -421,21 +423,26 @@ def eliminate(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, held,
             k = cell_pose[cell]
             if not held[k]:
                 whiten(t, p[b], c[k], jacobian[cell], e[n], rhs[k])
-                poses[n] = k
+                cells[n] = cell
                 n += 1
         for i in range(n):
             for j in range(i + 1):
-                x = reduced[poses[i], poses[j]]
-                add_products(e[i], e[j], x, 0, 0)
-                add_products(e[i], e[j], x, 3, 0)
-                add_products(e[i], e[j], x, 3, 3)
-                if i > j:
-                    add_products(e[i], e[j], x, 0, 3)
+                # The lanes that both have.
+                begin = 3 * CHUNK * max(chunks[cells[i], 0], chunks[cells[j], 0])
+                end = 3 * CHUNK * min(chunks[cells[i], 1], chunks[cells[j], 1])
+                if begin < end:
+                    x = reduced[cell_pose[cells[i]], cell_pose[cells[j]]]
+                    add_products(e[i], e[j], x, 0, 0, begin, end)
+                    add_products(e[i], e[j], x, 3, 0, begin, end)
+                    add_products(e[i], e[j], x, 3, 3, begin, end)
+                    if i > j:
+                        add_products(e[i], e[j], x, 0, 3, begin, end)
 
 
 @_compiled
 def whiten(t, p, c, w, e, rhs):
-    """E = V (L^-1 W)^T of a cell, row by row: e (18 * LANES). And V W^T of Q, added to ``rhs``."""
+    """E = V (L^-1 W)^T of a cell, row by row, chunk by chunk, column by column: e (18 * LANES). And V W^T of Q, added
+    to ``rhs``."""
     c0, c1, c2 = c[0], c[1], c[2]
     for i in range(6 * LANES):
         t[W0 + i] = w[i]
@@ -450,33 +457,37 @@ def whiten(t, p, c, w, e, rhs):
         rhs[3 * N + i] += y * m2 - z * m1
         rhs[4 * N + i] += z * m0 - x * m2
         rhs[5 * N + i] += x * m1 - y * m0
-    for i in range(LANES):
-        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
-        a0, a1, a2, b0, b1, b2 = t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i]
-        u0 = a0 * t[L00 + i]
-        u1 = (a1 - t[L10 + i] * u0) * t[L11 + i]
-        u2 = (a2 - t[L20 + i] * u0 - t[L21 + i] * u1) * t[L22 + i]
-        v0 = b0 * t[L00 + i]
-        v1 = (b1 - t[L10 + i] * v0) * t[L11 + i]
-        v2 = (b2 - t[L20 + i] * v0 - t[L21 + i] * v1) * t[L22 + i]
-        e0, e1, e2 = a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0
-        e[i], e[3 * N + i], e[6 * N + i] = e0, e1, e2
-        e[9 * N + i], e[12 * N + i], e[15 * N + i] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
-        e0, e1, e2 = a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1
-        e[N + i], e[4 * N + i], e[7 * N + i] = e0, e1, e2
-        e[10 * N + i], e[13 * N + i], e[16 * N + i] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
-        e0, e1, e2 = a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2
-        e[2 * N + i], e[5 * N + i], e[8 * N + i] = e0, e1, e2
-        e[11 * N + i], e[14 * N + i], e[17 * N + i] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+    for first in range(0, LANES, CHUNK):
+        for i in range(first, first + CHUNK):
+            o0 = 2 * first + i
+            o1, o2 = o0 + CHUNK, o0 + 2 * CHUNK
+            x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+            a0, a1, a2, b0, b1, b2 = t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i]
+            u0 = a0 * t[L00 + i]
+            u1 = (a1 - t[L10 + i] * u0) * t[L11 + i]
+            u2 = (a2 - t[L20 + i] * u0 - t[L21 + i] * u1) * t[L22 + i]
+            v0 = b0 * t[L00 + i]
+            v1 = (b1 - t[L10 + i] * v0) * t[L11 + i]
+            v2 = (b2 - t[L20 + i] * v0 - t[L21 + i] * v1) * t[L22 + i]
+            e0, e1, e2 = a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0
+            e[o0], e[3 * N + o0], e[6 * N + o0] = e0, e1, e2
+            e[9 * N + o0], e[12 * N + o0], e[15 * N + o0] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+            e0, e1, e2 = a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1
+            e[o1], e[3 * N + o1], e[6 * N + o1] = e0, e1, e2
+            e[9 * N + o1], e[12 * N + o1], e[15 * N + o1] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+            e0, e1, e2 = a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2
+            e[o2], e[3 * N + o2], e[6 * N + o2] = e0, e1, e2
+            e[9 * N + o2], e[12 * N + o2], e[15 * N + o2] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
 
 
 @_compiled
-def add_products(a, b, x, row, column):
-    """x += E E^T, three rows by three columns at a time so that what is read is used thrice: the innermost loop."""
-    a0, a1, a2 = a[row * 3 * N :], a[(row + 1) * 3 * N :], a[(row + 2) * 3 * N :]
-    b0, b1, b2 = b[column * 3 * N :], b[(column + 1) * 3 * N :], b[(column + 2) * 3 * N :]
+def add_products(a, b, x, row, column, begin, end):
+    """x += E E^T of some lanes, three rows by three columns at a time so that what is read is used thrice: the
+    innermost loop."""
+    a0, a1, a2 = a[row * 3 * N + begin :], a[(row + 1) * 3 * N + begin :], a[(row + 2) * 3 * N + begin :]
+    b0, b1, b2 = b[column * 3 * N + begin :], b[(column + 1) * 3 * N + begin :], b[(column + 2) * 3 * N + begin :]
     s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = np.float32(0)
-    for i in range(3 * LANES):
+    for i in range(end - begin):
         s00 += a0[i] * b0[i]
         s01 += a0[i] * b1[i]
         s02 += a0[i] * b2[i]
@@ -700,7 +711,9 @@ def minimise(
 ):  # fmt: skip
     """adjust.py's ``_minimise``: T (K, 7), points (L, 3), iterations, cost, relative decrease, gradient, converged."""
     K, origin = len(T), T[0, :3].copy()
-    order, cell_of_block, cell_pose, layer_of_cell, slot, lane, envelope = layout(pose, landmark, K, len(points))
+    order, cell_of_block, cell_pose, layer_of_cell, chunks, slot, lane, envelope = layout(
+        pose, landmark, K, len(points)
+    )  # fmt: skip
     rows = place_observations(slot, lane, layer_of_cell[-1], xy, cov)
     blocks, cells = len(cell_of_block) - 1, len(cell_pose)
     q, c, p = T[:, 3:].copy(), T[:, :3] - origin, place_points(points, order, origin)
@@ -711,7 +724,7 @@ def minimise(
     G = np.empty((6 * len(prior_pose), 6 * len(prior_pose)))
     q_new, c_new, p_new = q.copy(), c.copy(), p.copy()
     t, jacobian = np.zeros(SCRATCH), np.empty((cells, 6 * LANES), np.float32)
-    point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27 * LANES))
+    point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27))
     reduced, rhs, A = np.empty((K, K, 6, 6)), np.empty((K, 6 * LANES)), np.empty((6 * K, 6 * K))
     e, step, held = np.empty((K, 18 * LANES), np.float32), np.zeros((K, 6)), np.empty(K, np.bool_)
     for k in range(K):
@@ -725,7 +738,7 @@ def minimise(
             t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, decrease < 1e-4,
             jacobian, point, camera,
         )  # fmt: skip
-        H, g = sum_lanes(camera)
+        H, g = camera[:, :21].copy(), -camera[:, 21:]
         if len(prior_pose):
             linearise_prior(prior_pose, prior_T, prior_H, prior_g, q, c, G, H, g)
             energy += 2 * prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c)
@@ -735,7 +748,9 @@ def minimise(
             break
         cost_new, predicted = np.inf, 0.0
         while damping < 1e12:
-            eliminate(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, held, envelope, reduced, rhs, e)
+            eliminate(
+                t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, damping, held, envelope, reduced, rhs, e
+            )  # fmt: skip
             if solve_cameras(H, g, reduced, rhs, free, damping, envelope, prior_pose, G, A, step):
                 slope, length = step_points(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, step, p_new)
                 for k in range(K):
@@ -776,20 +791,21 @@ def minimise(
 def reduced_system(T, points, pose, landmark, xy, cov, fx, fy, kernel, scale):
     """system.py's ``reduce`` without damping or prior: the matrix (6 K, 6 K), its products in float64."""
     K, origin = len(T), T[0, :3].copy()
-    order, cell_of_block, cell_pose, layer_of_cell, slot, lane, envelope = layout(pose, landmark, K, len(points))
+    order, cell_of_block, cell_pose, layer_of_cell, chunks, slot, lane, envelope = layout(
+        pose, landmark, K, len(points)
+    )  # fmt: skip
     rows = place_observations(slot, lane, layer_of_cell[-1], xy, cov)
     blocks, cells = len(cell_of_block) - 1, len(cell_pose)
     q, c, p = T[:, 3:].copy(), T[:, :3] - origin, place_points(points, order, origin)
     t, jacobian = np.zeros(SCRATCH), np.empty((cells, 6 * LANES), np.float32)
-    point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27 * LANES))
+    point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27))
     linearise(
         t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, False, jacobian, point, camera
     )  # fmt: skip
-    H, _ = sum_lanes(camera)
+    H = camera[:, :21]
     reduced, rhs, e = np.empty((K, K, 6, 6)), np.empty((K, 6 * LANES)), np.empty((K, 18 * LANES))
-    eliminate(
-        t, c, p, cell_of_block, cell_pose, jacobian, point, 0.0, np.zeros(K, np.bool_), envelope, reduced, rhs, e
-    )  # fmt: skip
+    held = np.zeros(K, np.bool_)
+    eliminate(t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, 0.0, held, envelope, reduced, rhs, e)
     S = np.zeros((6 * K, 6 * K))
     for k in range(K):
         for j in range(envelope[k], k + 1):

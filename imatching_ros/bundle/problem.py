@@ -37,7 +37,7 @@ class PosePrior:
         out of the Hessian.
         """
         d = lie.local(self.T_world_camera, T_world_camera[self.pose])
-        turn = torch.eye(6).to(d).repeat(len(d), 1, 1)
+        turn = torch.eye(6, dtype=d.dtype, device=d.device).repeat(len(d), 1, 1)
         turn[:, 3:, 3:] = lie.left_jacobian_inverse(d[:, 3:])
         J = torch.block_diag(*turn)
         return J.T @ self.information @ J, J.T @ (self.information @ d.flatten() + self.gradient)

@@ -6,6 +6,8 @@ A pose is a (..., 7) tensor ``tx ty tz qx qy qz qw``: the storage of ``pypose.SE
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,7 @@ def rotation(q: Tensor) -> Tensor:
     """Quaternions x y z w (..., 4), of any positive norm, as rotation matrices (..., 3, 3)."""
     q = q / q.norm(dim=-1, keepdim=True)
     products = (q[..., :, None] * q[..., None, :]).flatten(-2)
-    return (products @ _FROM_PRODUCTS.to(q)).unflatten(-1, (3, 3))
+    return (products @ _from_products(q.dtype, q.device)).unflatten(-1, (3, 3))
 
 
 #: (16, 9): a rotation matrix is linear in the products of a quaternion's parts. One product instead of thirty small
@@ -39,6 +41,12 @@ for _i, _j, _k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
     _FROM_PRODUCTS[_i, _j, _i, _j] = _FROM_PRODUCTS[_i, _j, _j, _i] = 2
     _FROM_PRODUCTS[_k, 3, _j, _i], _FROM_PRODUCTS[_k, 3, _i, _j] = 2, -2
 _FROM_PRODUCTS = _FROM_PRODUCTS.view(16, 9)
+
+
+@cache
+def _from_products(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # kept, and autograd may want it later
+        return _FROM_PRODUCTS.to(device, dtype)  # once: a GPU would be waited for every time
 
 
 def from_matrix(Rt: Tensor) -> Tensor:
@@ -141,4 +149,4 @@ def left_jacobian_inverse(phi: Tensor) -> Tensor:
     x, y, z = phi.unbind(-1)
     zero = torch.zeros_like(x)
     hat = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).unflatten(-1, (3, 3))
-    return torch.eye(3).to(phi) - 0.5 * hat + b * (hat @ hat)
+    return torch.eye(3, dtype=phi.dtype, device=phi.device) - 0.5 * hat + b * (hat @ hat)
