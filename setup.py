@@ -39,7 +39,10 @@ setup(
     ],
     extras_require={
         # pycolmap has no wheel for ARM on Linux; its tests and peers are skipped there
-        "test": ["pytest", "pytest-timeout", "hypothesis", "ruff", "pycolmap; platform_machine == 'x86_64'"],
+        "test": [
+            "pytest", "pytest-timeout", "hypothesis", "ruff",
+            *(f"{name}; platform_machine == 'x86_64'" for name in ("pyceres", "pycolmap")),
+        ],  # fmt: skip
         "ros": [
             f"{ROS}rclpy[fastrtps]",
             *(f"{ROS}{name}-msgs" for name in ("std", "sensor", "nav", "geometry", "diagnostic")),
