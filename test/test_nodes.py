@@ -17,7 +17,7 @@ from nav_msgs.msg import Path as PathMessage  # noqa: E402
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import GetParameters, SetParametersAtomically  # noqa: E402
 from ros import CAMERA, SECOND, START, Ros, image_message, picture  # noqa: E402
-from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
+from sensor_msgs.msg import CameraInfo, Image, PointCloud, PointCloud2  # noqa: E402
 from std_msgs.msg import UInt8MultiArray  # noqa: E402
 from std_srvs.srv import SetBool, Trigger  # noqa: E402
 
@@ -103,6 +103,7 @@ def matcher(ros, first_weights):
     ros.infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
     ros.weights = ros.node.create_publisher(UInt8MultiArray, "weights", latched())
     ros.matched = ros.listen(PointCloud2, "correspondences", lossless())
+    ros.features = ros.listen(PointCloud, "feature_tracker/feature", lossless())
     ros.connect(ros.images)
     ros.connect(ros.infos)
     ros.connect(ros.weights)
@@ -150,6 +151,8 @@ def test_matcher_node_publishes_what_its_tracker_finds(matcher, first_weights):
         assert got.model == (3 if len(got) else 0)
     assert len(got) > 20
     assert matcher.matched[-1].header.frame_id == "camera_optical"
+    features = matcher.wait(lambda: (f := matcher.features) and f[-1].header == matcher.matched[-1].header and f[-1])
+    assert len(features.channels) == 9 and len(features.points) == len(set(got.track.tolist()))
     matcher.wait(lambda: matcher.says("matcher")["processed"] == "5")
     says = matcher.says("matcher")
     assert (says["received"], says["dropped"], says["refused"], says["model_version"]) == ("5", "0", "0", "3")
