@@ -28,7 +28,8 @@ from .probe import Probe, known_warp_loss, make_probe
 
 OBJECTIVES = ("imatching", "sgp")
 _COUNTERS = (
-    "step_count", "promotions", "rollbacks", "skipped", "stale", "_turn", "_worse", "_judged", "_started"
+    "step_count", "promotions", "rollbacks", "skipped", "stale", "_turn", "_worse", "_idle", "_judged",
+    "_started",
 )  # fmt: skip
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
 TRAINED = 4000  #: newest stamps that trained, so that no window with one of them becomes evidence
@@ -54,7 +55,8 @@ class LearnerOptions:
     max_age: int = 3  #: versions by which the weights behind a window may be older than those in use
     duty: float = 1.0  #: share of one processor's time that steps and verdicts may take: they rest in between
     verdict_every: int = 30  #: steps
-    patience: int = 3  #: verdicts "worse" in a row before the candidate goes back to the weights in use
+    patience: int = 3  #: verdicts "worse" in a row, or twice as many that promote nothing, before the candidate goes
+    #: back to the weights in use
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -255,11 +257,12 @@ class Learner:
         evidence = self._gather(candidate)
         mark, reason, figures = gate.judge(evidence, self._evidence[1])
         self._worse = self._worse + 1 if mark < 0 else 0
+        self._idle = 0 if mark > 0 else self._idle + 1
         if mark > 0:
             self._use(candidate, parent=self._version)
             self._evidence = (self._windows, evidence)
             self.promotions += 1
-        rolled_back = self._worse >= self.options.patience
+        rolled_back = self._worse >= self.options.patience or self._idle >= 2 * self.options.patience
         if rolled_back:
             self._start_candidate(weights.loads(self._history[-1][0])[0])
             self.rollbacks += 1
@@ -353,7 +356,7 @@ class Learner:
         self._optimiser = torch.optim.Adam(self._candidate.parameters(), lr=self.options.rate)
         self._average = AveragedModel(self._candidate, multi_avg_fn=get_ema_multi_avg_fn(self.options.average))
         self._lesson = None
-        self._steps_left = self._worse = 0
+        self._steps_left = self._worse = self._idle = 0
         self._judged = self._started = self.step_count
 
     def _use(self, matcher: nn.Module, parent: int) -> None:
