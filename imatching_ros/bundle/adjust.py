@@ -152,7 +152,11 @@ def _choose(first: Tensor, one: Estimate, other: Estimate) -> Estimate:
     """``one if first else other``, without asking a GPU."""
     if _asking_is_free(first):
         return one if first else other
-    return Estimate(*(torch.where(first, *both) for both in zip(vars(one).values(), vars(other).values(), strict=True)))
+    if isinstance(one, Tensor):
+        return torch.where(first, one, other)
+    if isinstance(one, tuple):
+        return tuple(_choose(first, *both) for both in zip(one, other, strict=True))
+    return type(one)(*_choose(first, tuple(vars(one).values()), tuple(vars(other).values())))
 
 
 def free_parameters(T_world_camera: Tensor, fixed: Tensor | None) -> Tensor:

@@ -20,105 +20,114 @@ from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, Problem
 from imatching_ros.bundle.robust import Kernel
 from imatching_ros.geometry import lie
 
+_WIDE = 24  #: more poses than this, and landmarks are told apart by where they are seen
+_STEP = 8  #: poses between two strips
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a strip's observations say at a state. k poses, l landmarks, o observations."""
+
+    R: Tensor  # (k, 3, 3)
+    d: Tensor  # (k, 3, l)
+    u: Tensor  # (k, l): where p projects, on the plane z = 1
+    v: Tensor
+    inverse: Tensor  # (k, l): of the depth
+    seen: Tensor  # (o,): in front
+    g: Tensor  # (2, o): information times residual
+    s: Tensor  # (o,): squared whitened residual
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A state, what its observations say, and its cost. K poses, L landmarks, O observations."""
+    """A state, what its observations say, and its cost. K poses, L landmarks."""
 
     q: Tensor  # (K, 4)
     c: Tensor  # (K, 3)
-    p: Tensor  # (3, L)
-    R: Tensor  # (K, 3, 3)
-    d: Tensor  # (K, 3, L)
-    u: Tensor  # (K, L): where p projects, on the plane z = 1
-    v: Tensor
-    inverse: Tensor  # (K, L): of the depth
-    seen: Tensor  # (O,): in front
-    g: Tensor  # (2, O): information times residual
-    s: Tensor  # (O,): squared whitened residual
+    p: Tensor  # (3, L), strip by strip
     cost: Tensor  # scalar, with the prior's
+    strips: tuple[Projection, ...]
 
 
 class System:
-    """The normal equations on a keyframe x landmark grid: planes of (K, L), so that every sum is one product.
+    """The normal equations of a problem.
 
-    Cells that no observation fills carry no information. free: indices of the free ones among the 6 K pose parameters.
-    dtype: of the Jacobian and of the elimination's products; a single precision only the step feels, by about seven
-    digits, and the next one repairs it.
+    free: indices of the free ones among the 6 K pose parameters. dtype: of the Jacobian and of the elimination's
+    products; a single precision only the step feels, by about seven digits, and the next one repairs it.
+
+    A window is one grid of all its poses and landmarks. Of a long path it would be mostly empty: there, landmarks that
+    are first seen at about the same pose, and for about as long, form a strip with a grid of its own.
     """
 
     def __init__(self, problem: Problem, kernel: Kernel, free: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        self.problem, self.kernel, self.free, self.dtype = problem, kernel, free, dtype
-        self.K, self.L = len(problem.T_world_camera), len(problem.points)
-        self.cell = problem.pose * self.L + problem.landmark
-        uu, uv, vv = problem.cov.unbind(-1)
-        self.information = torch.stack((vv, -uv, uu)) / (uu * vv - uv * uv)  # (3, O)
-        self.x, self.y = problem.xy.T.contiguous()
-        self.fx, self.fy = problem.focal.unbind()
+        self.problem, self.kernel, self.free = problem, kernel, free
+        K, L = len(problem.T_world_camera), len(problem.points)
+        device = problem.pose.device
         self.origin = problem.T_world_camera[0, :3]
-        self.observed = torch.zeros(self.L, dtype=torch.bool, device=self.x.device)
+        self.observed = torch.zeros(L, dtype=torch.bool, device=device)
         self.observed[problem.landmark] = True
-        self.E = self.x.new_empty(self.K, 6, 3, self.L, dtype=dtype)
         if problem.prior is not None:
-            self.known = (6 * problem.prior.pose[:, None] + torch.arange(6).to(problem.pose)).flatten()
+            self.known = (6 * problem.prior.pose[:, None] + torch.arange(6, device=device)).flatten()
+        if K <= _WIDE:
+            self.order = torch.arange(L, device=device)
+            self.strips = [_Strip(problem, dtype, slice(0, K), slice(0, L))]
+            return
+        first, last = torch.full((L,), K - 1, device=device), torch.zeros(L, dtype=torch.int64, device=device)
+        first.scatter_reduce_(0, problem.landmark, problem.pose, "amin")
+        last.scatter_reduce_(0, problem.landmark, problem.pose, "amax")
+        last = torch.where(self.observed, last, K - 1)
+        length = ((last - first + 1).clamp_min(1) / 16).log2().ceil().clamp_min(0).long()
+        strip = first // _STEP * 64 + length
+        self.order = torch.argsort(strip, stable=True)
+        place = torch.empty_like(self.order)
+        place[self.order] = torch.arange(L, device=device)
+        rows = torch.argsort(place[problem.landmark], stable=True)
+        counts = torch.unique(strip, return_counts=True)[1].tolist()
+        self.strips, begin, row = [], 0, 0
+        for count in counts:
+            which = self.order[begin : begin + count]
+            seen = rows[row : row + int((strip[problem.landmark] == strip[which[0]]).sum())]
+            poses = slice(int(first[which].min()), int(last[which].max()) + 1)
+            self.strips.append(_Strip(problem, dtype, poses, slice(begin, begin + count), seen, place))
+            begin, row = begin + count, row + len(seen)
+        self.strips = [one for one in self.strips if len(one.cell)]
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
         """q (K, 4), c (K, 3), p (3, L), centred."""
         T = self.problem.T_world_camera
         # Landmarks that nothing observes may be anything: keep them out of the arithmetic.
         points = torch.where(self.observed[:, None], self.problem.points, self.origin)
-        return T[:, 3:], T[:, :3] - self.origin, (points - self.origin).T.contiguous()
+        return T[:, 3:], T[:, :3] - self.origin, (points - self.origin)[self.order].T.contiguous()
 
     def finish(self, at: Estimate) -> tuple[Tensor, Tensor]:
-        points = torch.where(self.observed[:, None], at.p.T + self.origin, self.problem.points)
+        points = torch.empty_like(self.problem.points)
+        points[self.order] = at.p.T + self.origin
+        points = torch.where(self.observed[:, None], points, self.problem.points)
         return torch.cat((at.c + self.origin, at.q), -1), points
 
     def evaluate(self, q: Tensor, c: Tensor, p: Tensor) -> Estimate:
         R = lie.rotation(q)
-        d = p - c[:, :, None]
-        X, Y, Z = (R.mT @ d).unbind(1)
-        front = Z > MIN_DEPTH
-        inverse = torch.where(front, Z, 1.0).reciprocal()
-        u, v = X * inverse, Y * inverse
-        ex = self.fx * (u.view(-1)[self.cell] - self.x)
-        ey = self.fy * (v.view(-1)[self.cell] - self.y)
-        xx, xy, yy = self.information
-        gx, gy = xx * ex + xy * ey, xy * ex + yy * ey
-        seen = front.view(-1)[self.cell]
-        s = torch.where(seen, ex * gx + ey * gy, BEHIND_PX**2)
-        cost = 0.5 * self.kernel.rho(s).sum()
+        parts = tuple(strip.project(R, c, p) for strip in self.strips)
+        cost = 0.5 * sum(self.kernel.rho(part.s).sum() for part in parts)
         if self.problem.prior is not None:
             cost = cost + self.problem.prior.cost(torch.cat((c + self.origin, q), -1))
-        return Estimate(q, c, p, R, d, u, v, inverse, seen, torch.stack((gx, gy)), s, cost)
+        return Estimate(q, c, p, cost, parts)
 
     def linearise(self, at: Estimate, curved: Tensor | bool) -> None:
         """The blocks at a state. ``curved``: with the kernel's true curvature along the residual, held above a fifth
         of the weight so that the system stays definite; reweighting alone converges only linearly. Far from the optimum
         it overshoots: only once the cost falls by less than 1e-4."""
-        weight = torch.where(at.seen, self.kernel.weight(at.s), 0.0)
-        self.energy = (weight * at.s).sum()
-        bend = curved * weight * (1 - self.kernel.radial(at.s).clamp_min(0.2)) / at.s.clamp_min(1e-12)
-        gx, gy = at.g
-        m = weight * self.information - bend * torch.stack((gx * gx, gx * gy, gy * gy))
-        cells = self.x.new_zeros(5, self.K * self.L)
-        cells.index_add_(1, self.cell, torch.cat((m, weight * at.g)))
-        xx, xy, yy, gx, gy = cells.view(5, self.K, 1, self.L)
-        # Rows of A: fx / Z (R e1 - u R e3) and fy / Z (R e2 - v R e3).
-        right, down, ahead = at.R[..., None].unbind(2)
-        ax = (self.fx * at.inverse)[:, None] * (right - at.u[:, None] * ahead)  # (K, 3, L)
-        ay = (self.fy * at.inverse)[:, None] * (down - at.v[:, None] * ahead)
-        b = ax * gx + ay * gy
-        self.gp = b.sum(0)  # (3, L)
-        self.gc = -torch.cat((b.sum(-1), _cross(at.d, b).sum(-1)), -1).view(-1)  # (6 K,)
-        c00 = xx.sqrt()
-        c10 = xy / torch.where(xx > 0, c00, 1.0)
-        c11 = (yy - c10 * c10).clamp_min(0).sqrt()
-        # Rounded here, so that all blocks are those of one Jacobian.
-        W = torch.stack((c00 * ax + c10 * ay, c11 * ay)).to(self.dtype)  # (2, K, 3, L)
-        self.V = torch.cat((W, _cross(at.d.to(self.dtype), W)), 2)  # (2, K, 6, L)
-        self.W = W.double()
-        self.Hpp = torch.einsum("akil,akjl->ijl", self.W, self.W)
-        self.Hcc = torch.block_diag(*(self.V @ self.V.mT).sum(0).double())  # (6 K, 6 K)
+        K = len(at.q)
+        self.gc, blocks = at.c.new_zeros(6 * K), at.c.new_zeros(K, 6, 6)
+        self.gp, self.Hpp = torch.zeros_like(at.p), at.p.new_zeros(3, *at.p.shape)
+        self.energy = 0.0
+        for strip, part in zip(self.strips, at.strips, strict=True):
+            energy, gp, gc, Hpp, Hcc = strip.linearise(part, self.kernel, curved)
+            self.energy = self.energy + energy
+            self.gp[:, strip.landmarks], self.Hpp[..., strip.landmarks] = gp, Hpp
+            self.gc.view(K, 6)[strip.poses] += gc
+            blocks[strip.poses] += Hcc
+        self.Hcc = torch.block_diag(*blocks)
         if self.problem.prior is not None:
             T = torch.cat((at.c + self.origin, at.q), -1)
             H, g = self.problem.prior.linearise(T)
@@ -135,31 +144,15 @@ class System:
 
     def reduce(self, damping: Tensor | float) -> tuple[Tensor, Tensor]:
         """The reduced camera system, landmarks eliminated: its matrix (6 K, 6 K) and gradient (6 K,)."""
-        # Landmarks whitened by the closed-form Cholesky L L^T of their Hessians.
-        (h00, h10, h20), (_, h11, h21), (_, _, h22) = self.Hpp
-        lift, trace = 1 + damping, h00 + h11 + h22
-        # Far landmarks hardly know their depth, unobserved ones nothing at all: never divide by less than this.
-        floor = torch.where(trace > 0, 1e-14 * trace, 1.0)
-        l00 = (h00 * lift).clamp_min(floor).rsqrt()  # the factor's diagonal is kept as its inverse
-        l10, l20 = h10 * l00, h20 * l00
-        l11 = (h11 * lift - l10 * l10).clamp_min(floor).rsqrt()
-        l21 = (h21 - l20 * l10) * l11
-        l22 = (h22 * lift - l20 * l20 - l21 * l21).clamp_min(floor).rsqrt()
-
-        def whiten(x: Tensor) -> Tensor:  # L^-1 x, (..., 3, L)
-            x0, x1, x2 = x.unbind(-2)
-            y0 = x0 * l00
-            y1 = (x1 - l10 * y0) * l11
-            return torch.stack((y0, y1, (x2 - l20 * y0 - l21 * y1) * l22), -2)
-
-        U = whiten(self.W).to(self.dtype)
-        torch.mul(self.V[0, :, :, None], U[0, :, None], out=self.E)
-        E = self.E.addcmul_(self.V[1, :, :, None], U[1, :, None]).view(6 * self.K, 3 * self.L)  # -Hcp L^-T
-        y = whiten(self.gp)
-        self.factor = l00, l10, l11, l20, l21, l22, y
-        S = self.Hcc.clone()
-        S.diagonal().mul_(lift)
-        return S - (E @ E.T).double(), self.gc + (E @ y.view(-1).to(self.dtype)).double()
+        S, gradient = self.Hcc.clone(), self.gc.clone()
+        S.diagonal().mul_(1 + damping)
+        for strip in self.strips:
+            block = slice(6 * strip.poses.start, 6 * strip.poses.stop)
+            where = strip.landmarks
+            squared, along = strip.eliminate(self.Hpp[..., where], self.gp[:, where], 1 + damping)
+            S[block, block] -= squared
+            gradient[block] += along
+        return S, gradient
 
     def solve(self, damping: Tensor | float) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The damped step, poses (6 K,) and landmarks (3, L); and whether the reduced system is definite. If not, the
@@ -170,13 +163,10 @@ class System:
         camera = torch.zeros_like(gradient)
         camera[self.free] = torch.cholesky_solve(-gradient[self.free, None], factor).squeeze(-1)
         camera = torch.where(failed == 0, camera, 0.0)
-        l00, l10, l11, l20, l21, l22, y = self.factor
-        E = self.E.view(6 * self.K, 3 * self.L)
-        z0, z1, z2 = (E.T @ camera.to(self.dtype)).double().view(3, self.L) - y
-        p2 = z2 * l22
-        p1 = (z1 - l21 * p2) * l11
-        p0 = (z0 - l10 * p1 - l20 * p2) * l00
-        return (camera, torch.stack((p0, p1, p2))), failed == 0
+        point = torch.zeros_like(self.gp)
+        for strip in self.strips:
+            point[:, strip.landmarks] = strip.substitute(camera[6 * strip.poses.start : 6 * strip.poses.stop])
+        return (camera, point), failed == 0
 
     def predicted_decrease(self, step: tuple[Tensor, Tensor], damping: Tensor) -> Tensor:
         """How much the quadratic model falls along the step that solved it."""
@@ -187,8 +177,107 @@ class System:
         return 0.5 * (damping * held - slope)
 
     def move(self, at: Estimate, step: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        T = lie.retract(torch.cat((at.c, at.q), -1), step[0].view(self.K, 6))
+        T = lie.retract(torch.cat((at.c, at.q), -1), step[0].view(-1, 6))
         return T[:, 3:], T[:, :3], at.p + step[1]
+
+
+class _Strip:
+    """Landmarks and the poses that see them, on a pose x landmark grid: planes of (k, l), so that every sum is one
+    product. Cells that no observation fills carry no information."""
+
+    def __init__(
+        self, problem: Problem, dtype: torch.dtype, poses: slice, landmarks: slice, rows: Tensor | None = None,
+        place: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """rows: the strip's observations, all by default. place: of each landmark among the strips', as it is by
+        default."""
+        self.poses, self.landmarks, self.dtype = poses, landmarks, dtype
+        self.k, self.l = poses.stop - poses.start, landmarks.stop - landmarks.start
+        pose, landmark, cov, xy = problem.pose, problem.landmark, problem.cov, problem.xy
+        if rows is not None:
+            pose, landmark, cov, xy = pose[rows], place[landmark[rows]], cov[rows], xy[rows]
+        self.cell = (pose - poses.start) * self.l + landmark - landmarks.start
+        uu, uv, vv = cov.unbind(-1)
+        self.information = torch.stack((vv, -uv, uu)) / (uu * vv - uv * uv)  # (3, o)
+        self.x, self.y = xy.T.contiguous()
+        self.fx, self.fy = problem.focal.unbind()
+        self.E = self.x.new_empty(self.k, 6, 3, self.l, dtype=dtype)
+
+    def project(self, R: Tensor, c: Tensor, p: Tensor) -> Projection:
+        R, d = R[self.poses], p[:, self.landmarks] - c[self.poses, :, None]
+        X, Y, Z = (R.mT @ d).unbind(1)
+        front = Z > MIN_DEPTH
+        inverse = torch.where(front, Z, 1.0).reciprocal()
+        u, v = X * inverse, Y * inverse
+        ex = self.fx * (u.view(-1)[self.cell] - self.x)
+        ey = self.fy * (v.view(-1)[self.cell] - self.y)
+        xx, xy, yy = self.information
+        gx, gy = xx * ex + xy * ey, xy * ex + yy * ey
+        seen = front.view(-1)[self.cell]
+        s = torch.where(seen, ex * gx + ey * gy, BEHIND_PX**2)
+        return Projection(R, d, u, v, inverse, seen, torch.stack((gx, gy)), s)
+
+    def linearise(
+        self, at: Projection, kernel: Kernel, curved: Tensor | bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The weighted residuals' square, gp (3, l), gc (k, 6), Hpp (3, 3, l) and the diagonal blocks Hcc (k, 6, 6)."""
+        weight = torch.where(at.seen, kernel.weight(at.s), 0.0)
+        energy = (weight * at.s).sum()
+        bend = curved * weight * (1 - kernel.radial(at.s).clamp_min(0.2)) / at.s.clamp_min(1e-12)
+        gx, gy = at.g
+        m = weight * self.information - bend * torch.stack((gx * gx, gx * gy, gy * gy))
+        cells = self.x.new_zeros(5, self.k * self.l)
+        cells.index_add_(1, self.cell, torch.cat((m, weight * at.g)))
+        xx, xy, yy, gx, gy = cells.view(5, self.k, 1, self.l)
+        # Rows of A: fx / Z (R e1 - u R e3) and fy / Z (R e2 - v R e3).
+        right, down, ahead = at.R[..., None].unbind(2)
+        ax = (self.fx * at.inverse)[:, None] * (right - at.u[:, None] * ahead)  # (k, 3, l)
+        ay = (self.fy * at.inverse)[:, None] * (down - at.v[:, None] * ahead)
+        b = ax * gx + ay * gy
+        gc = -torch.cat((b.sum(-1), _cross(at.d, b).sum(-1)), -1)
+        c00 = xx.sqrt()
+        c10 = xy / torch.where(xx > 0, c00, 1.0)
+        c11 = (yy - c10 * c10).clamp_min(0).sqrt()
+        # Rounded here, so that all blocks are those of one Jacobian.
+        W = torch.stack((c00 * ax + c10 * ay, c11 * ay)).to(self.dtype)  # (2, k, 3, l)
+        self.V = torch.cat((W, _cross(at.d.to(self.dtype), W)), 2)  # (2, k, 6, l)
+        self.W = W.double()
+        Hpp = torch.einsum("akil,akjl->ijl", self.W, self.W)
+        return energy, b.sum(0), gc, Hpp, (self.V @ self.V.mT).sum(0).double()
+
+    def eliminate(self, Hpp: Tensor, gp: Tensor, lift: Tensor | float) -> tuple[Tensor, Tensor]:
+        """E E^T (6 k, 6 k) and E y (6 k,) of E = -Hcp L^-T and y = L^-1 gp, for the closed-form Cholesky factors L L^T
+        of the damped Hpp (3, 3, l)."""
+        (h00, h10, h20), (_, h11, h21), (_, _, h22) = Hpp
+        trace = h00 + h11 + h22
+        # Far landmarks hardly know their depth, unobserved ones nothing at all: never divide by less than this.
+        floor = torch.where(trace > 0, 1e-14 * trace, 1.0)
+        l00 = (h00 * lift).clamp_min(floor).rsqrt()  # the factor's diagonal is kept as its inverse
+        l10, l20 = h10 * l00, h20 * l00
+        l11 = (h11 * lift - l10 * l10).clamp_min(floor).rsqrt()
+        l21 = (h21 - l20 * l10) * l11
+        l22 = (h22 * lift - l20 * l20 - l21 * l21).clamp_min(floor).rsqrt()
+
+        def whiten(x: Tensor) -> Tensor:  # L^-1 x, (..., 3, l)
+            x0, x1, x2 = x.unbind(-2)
+            y0 = x0 * l00
+            y1 = (x1 - l10 * y0) * l11
+            return torch.stack((y0, y1, (x2 - l20 * y0 - l21 * y1) * l22), -2)
+
+        U, y = whiten(self.W).to(self.dtype), whiten(gp)
+        self.factor = l00, l10, l11, l20, l21, l22, y
+        torch.mul(self.V[0, :, :, None], U[0, :, None], out=self.E)
+        E = self.E.addcmul_(self.V[1, :, :, None], U[1, :, None]).view(6 * self.k, 3 * self.l)
+        return (E @ E.T).double(), (E @ y.view(-1).to(self.dtype)).double()
+
+    def substitute(self, camera: Tensor) -> Tensor:
+        """The landmarks' step (3, l) that follows the cameras' (6 k,)."""
+        l00, l10, l11, l20, l21, l22, y = self.factor
+        E = self.E.view(6 * self.k, 3 * self.l)
+        z0, z1, z2 = (E.T @ camera.to(self.dtype)).double().view(3, self.l) - y
+        p2 = z2 * l22
+        p1 = (z1 - l21 * p2) * l11
+        return torch.stack(((z0 - l10 * p1 - l20 * p2) * l00, p1, p2))
 
 
 def _cross(d: Tensor, x: Tensor) -> Tensor:
