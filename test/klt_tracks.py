@@ -22,12 +22,15 @@ class KltTracker:
         self.keyframes: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []  # stamp, image, uv, track
         self.next_track = 0
         self.last: dict[int, np.ndarray] = {}
+        self.most: dict[int, int] = {}  # points of a keyframe found in an image that followed
 
     def track(self, stamp: int, image: np.ndarray) -> Correspondences:
         rows = [self._match(*keyframe, image) for keyframe in self.keyframes]
         message = self._message(stamp, rows)
         found = {int(t): uv for rows_of in rows for t, uv in zip(rows_of[1], rows_of[3], strict=True)}
-        self.last = found
+        self.last = found or self.last
+        for row in rows[-1:]:
+            self.most[row[0]] = max(self.most.get(row[0], 0), len(row[1]))
         if not rows or self._due(rows[-1]):
             self._keyframe(stamp, image, found)
         return message
@@ -52,7 +55,7 @@ class KltTracker:
     def _due(self, rows) -> bool:
         _, track, ref_uv, uv = rows
         total = len(self.keyframes[-1][3])
-        if len(track) < 0.6 * total:
+        if len(track) <= 0.6 * total:
             return True
         return float(np.median(np.linalg.norm(uv - ref_uv, axis=1))) > self.parallax_px
 
@@ -63,11 +66,16 @@ class KltTracker:
         for x, y in uv:
             cv2.circle(mask, (round(float(x)), round(float(y))), 10, 0, -1)
         new = cv2.goodFeaturesToTrack(image, max(self.corners - len(uv), 1), 0.005, 10, mask=mask)
-        new = np.zeros((0, 2), np.float32) if new is None else new.reshape(-1, 2)
+        if new is None or image.std() < 3.0:  # in a picture of nothing, corners are noise
+            new = np.zeros((0, 2), np.float32)
+        new = new.reshape(-1, 2)
         ids = np.arange(self.next_track, self.next_track + len(new))
         self.next_track += len(new)
         self.keyframes.append((stamp, image, np.concatenate((uv, new)), np.concatenate((track, ids))))
-        self.keyframes = self.keyframes[-self.past :]
+        if len(self.keyframes) > self.past:  # as Tracker: images of a covered lens go first
+            blind = [k for k in self.keyframes[:-1] if self.most[k[0]] <= 0.2 * len(k[3])]
+            gone = (blind or self.keyframes)[0][0]
+            self.keyframes = [k for k in self.keyframes if k[0] != gone]
 
     def _message(self, stamp: int, rows) -> Correspondences:
         ref_stamp = torch.cat([torch.full((len(r[1]),), r[0], dtype=torch.int64) for r in rows]) if rows else (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.adjust import compiled
+from imatching_ros.bundle.adjust import compiled, free_parameters
 from imatching_ros.bundle.covariance import covariance
 from imatching_ros.bundle.initialise import initialise
 from imatching_ros.bundle.motion import (
@@ -17,10 +17,10 @@ from imatching_ros.bundle.motion import (
     STANDSTILL,
     UNKNOWN,
     Pair,
+    motion_of,
     pair_with,
     shared,
     stands_still,
-    turn_of,
 )
 from imatching_ros.bundle.observations import (
     Observations,
@@ -89,7 +89,7 @@ class Bundle:
         self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
         self._named: set[int] = set()
-        self._turning: set[int] = set()  # of the pending ones, those whose image shows no parallax
+        self._motions: dict[int, str] = {}  # of the pending images
         self._last: tuple[Tensor, Tensor] | None = None  # the poses of the two newest images
         self._failures = 0
         self._origin: tuple[Tensor, float] | None = None  # where, and how large, the next map begins
@@ -121,12 +121,10 @@ class Bundle:
                 window = self._keyframe(stamp) or window
         estimate = self._track(message)
         self._pending[message.stamp] = message, estimate.T_world_camera
-        if estimate.motion in (ROTATION, STANDSTILL):
-            self._turning.add(message.stamp)
+        self._motions[message.stamp] = estimate.motion
         while len(self._pending) > _PENDING:
             oldest = next(iter(self._pending))
-            del self._pending[oldest]
-            self._turning.discard(oldest)
+            del self._pending[oldest], self._motions[oldest]
         return replace(estimate, window=window, earlier=self._earlier)
 
     # The image: where it is, and how it moves -------------------------------------------------------------------------
@@ -149,9 +147,9 @@ class Bundle:
         if self.window is not None:
             self._last = None
             self._failures += motion != BLIND  # in the dark nothing says that the camera is elsewhere, nor maps it
-            if self._failures > self.options.patience:
-                self._begin_again()
-            return self._unposed(message, LOST, motion)
+            if self._failures <= self.options.patience:
+                return self._unposed(message, LOST, motion)
+            self._begin_again()
         return self._unposed(message, NEW_MAP if self._origin else INITIALISING, motion)
 
     def _unposed(self, message: Correspondences, status: str, motion: str) -> Estimate:
@@ -190,27 +188,22 @@ class Bundle:
         before = list(self._pending.values())[-_SPAN:][0][0]
         since = shared(before, message) if len(before) else pair_with(message, before.stamp, self.camera)
         focal, bound = self.camera.focal, self.options.prune_px
-        motion = UNKNOWN
-        if len(since) >= self.options.min_landmarks and stands_still(since, focal):
-            motion = STANDSTILL
-            if T is not None:
-                return motion, None
+        still = len(since) >= self.options.min_landmarks and stands_still(since, focal)
+        if still and T is not None:
+            return STANDSTILL, None
+        motion, turned = BLIND, None
         for stamp in enough:  # the oldest that it was matched with: there the parallax is largest
             pair = pair_with(message, stamp, self.camera)
-            if len(pair) < self.options.min_landmarks:
-                continue
-            reference = self.trajectory.get(stamp)
-            if reference is None and stamp in self._pending:
-                reference = self._pending[stamp][1]
+            reference = self.trajectory.get(stamp, self._pending.get(stamp, (None, None))[1])
             T_j_i = lie.compose(lie.inverse(T), reference) if T is not None and reference is not None else None
-            turn = turn_of(pair, focal, T_j_i, bound)
-            if turn is None:
-                return motion if motion == STANDSTILL else MOVING, None
-            motion = motion if motion == STANDSTILL else ROTATION
-            if T is not None or reference is None or self.window is None:
-                return motion, None
-            return motion, self._turned(pair, turn, reference)
-        return motion, None
+            motion, turn = motion_of(pair, focal, T_j_i, bound, self.options.min_landmarks)
+            if motion == ROTATION and T is None and reference is not None and self.window is not None:
+                turned = self._turned(pair, turn, reference)
+            if motion != BLIND:
+                break
+        if motion == BLIND and T is not None:
+            motion = MOVING  # landmarks know better
+        return STANDSTILL if still else motion, turned
 
     def _turned(self, pair: Pair, turn: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, int]:
         """The pose after a turn on the spot, its covariance, and how many tracks agree.
@@ -255,24 +248,28 @@ class Bundle:
         place = index_of(self.window.track, observed.track)
         return observed.select(place >= 0), place[place >= 0]
 
-    def _covariance(self, message: Correspondences, found: Registration) -> Tensor:
+    def _covariance(self, message: Correspondences, registered: Registration) -> Tensor:
         """Of an image's pose (6, 6), the landmarks' doubt included: the window's problem with one more pose."""
         window = self.window
         messages = [self._messages[stamp] for stamp in window.stamps.tolist()]
         _, posed = surviving(window, messages, self.camera, self.options.prune_px)
         observed, place = self._seen(message)
-        observed, place = observed.select(found.inliers), place[found.inliers]
+        observed, place = observed.select(registered.inliers), place[registered.inliers]
         K = len(window.stamps)
         order = torch.argsort(torch.cat((posed.landmark, place)), stable=True)
         extended = replace(
-            posed, T_world_camera=torch.cat((window.T_world_camera, found.T_world_camera[None])),
+            posed, T_world_camera=torch.cat((window.T_world_camera, registered.T_world_camera[None])),
             pose=torch.cat((posed.pose, torch.full_like(place, K)))[order],
             landmark=torch.cat((posed.landmark, place))[order],
             xy=torch.cat((posed.xy, observed.xy))[order], cov=torch.cat((posed.cov, observed.cov))[order],
         )  # fmt: skip
-        fixed = torch.zeros(K + 1, dtype=torch.bool)
-        fixed[0] = True
-        return covariance(extended, self.options.adjust.kernel, fixed, self.options.adjust.backend)[K]
+        # The window's own gauge: never a component of this pose, of which nothing would then be unknown.
+        fixed = torch.ones((K + 1) * 6, dtype=torch.bool)
+        fixed[free_parameters(window.T_world_camera, None)] = False
+        fixed = fixed.view(-1, 6)
+        fixed[K] = False
+        found = covariance(extended, self.options.adjust.kernel, fixed, self.options.adjust.backend)[K]
+        return (found + found.mT) / 2
 
     # The keyframe: the window, or the first map -----------------------------------------------------------------------
 
@@ -280,8 +277,10 @@ class Bundle:
         """Take the image into the window, or into what waits for a pose, and solve."""
         message, T = self._pending[stamp]
         self._named = {named for named in self._named if named in self._pending} | {stamp}
-        self._messages[stamp] = message
         self.keyframes += 1
+        if self._motions[stamp] == BLIND:
+            return None
+        self._messages[stamp] = message
         if self.options.poses == "external":
             return self._map_from_odometry()
         if self.window is None:
@@ -337,7 +336,7 @@ class Bundle:
     def _only_turned(self, before: int, stamp: int) -> bool:
         """A posed keyframe whose image shows no parallax (motion.py) is hardly elsewhere than the one before: half of
         the landmarks see less than half of ``min_parallax_deg`` between the two."""
-        if stamp not in self._turning or self.window is None:
+        if self._motions.get(stamp) not in (ROTATION, STANDSTILL) or self.window is None:
             return False
         a, b = (self.window.points - self.trajectory[k][:3] for k in (before, stamp))
         angle = torch.atan2(torch.linalg.cross(a, b).norm(dim=-1), (a * b).sum(-1))
@@ -346,9 +345,10 @@ class Bundle:
     def _recover(self) -> Window | None:
         """The newest keyframe fits nowhere: a fresh map of the last posed and the waiting ones, joined to this one."""
         stamps = self.window.stamps.tolist()[-3:]
-        found = initialise([self._messages[stamp] for stamp in stamps] + self._waiting(), self.camera, self.options)
-        if found is None:
-            return None
+        waiting = self._waiting()
+        found = initialise([self._messages[stamp] for stamp in stamps] + waiting, self.camera, self.options)
+        if found is None or not waiting or int(found.stamps[-1]) != waiting[-1].stamp:
+            return None  # a map without the newest keyframe is less than what there is
         both = [stamp for stamp in stamps if stamp in found.stamps.tolist()]
         common = index_of(self.window.track, found.track)
         if not both or int((common >= 0).sum()) < self.options.min_landmarks:

@@ -13,7 +13,8 @@ from imatching_ros.bundle.system import System
 
 def covariance(problem: Problem, kernel: Kernel, fixed: Tensor | None = None, backend: str = "auto") -> Tensor:
     """Covariances (K, 6, 6) of a solved problem's poses, in the coordinates of ``lie.retract``: the diagonal blocks of
-    the reduced camera system's inverse, landmarks and prior included, in the gauge of ``adjust`` (``fixed`` as there).
+    the reduced camera system's inverse, landmarks and prior included, in the gauge of ``adjust`` (``fixed`` as there,
+    or (K, 6) bool, single parameters).
 
     The information of an observation is J^T cov^-1 J times the kernel's weight rho'(s) at the solution. For Gaussian
     noise this is right without a kernel, and for Huber at two standard deviations within 1 % (its weights make up for
@@ -22,7 +23,10 @@ def covariance(problem: Problem, kernel: Kernel, fixed: Tensor | None = None, ba
     """
     with torch.inference_mode(False), torch.no_grad():
         K = len(problem.T_world_camera)
-        free = free_parameters(problem.T_world_camera, fixed)
+        if fixed is not None and fixed.dim() == 2:
+            free = (~fixed).flatten().nonzero().squeeze(-1)
+        else:
+            free = free_parameters(problem.T_world_camera, fixed)
         if backend != "eager" and problem.points.device.type == "cpu" and compiled():
             S = torch.from_numpy(
                 compiled().reduced_system(*arrays(problem), KERNELS.index(kernel.name), float(kernel.scale))

@@ -8,7 +8,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.motion import Pair, turn_of
+from imatching_ros.bundle.motion import MOVING, Pair, motion_of
 from imatching_ros.bundle.observations import observations, pose_problem
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.registration import register
@@ -19,7 +19,8 @@ from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
 
 _ANCHORS_TRIED = 4
-_MIN_MOTION_PX = 5.0  #: median displacement of an anchor pair, below which no parallax can be measured
+_MIN_PARALLAX_PX = 2.0  #: of an anchor pair, below which no depth can be measured
+_AT_ONCE = 200_000  #: tracks by pairs of keyframes whose parallax is computed at once
 
 
 def initialise(
@@ -61,17 +62,38 @@ def initialise(
 
 
 def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int, int]]:
-    """Pairs worth trying as anchor, most promising first: many correspondences that moved far."""
-    scored = []
-    for i, j in combinations(range(grid.mask.shape[1]), 2):
-        common = grid.mask[:, i] & grid.mask[:, j]
-        count = int(common.sum())
-        if count < 2 * options.min_landmarks:
-            continue
-        motion = float((grid.xy[common, j] - grid.xy[common, i]).norm(dim=-1).median()) * focal
-        if motion >= _MIN_MOTION_PX:
-            scored.append((count * motion, i, j))
-    return [(i, j) for _, i, j in sorted(scored, reverse=True)[:_ANCHORS_TRIED]]
+    """Pairs worth trying as anchor, most promising first: many correspondences with much parallax."""
+    pairs = list(combinations(range(grid.mask.shape[1]), 2))
+    count, parallax = _parallax(grid, torch.tensor(pairs))
+    count, parallax = count.tolist(), (parallax * focal).tolist()
+    scored = [
+        (n * px, pair) for n, px, pair in zip(count, parallax, pairs, strict=True)
+        if n >= 2 * options.min_landmarks and px >= _MIN_PARALLAX_PX
+    ]  # fmt: skip
+    return [pair for _, pair in sorted(scored, reverse=True)[:_ANCHORS_TRIED]]
+
+
+def _parallax(grid: Grid, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tracks each of the pairs (P, 2) of keyframes shares, and the median of how far (plane z = 1) they moved
+    beyond what a turn of the camera explains: the turn by a few rounds of reweighted least squares (Kabsch 1976)."""
+    xy = grid.xy.transpose(0, 1)  # (K, N, 2)
+    ray = torch.nn.functional.normalize(torch.cat((xy, torch.ones_like(xy[..., :1])), -1), dim=-1)
+    counts, medians = [], []
+    for i, j in (some.T for some in pairs.split(max(1, _AT_ONCE // len(grid.mask)))):
+        common = (grid.mask[:, i] & grid.mask[:, j]).T  # (P, N)
+        a, b = ray[i], ray[j]
+        weight = common.double()
+        for _ in range(4):
+            U, _, Vt = torch.linalg.svd((weight[..., None] * b).mT @ a)
+            last = torch.diag_embed(torch.stack((*[torch.ones(len(U)).to(U)] * 2, torch.det(U @ Vt).sign()), -1))
+            moved = a @ (U @ last @ Vt).mT
+            distance = (moved[..., :2] / moved[..., 2:].clamp_min(1e-6) - xy[j]).norm(dim=-1)
+            distance = torch.where(common, distance, torch.nan)
+            median = distance.nanmedian(-1, keepdim=True).values
+            weight = torch.where(common, (1 + (distance / median.clamp_min(1e-9)).square()).pow(-2), 0.0).nan_to_num()
+        counts.append(common.sum(-1))
+        medians.append(median.squeeze(-1).nan_to_num())
+    return torch.cat(counts), torch.cat(medians)
 
 
 def _motions(grid: Grid, i: int, j: int, focal: float, options: BundleOptions) -> list[Tensor]:
@@ -84,7 +106,7 @@ def _motions(grid: Grid, i: int, j: int, focal: float, options: BundleOptions) -
         return []
     variance = grid.variance[common, i] + grid.variance[common, j]
     pair = Pair(i, xy_i, xy_j, variance)
-    if turn_of(pair, focal, found[0], options.prune_px) is not None:
+    if motion_of(pair, focal, found[0], options.prune_px, options.min_landmarks)[0] != MOVING:
         return []
     H = two_view.homography(xy_i, xy_j, options.prune_px, focal)
     if H is None:

@@ -61,28 +61,33 @@ def stands_still(pair: Pair, focal: float) -> bool:
     return float(moved.median(0).values.norm()) < _STILL_PX and float(noise.median()) < 2 * 1.39
 
 
-def turn_of(pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0) -> Tensor | None:
-    """The turn T_j_i (7,), without translation, where a rotation explains the pair as well as any motion does.
+def motion_of(
+    pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0, minimum: int = 20
+) -> tuple[str, Tensor | None]:
+    """MOVING, or ROTATION with the turn T_j_i (7,), without translation, or BLIND.
 
-    Criterion: Torr's GRIC of a rotation (3 parameters) is no more than that of the epipolar geometry (5 parameters) of
-    ``T_j_i``, or of the best essential matrix where that is None. In short: the parallax is less than noise.
+    Criterion: a rotation (3 parameters) is chosen where its GRIC (Torr 1999) is no more than that of the epipolar
+    geometry (5 parameters) of ``T_j_i``, or of the best essential matrix where that is None: where the parallax is less
+    than noise. BLIND: neither explains half of the pair, or ``minimum`` of it. What a covered lens or noise is matched
+    to does not move like anything.
     """
-    turn = two_view.relative_rotation(pair.xy_i, pair.xy_j, threshold_px / focal)
-    if turn is None:
-        return None
-    error = two_view.transfer_error(lie.rotation(turn[3:]), pair.xy_i, pair.xy_j) * focal
-    squared = error.square() / pair.variance
-    if float(squared.median()) > 9.0:  # more than half of the tracks are three deviations off: no need to ask further
-        return None
+    few = max(minimum, 0.5 * len(pair))
+    turn, rotation = two_view.relative_rotation(pair.xy_i, pair.xy_j, threshold_px / focal), float("inf")
+    if turn is not None:
+        error = two_view.transfer_error(lie.rotation(turn[3:]), pair.xy_i, pair.xy_j) * focal
+        if int((error < threshold_px).sum()) >= few:
+            rotation = two_view.gric(error.square() / pair.variance, dimension=2, parameters=3)
     if T_j_i is None:
         found = two_view.relative_pose(pair.xy_i, pair.xy_j, threshold_px / 2, focal)
-        if found is None:
-            return turn
-        T_j_i = found[0]
-    sampson = two_view.sampson_error(T_j_i, pair.xy_i, pair.xy_j) * focal
-    rotation = two_view.gric(squared, dimension=2, parameters=3)
-    general = two_view.gric(2 * sampson.square() / pair.variance, dimension=3, parameters=5)
-    return turn if rotation <= general else None
+        T_j_i = found[0] if found else None
+    general = float("inf")
+    if T_j_i is not None:
+        sampson = two_view.sampson_error(T_j_i, pair.xy_i, pair.xy_j) * focal
+        if int((sampson < threshold_px / 2).sum()) >= few:
+            general = two_view.gric(2 * sampson.square() / pair.variance, dimension=3, parameters=5)
+    if rotation <= general < float("inf") or rotation < general:
+        return ROTATION, turn
+    return (MOVING if general < float("inf") else BLIND), None
 
 
 def _first_rows(message: Correspondences) -> tuple[Tensor, Tensor]:
