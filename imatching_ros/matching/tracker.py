@@ -15,6 +15,9 @@ from .detector import detect
 from .protocol import Matcher, Matches
 
 
+_BLIND = 0.2  # a keyframe of which less than this share of the points was ever found again shows nothing
+
+
 @dataclass(frozen=True)
 class TrackerOptions:
     """When a match is kept, and when an image becomes a keyframe."""
@@ -27,7 +30,7 @@ class TrackerOptions:
     survivors: float = 0.6  #: or when fewer than this share of the points found at first are still found
 
 
-@dataclass
+@dataclass(eq=False)
 class _Keyframe:
     stamp: int
     image: np.ndarray  # (H, W) uint8: encoded again when the weights change
@@ -154,7 +157,10 @@ class Tracker:
         self._next_track = (self._next_track + len(corners)) % 2**32
         uv, cov = torch.cat((uv, corners)), torch.cat((cov, torch.zeros(len(corners), 3)))
         self._keyframes.append(_Keyframe(stamp, image, features, uv, cov, torch.cat((track, born))))
-        del self._keyframes[: -self.options.references]
+        if len(self._keyframes) > self.options.references:
+            # Images of a covered lens must not push out the keyframe that is seen again when the cover goes.
+            blind = (k for k in self._keyframes[:-1] if k.found <= _BLIND * len(k.track))
+            self._keyframes.remove(next(blind, self._keyframes[0]))
 
 
 def _mean_of_tracks(uv: Tensor, cov: Tensor, track: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
