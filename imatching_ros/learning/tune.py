@@ -21,7 +21,6 @@ from .learner import Learner, LearnerOptions, StepResult
 
 GAP = 5  #: images between those that train and those that judge
 VALIDATION = 0.15  #: of each recording's images, the last ones, judge
-TRAINS, JUDGES = "trains", "judges"
 PATIENCE = 5  #: verdicts in a row without a promotion, after which there is no more to gain
 
 
@@ -64,7 +63,8 @@ def tune(
     """Fine-tunes on recordings: in each epoch all are tracked and solved with the weights in use, then learned from.
 
     Each recording is split by time: its first images train, the last ``VALIDATION`` of them, after a gap, are the
-    gate's. It ends after ``steps``, or where the gate has promoted nothing in ``PATIENCE`` verdicts in a row.
+    gate's, where they give a window. It ends after ``steps``, or where the gate has promoted nothing in ``PATIENCE``
+    verdicts in a row.
     folder: of checkpoints. Where one is there that the same call has left behind, the run goes on from it, to the same
     bits; raises ValueError where another call has.
     Raises ValueError where no recording gave a window to learn from.
@@ -81,11 +81,14 @@ def tune(
         begins_with = earlier[epoch] if epoch < len(earlier) else learner.weights()
         in_use, in_use_info = weights.loads(begins_with)
 
-        def watch(part: str, held_out: bool | None, epoch=epoch, in_use=in_use, version=in_use_info.version) -> None:
+        def watch(
+            part: Callable[[int], tuple[int, int]], held_out: bool | None,
+            epoch=epoch, in_use=in_use, version=in_use_info.version,
+        ) -> None:  # fmt: skip
             for camera, images in recordings:
                 learner.start_recording(camera)
                 tracker, bundle = Tracker(in_use, version, camera, tracker_options), Bundle(camera, learner.bundle)
-                for stamp, image in islice(images, *_split(len(images), part)):
+                for stamp, image in islice(images, *part(len(images))):
                     correspondences = tracker.track(stamp, image)
                     learner.add_image(stamp, image)
                     learner.add_correspondences(correspondences)
@@ -95,9 +98,10 @@ def tune(
                     on_frame(epoch, stamp)
 
         if epoch == 0:
-            watch(JUDGES, True)
-        # Where the last images gave no window to judge by, one in so many of the others is held out
-        watch(TRAINS, False if epoch or learner.windows else None)
+            watch(_last, True)
+            judged = learner.windows > 0
+        # Where the last images are too few to give a window, all train but for one window in so many
+        watch(_first if judged else _all, False if epoch or judged else None)
         if epoch + 1 < len(earlier):
             continue  # the interrupted run has learned from it
         if epoch + 1 == len(earlier):
@@ -127,10 +131,18 @@ def tune(
     return learner, history
 
 
-def _split(count: int, part: str) -> tuple[int, int]:
-    """First and last (exclusive) image of the part that trains or the part that judges."""
-    judges = round(VALIDATION * count)
-    return (count - judges, count) if part == JUDGES else (0, count - judges - GAP if judges else count)
+def _first(count: int) -> tuple[int, int]:
+    """The images, first and last (exclusive), that train."""
+    return 0, max(_last(count)[0] - GAP, 0)
+
+
+def _last(count: int) -> tuple[int, int]:
+    """Those that judge."""
+    return count - round(VALIDATION * count), count
+
+
+def _all(count: int) -> tuple[int, int]:
+    return 0, count
 
 
 def _epoch_name(epoch: int) -> str:
