@@ -189,7 +189,8 @@ def objective(
         rows += len(place)
         at_optimum = replace(posed, pose=posed.pose[place], landmark=posed.landmark[place], cov=posed.cov[place])
         fine.append(replace(at_optimum, xy=lesson.camera.normalise(uv.double())).cost(kernel))
-        # The residual of the coarse head is no part of the lower level: its target is a constant.
+        # The residual of the coarse head is no part of the lower level: its target is a constant. (With its total
+        # derivative, through `adjoint.optimum`, the same steps gave no better matches.)
         residual = replace(at_optimum, xy=lesson.camera.normalise(coarse_uv.double())).residual()[0]
         coarse.append((residual.square().sum(-1) + 1).sqrt().sub(1).sum())
     if rows == 0:
