@@ -53,10 +53,7 @@ def replay(options: argparse.Namespace) -> None:
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Fine-tunes on recordings, in process and deterministic by seed; writes the weights and a run folder.
-
-    An interrupted run leaves OUT.checkpoints; the same command goes on from there.
-    """
+    """Fine-tunes on recordings, deterministic by seed; goes on with an interrupted run; writes weights and a report."""
     import shutil
 
     import torch
