@@ -44,7 +44,7 @@ def window(landmarks: int = 50) -> Window:
     return Window(
         stamps=STAMP + torch.arange(4) * 33_333_333,
         T_world_camera=T,
-        track=torch.randperm(2**20, generator=g)[:landmarks],
+        track=torch.randperm(2**20, generator=g)[:landmarks].sort().values,
         points=torch.randn(landmarks, 3, generator=g, dtype=torch.float64) * 30,
         observations=torch.randint(2, 20, (landmarks,), generator=g),
         error_px=torch.rand(landmarks, generator=g, dtype=torch.float64),

@@ -18,7 +18,7 @@ from ..bundle.options import BundleOptions
 from ..bundle.window import Window
 from ..geometry.camera import Camera
 from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, lossless, run
+from .core_node import ACTIVE, LEAP_NS, CoreNode, lossless, run
 from .run_files import write_map
 
 try:
@@ -148,7 +148,7 @@ class BundleNode(CoreNode):
 
     def _on_odometry(self, message: Odometry) -> None:
         if self.state == ACTIVE:
-            self.worker.request(lambda: self._add_odometry(message))
+            self.worker.post(lambda: self._add_odometry(message))
 
     def _add_odometry(self, message: Odometry) -> None:
         if self.camera is None:
@@ -159,9 +159,11 @@ class BundleNode(CoreNode):
                 return
             if self.core is None:
                 self.core = self.build(self.camera)
-            self.core.add_odometry(*messages.camera_odometry(message, extrinsics))
+            stamp, *pose = messages.camera_odometry(message, extrinsics)
+            if self._last_stamp is not None and stamp > self._last_stamp + LEAP_NS:  # all later ones would be too old
+                raise ValueError(f"it is {(stamp - self._last_stamp) / 1e9:.3f} s ahead of the images; check clocks")
+            self.core.add_odometry(stamp, *pose)
         except ValueError as error:
-            self.health.refused += 1
             self.fault(f"external_odometry: {error}")
             return
         self.odometry += 1

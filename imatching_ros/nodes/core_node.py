@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -14,6 +15,7 @@ from concurrent.futures import CancelledError, TimeoutError
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
@@ -34,6 +36,7 @@ from .diagnostics import ERROR, OK, WARN, Health
 from .worker import Worker
 
 UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = "unconfigured", "inactive", "active", "finalized"
+SENTENCE = 400  #: characters of what is said, at most
 REPEAT_S = 5.0  #: the same sentence goes to the log this seldom
 RESTART_NS = 1_000_000_000  #: a stamp this far behind the last one is a recording that starts again
 LEAP_NS = 10_000_000_000  #: a stamp this far ahead of the last one is said
@@ -214,9 +217,16 @@ class CoreNode(LifecycleNode):
         return publisher
 
     def hear(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> None:
-        """A subscription until the node is cleaned up."""
+        """A subscription until the node is cleaned up. What ``callback`` raises is said, and ends nothing."""
+
+        def heard(message: Any) -> None:
+            try:
+                callback(message)
+            except Exception as error:
+                self._failed(error)
+
         subscription = self.create_subscription(
-            kind, topic, callback, copy.copy(qos), qos_overriding_options=QoSOverridingOptions.with_default_policies()
+            kind, topic, heard, copy.copy(qos), qos_overriding_options=QoSOverridingOptions.with_default_policies()
         )
         self._configured.callback(self.destroy_subscription, subscription)
 
@@ -243,11 +253,14 @@ class CoreNode(LifecycleNode):
         """Runs ``action`` in the core's thread and waits: whether it went well, and what it says."""
         try:
             return True, self.worker.request(action).result(timeout=PATIENCE_S)
+        except (TimeoutError, CancelledError):  # first, for a TimeoutError is an OSError too
+            return False, "the node is still busy; try again"
         except (ValueError, OSError) as error:
             self.fault(f"{name}: {error}")
             return False, str(error)
-        except (TimeoutError, CancelledError):
-            return False, "the node is still busy; try again"
+        except Exception as error:
+            self._failed(error)
+            return False, self.health.last_error
 
     def receive(self, item: Any, fed: bool = True) -> None:
         """Queues an input for the core; ``fed``: it came on the topic without which there is nothing to do."""
@@ -256,6 +269,18 @@ class CoreNode(LifecycleNode):
                 self._last_heard = time.monotonic()
             self.health.received += 1
             self.worker.put(item)
+
+    def look(self, message: Image | CompressedImage) -> np.ndarray:
+        """The image (H, W) uint8. Only one that can be read, and is the camera's, sets the time."""
+        image, camera = messages.image_from_message(message), self.camera
+        height, width = image.shape
+        if (width, height) != (camera.width, camera.height):
+            raise ValueError(
+                f"the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; "
+                "publish the camera_info that belongs to the image"
+            )
+        self.follow(messages.to_ns(message.header.stamp))
+        return image
 
     def follow(self, stamp: int) -> None:
         """Keeps time: ValueError for a duplicate or late stamp; starts afresh where a recording begins again."""
@@ -272,6 +297,7 @@ class CoreNode(LifecycleNode):
 
     def fault(self, sentence: str) -> None:
         """Says it in diagnostics, and in the log unless it was just said there."""
+        sentence = textwrap.shorten(sentence, SENTENCE, placeholder=" …")  # what a broken message names may be anything
         said, when = self._last_said
         if sentence != said or time.monotonic() > when + REPEAT_S:
             self._last_said = sentence, time.monotonic()
@@ -312,7 +338,7 @@ class CoreNode(LifecycleNode):
                 self.get_logger().error(f"not configured: {self.refusal}")
             self.close()
             return FAILURE
-        self.worker.request(self.begin)
+        self.worker.post(self.begin)
         self.worker.start()
         self.state = INACTIVE
         return super().on_configure(state)
@@ -372,7 +398,7 @@ class CoreNode(LifecycleNode):
             self._changed = before
             raise
         if self.worker is not None:
-            self.worker.request(lambda: self.core is not None and setattr(self.core, "options", options))
+            self.worker.post(lambda: self.core is not None and setattr(self.core, "options", options))
 
     def _dropped(self, _: Any) -> None:
         self.health.dropped += 1
@@ -399,7 +425,7 @@ class CoreNode(LifecycleNode):
         before, self.camera = self.camera, camera
         if before not in (None, camera):
             self.fault("camera_info changed: starting afresh with the new calibration")
-            self.worker.request(self.recalibrate)
+            self.worker.post(self.recalibrate)
 
     def _rectified(self) -> bool:
         if (given := self.value("rectified")) != "auto":
@@ -415,7 +441,7 @@ class CoreNode(LifecycleNode):
             return
         self.fault(f"the clock on /clock went back by {-seconds:.3f} s: starting afresh")
         if self.worker is not None:
-            self.worker.request(self.restart)
+            self.worker.post(self.restart)
 
     def _condition(self) -> tuple[int, str]:
         """What diagnostics say in one level and one sentence."""

@@ -154,9 +154,8 @@ class LearnerNode(CoreNode):
         return self.core
 
     def _add_image(self, message: Image | CompressedImage) -> None:
-        stamp = messages.to_ns(message.header.stamp)
-        self.follow(stamp)
-        self.core.add_image(stamp, messages.image_from_message(message))
+        image = self.look(message)
+        self.core.add_image(messages.to_ns(message.header.stamp), image)
 
     def _add_correspondences(self, message: PointCloud2) -> None:
         self.core.add_correspondences(messages.correspondences_from_cloud(message))

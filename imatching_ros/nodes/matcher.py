@@ -50,10 +50,8 @@ class MatcherNode(CoreNode):
 
     def process(self, message: Image | CompressedImage) -> None:
         started = time.perf_counter()
-        stamp, frame = messages.to_ns(message.header.stamp), message.header.frame_id
-        self.follow(stamp)
-        image = messages.image_from_message(message)
-        correspondences = self.core.track(stamp, image)
+        image, frame = self.look(message), message.header.frame_id
+        correspondences = self.core.track(messages.to_ns(message.header.stamp), image)
         self.rows = len(correspondences)
         self._correspondences.publish(messages.correspondences_to_cloud(correspondences, frame))
         self.health.done(time.perf_counter() - started)
@@ -82,7 +80,7 @@ class MatcherNode(CoreNode):
         except ValueError as error:
             self.fault(str(error))
             return
-        self.worker.request(lambda: self._use(matcher, info))
+        self.worker.post(lambda: self._use(matcher, info))
 
     def _use(self, matcher: torch.nn.Module, info: weights.WeightsInfo) -> None:
         self.matcher, self.version = matcher, info.version

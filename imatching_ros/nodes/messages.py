@@ -82,7 +82,9 @@ _BRIDGE = _bridge()
 
 
 def to_ns(stamp: Time) -> int:
-    """A ROS stamp in nanoseconds."""
+    """A ROS stamp in nanoseconds. ValueError where it is none: its nanoseconds make a second or more."""
+    if stamp.nanosec >= 1_000_000_000:
+        raise ValueError(f"the stamp {stamp.sec} s and {stamp.nanosec} ns is no time: nanoseconds end at 999999999")
     return stamp.sec * 1_000_000_000 + stamp.nanosec
 
 
@@ -142,6 +144,8 @@ def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
             raise ValueError(f"field '{name}' of the point cloud ends beyond its point_step of {message.point_step}")
     if message.row_step < message.width * message.point_step or len(message.data) < message.row_step * message.height:
         raise ValueError(f"the point cloud holds {len(message.data)} bytes, fewer than its size says")
+    if not message.width * message.height:  # its point_step may then be more than numpy takes
+        return np.empty(0, wanted)
     names = list(wanted.names)
     layout = np.dtype({
         "names": names,
@@ -151,7 +155,7 @@ def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
     })
     rows = np.ndarray(
         (message.height, message.width), layout, memoryview(message.data), 0, (message.row_step, message.point_step)
-    ) if len(message.data) else np.empty((0, 0), layout)  # fmt: skip
+    )
     result = np.empty(rows.size, wanted)
     for name in names:
         result[name] = rows[name].reshape(result[name].shape)
@@ -362,10 +366,14 @@ def window_from_messages(keyframes: Path, landmarks: PointCloud2, prior: PointCl
     T_world_camera = torch.stack(poses) if poses else torch.empty(0, 7, dtype=torch.float64)
     if not (torch.isfinite(points).all() and torch.isfinite(T_world_camera).all()):
         raise ValueError("the window holds a pose or a landmark that is not finite")
+    stamps = torch.tensor([to_ns(pose.header.stamp) for pose in keyframes.poses], dtype=torch.int64)
+    track = torch.from_numpy(rows["id"].astype(np.int64))
+    if not ((stamps.diff() > 0).all() and (track.diff() > 0).all()):
+        raise ValueError("the window's keyframes or landmarks are not in ascending order, each once")
     return Window(
-        stamps=torch.tensor([to_ns(pose.header.stamp) for pose in keyframes.poses], dtype=torch.int64),
+        stamps=stamps,
         T_world_camera=T_world_camera,
-        track=torch.from_numpy(rows["id"].astype(np.int64)),
+        track=track,
         points=points,
         observations=torch.from_numpy(rows["observations"].astype(np.int64)),
         error_px=torch.from_numpy(rows["error_px"].astype(np.float64)),
@@ -380,8 +388,9 @@ def landmarks_from_cloud(message: PointCloud2) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _points(rows: np.ndarray) -> np.ndarray:
-    high = np.stack([rows[name] for name in "xyz"], -1).astype(np.float64)
-    return high + np.stack([rows[f"{name}_low"] for name in "xyz"], -1)
+    with np.errstate(invalid="ignore"):  # whoever asked refuses what is not finite
+        high = np.stack([rows[name] for name in "xyz"], -1).astype(np.float64)
+        return high + np.stack([rows[f"{name}_low"] for name in "xyz"], -1)
 
 
 # Images and cameras

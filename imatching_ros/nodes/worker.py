@@ -59,6 +59,15 @@ class Worker:
             self._changed.notify()
         return future
 
+    def post(self, function: Callable[[], Any]) -> None:
+        """The same where nobody waits for it: an exception goes to ``on_error``."""
+
+        def report(future: Future) -> None:
+            if not future.cancelled() and (error := future.exception()) is not None:
+                self._on_error(error)
+
+        self.request(function).add_done_callback(report)
+
     def waiting(self) -> int:
         """Inputs that have not been taken yet."""
         return len(self._inputs)
