@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,6 +53,7 @@ NEW_MAP = "new map"  #: lost for too long: a map begins again at the last pose, 
 _PENDING = 128  #: images that may yet be named as a keyframe, or get a pose later
 _WAITING = 20  #: keyframes that wait for a pose, or for a map
 _SPAN = 5  #: images back, to see whether the camera stands still
+_KNOWN = 3.0  #: times ``min_parallax_deg``: the parallax of landmarks that the prior is made of
 _GENTLY = 0.1  #: share of a disagreement in scale with the odometry that a keyframe takes away
 
 
@@ -316,8 +318,9 @@ class Bundle:
     def _leave(self, leaves: Tensor, message: Correspondences) -> tuple[Prior | None, list[Correspondences]]:
         """What leaving keyframes (K,) know of those that stay, and the messages of these.
 
-        Landmarks that a leaving keyframe sees, and the new one does not, leave too: all their observations are in the
-        prior, and in no message any more.
+        Landmarks that a leaving keyframe sees leave with it where their tracks have ended (the new image does not see
+        them), two that stay see them too, and the parallax is large enough for a linear account of them: all their
+        observations are in the prior, and in no message any more.
         """
         window = self.window
         stay = [self._messages[stamp] for stamp in window.stamps[~leaves].tolist()]
@@ -325,11 +328,15 @@ class Bundle:
             return window.prior, stay
         messages = [self._messages[stamp] for stamp in window.stamps.tolist()]
         _, posed = surviving(window, messages, self.camera, self.options.prune_px)
-        gone = torch.zeros(len(window.track), dtype=torch.bool)
-        gone[posed.landmark[leaves[posed.pose]]] = True
+        seen = torch.zeros(len(window.track), len(window.stamps), dtype=torch.bool)
+        seen[posed.landmark, posed.pose] = True
+        ray = torch.nn.functional.normalize(window.points[:, None] - window.T_world_camera[:, :3], dim=-1)
+        widest = torch.where(seen[:, :, None] & seen[:, None], ray @ ray.mT, 1.0).flatten(1).amin(1)
+        known = widest < math.cos(math.radians(_KNOWN * self.options.min_parallax_deg))
+        gone = seen[:, leaves].any(-1) & (seen[:, ~leaves].sum(-1) >= 2) & known
         gone &= ~torch.isin(window.track, message.track)
         if leaves[-1]:
-            gone[:] = False  # what it saw, the new one sees
+            gone[:] = False  # it only turned: what it knows of landmarks, others know
         prior = marginalise(posed, self.options.adjust.kernel, window.stamps, leaves, gone)
         return prior, [select(m, ~torch.isin(m.track, window.track[gone])) for m in stay]
 

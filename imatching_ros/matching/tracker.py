@@ -14,7 +14,6 @@ from ..geometry.correspondences import Correspondences
 from .detector import detect
 from .protocol import Matcher, Matches
 
-
 _BLIND = 0.2  # a keyframe of which less than this share of the points was ever found again shows nothing
 
 
