@@ -20,7 +20,7 @@ from .probe import Probe, probe_error
 CORNERS = 200  # per image
 TRUNCATE_PX = 5.0  # an error beyond counts as this: how wrong a wrong match is says nothing
 Z = 1.64  # one-sided 95 %
-MARGIN = 0.02  # of the mean error in the held-out windows, by which new weights must be better
+MARGIN = 0.05  # of the mean error in the held-out windows, by which new weights must be better
 TOLERANCE = 0.005  # share of the points within 1 px
 
 
@@ -100,11 +100,11 @@ def judge(candidate: Evidence, incumbent: Evidence) -> tuple[int, str, dict[str,
     """+1 promote, 0 undecided, -1 worse; the reason; the figures.
 
     Paired on the same points, with a certainty of 95 % (one-sided). Promoted is what explains the held-out windows
-    better: their mean error falls by more than ``MARGIN``, more of their points lie within 1 px; and what is no worse
-    at the known warps: neither with certainty, nor so that, as a best guess, more than ``TOLERANCE`` and a standard
-    error of their points within 1 px are lost. Known warps are no ground for promotion: in good light a matcher became
-    10 % better at them, while its matches of true motion became worse, and the windows hardly moved. Points of one
-    image err together: what counts as independent is the image, not the point.
+    better, their mean error falls by more than ``MARGIN`` and more of their points, by more than ``TOLERANCE``, lie
+    within 1 px; and what is no worse at the known warps: neither with certainty, nor so that, as a best guess, more
+    than ``TOLERANCE`` and a standard error of their points within 1 px are lost. Known warps are no ground for
+    promotion: in good light a matcher became 10 % better at them while its matches of true motion became worse, and
+    the windows hardly moved. Points of one image err together: what counts as independent is the image, not the point.
     """
     window_mean, window_error = _mean_and_error(candidate.epipolar - incumbent.epipolar, incumbent.target)
     probe_mean, probe_error = _mean_and_error(candidate.probe - incumbent.probe, incumbent.image)
@@ -125,8 +125,9 @@ def judge(candidate: Evidence, incumbent: Evidence) -> tuple[int, str, dict[str,
     if -hits_mean > max(TOLERANCE, hits_error):
         return 0, f"{-100 * hits_mean:.1f} points fewer of the known warps are within 1 px, though not surely", figures
     near_mean, near_error = _mean_and_error(_hits(candidate.epipolar, incumbent.epipolar), incumbent.target)
-    gain = -window_mean / max(float(incumbent.epipolar.mean()), 1e-9)
-    if window_mean + Z * window_error < -MARGIN * float(incumbent.epipolar.mean()) and near_mean > Z * near_error:
+    error = max(float(incumbent.epipolar.mean()), 1e-9)
+    gain, least = -window_mean / error, -(window_mean + Z * window_error) / error
+    if least > MARGIN and near_mean - Z * near_error > TOLERANCE:
         return 1, f"held-out windows are explained better by {100 * gain:.1f} %, known warps no worse", figures
     return 0, f"held-out windows are not explained better by a clear margin ({100 * gain:+.1f} %)", figures
 
