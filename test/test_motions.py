@@ -1,5 +1,6 @@
 """The motions that robots really make, rendered: each is recognised, makes no false landmarks and no false poses."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from klt_tracks import KltTracker
 from test_bundle import CAMERA, World, ate, cloud, landmark_error, path, run
 
-from imatching_ros.bundle.adjust import AdjustOptions, free_parameters
+from imatching_ros.bundle.adjust import AdjustOptions, adjust, free_parameters
 from imatching_ros.bundle.bundle import INITIALISING, LOST, NEW_MAP, TRACKING, Bundle
 from imatching_ros.bundle.motion import BLIND, MOVING, ROTATION, STANDSTILL
 from imatching_ros.bundle.observations import surviving
@@ -428,3 +429,30 @@ def test_twice_the_same_gives_the_same_bits():
     assert torch.equal(one.bundle.window.points, two.bundle.window.points)
     ours, theirs = ([e.covariance for e in f.estimates if e.covariance is not None] for f in (one, two))
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
+
+
+def test_the_gradient_of_equation_7_is_the_total_one_under_a_prior():
+    """Central differences of the objective's optimum, solved again for moved correspondences, with the prior in it."""
+    world = World(path(40), cloud(300, low=(-4, -3, 2), high=(8, 3, 12)), noise_px=0.5)
+    exact = AdjustOptions(max_iterations=200, relative_decrease=1e-13, gradient=1e-8)
+    options = BundleOptions(keyframes=4, adjust=exact)
+    bundle, _ = run(world, options)
+    window = bundle.window
+    _, posed = surviving(window, list(bundle._messages.values()), CAMERA, options.prune_px)
+    assert window.prior is not None and posed.prior is not None
+    solved = adjust(posed, exact)
+    xy = posed.xy.clone().requires_grad_()
+    at_optimum = replace(posed, T_world_camera=solved.T_world_camera, points=solved.points, xy=xy)
+    (gradient,) = torch.autograd.grad(at_optimum.cost(exact.kernel), xy)
+    (alone,) = torch.autograd.grad(replace(at_optimum, prior=None).cost(exact.kernel), xy)
+    torch.testing.assert_close(gradient, alone)  # the prior is a constant of the correspondences
+    direction = torch.randn(xy.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) / CAMERA.fx
+
+    def optimum(step):
+        moved = replace(posed, xy=posed.xy + step * direction)
+        solution = adjust(replace(moved, T_world_camera=solved.T_world_camera, points=solved.points), exact)
+        assert solution.converged
+        return solution.cost
+
+    difference = (optimum(1e-4) - optimum(-1e-4)) / 2e-4
+    assert difference == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
