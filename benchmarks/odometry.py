@@ -319,12 +319,12 @@ def tracks_of(kind: str, recording, frames: int | None) -> list[Correspondences]
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title="Trajectory error after Sim(3) alignment, one thread")
+    table = Table(title="After Sim(3) alignment; one thread; in brackets how often our time fits into COLMAP's")
     for column in ("recording", "tracks", "solver"):
         table.add_column(column)
     for column in (
         "images posed %", "keyframes posed %", "ATE m", "ATE %", "own ATE m", "track", "px", "seconds",
-        "keyframes' seconds",
+        "of keyframes",
     ):  # fmt: skip
         table.add_column(column, justify="right")
     for row in rows:
@@ -337,7 +337,7 @@ def show(rows: list[dict]) -> None:
             return "-" if value is None else format(value, form)
 
         def seconds(value, peer=peer, row=row):
-            return f"{value:.2f}" + (f" (COLMAP / {peer / value:.1f})" if peer and row["solver"] != "colmap" else "")
+            return f"{value:.2f}" + (f" ({peer / value:.1f} x)" if peer and row["solver"] != "colmap" else "")
 
         table.add_row(
             row["recording"], row["tracks"], row["solver"], number(row["posed_percent"], ".1f"),
@@ -345,7 +345,7 @@ def show(rows: list[dict]) -> None:
             number(row["ate_percent"], ".2f"), number(row["ate_own_m"], ".4f"), number(row["track_length"], ".0f"),
             number(row["reprojection_px"], ".2f"), seconds(row["seconds"]), seconds(row["keyframe_seconds"]),
         )  # fmt: skip
-    Console(width=170).print(table)
+    Console(width=180).print(table)
 
 
 def main() -> None:
