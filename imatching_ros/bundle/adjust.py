@@ -59,7 +59,8 @@ def adjust(problem: Problem, options: AdjustOptions | None = None, fixed: Tensor
     on_cpu = problem.points.device.type == "cpu"
     if options.backend == "cpu" and not (on_cpu and compiled()):
         raise ValueError("the bundle's back end 'cpu' wants tensors on the CPU and numba; use 'auto' or 'eager'")
-    with torch.inference_mode():
+    # In floating point: what overflows is refused.
+    with torch.inference_mode(), np.errstate(all="ignore"):
         free = free_parameters(problem.T_world_camera, fixed)
         if options.backend != "eager" and on_cpu and compiled():
             solution = _minimise_compiled(problem, options, free)
@@ -109,37 +110,46 @@ def array(tensor: Tensor) -> np.ndarray:
 
 def _minimise(system: System, options: AdjustOptions) -> Solution:
     """The loop. Nothing in it waits for a GPU: every round linearises, steps and judges, and what it judges is taken
-    or left elementwise. Whether it is over is asked in every round where asking is free, else in every eighth."""
+    or left elementwise. Whether it is over is asked in every eighth round. On the CPU asking is free, and the judgement
+    is made in numbers."""
     here = system.evaluate(*system.start())
-    every = 1 if _asking_is_free(here.cost) else 8
+    asking_is_free = _asking_is_free(here.cost)
+    every, moved = 8, True
+    where, at_least, read = torch.where, torch.clamp_min, _identity
+    if asking_is_free:
+        every, where, at_least, read = 1, _branch, max, _number
     exact = 1e-18 * len(system.problem.pose)  # below this the cost is rounding, and its gradient means nothing
-    iterations, decrease, damping, growth = here.cost.new_tensor([0.0, 1.0, 1e-4, 2.0])
-    stuck = here.cost < 0
+    iterations, decrease, damping, growth = map(read, here.cost.new_tensor([0.0, 1.0, 1e-4, 2.0]))
+    cost = read(here.cost)
+    stuck = cost < 0
     for turn in count():
-        system.linearise(here, curved=decrease < 1e-4)
-        gradient = system.gradient_norm()
+        if moved:
+            system.linearise(here, decrease < 1e-4)
+            gradient = read(system.gradient_norm())
         flat = gradient < options.gradient
-        converged = (here.cost <= exact) | ((decrease < options.relative_decrease) | stuck) & flat
+        converged = (cost <= exact) | ((decrease < options.relative_decrease) | stuck) & flat
         done = converged | stuck | (iterations >= options.max_iterations)
         if turn % every == 0 and done:
             break
         step, definite = system.solve(damping)
         there = system.evaluate(*system.move(here, step))
-        predicted = system.predicted_decrease(step, damping)
-        better = definite & (there.cost < here.cost)
+        predicted, definite = read(system.predicted_decrease(step, damping)), read(definite)
+        cost_there = read(there.cost)
+        better = definite & (cost_there < cost)
         accepted = better & ~done
         # So near the optimum, rounding decides which cost is less.
-        stuck |= ~better & ~done & (definite & (predicted <= 1e-13 * here.cost) | (damping >= 1e12))
-        gain = (here.cost - there.cost) / predicted.clamp_min(1e-300)
-        eased = (damping * (1 - (2 * gain - 1) ** 3).clamp_min(0.1)).clamp_min(1e-12)
-        damping = torch.where(better, eased, damping * growth)
-        growth = torch.where(better, 2.0, 2 * growth)
-        decrease = torch.where(accepted, (here.cost - there.cost) / here.cost, torch.where(stuck, 0.0, decrease))
+        stuck = stuck | ~better & ~done & (definite & (predicted <= 1e-13 * cost) | (damping >= 1e12))
+        gain = (cost - cost_there) / at_least(predicted, 1e-300)
+        eased = at_least(damping * at_least(1 - (2 * gain - 1) ** 3, 0.1), 1e-12)
+        damping = where(better, eased, damping * growth)
+        growth = where(better, 0 * growth + 2, 2 * growth)
+        decrease = where(accepted, (cost - cost_there) / cost, where(stuck, 0 * decrease, decrease))
         iterations = iterations + accepted
-        here = _choose(accepted, there, here)
+        here, cost = _choose(accepted, there, here), where(accepted, cost_there, cost)
+        moved = accepted if asking_is_free else True
     T, points = system.finish(here)
     return Solution(
-        T, points, int(iterations), float(here.cost), float(decrease), float(gradient), bool(converged)
+        T, points, int(iterations), float(cost), float(decrease), float(gradient), bool(converged)
     )
 
 
@@ -148,9 +158,21 @@ def _asking_is_free(scalar: Tensor) -> bool:
     return scalar.device.type == "cpu"
 
 
-def _choose(first: Tensor, one: Estimate, other: Estimate) -> Estimate:
-    """``one if first else other``, without asking a GPU."""
-    if _asking_is_free(first):
+def _identity(scalar: Tensor) -> Tensor:
+    return scalar
+
+
+def _number(scalar: Tensor) -> np.generic:
+    return scalar.numpy()[()]
+
+
+def _branch(first: bool, one, other):
+    return one if first else other
+
+
+def _choose(first: Tensor | np.bool_, one: Estimate, other: Estimate) -> Estimate:
+    """``one if first else other``, elementwise where that is the secret of a GPU."""
+    if not isinstance(first, Tensor):
         return one if first else other
     if isinstance(one, Tensor):
         return torch.where(first, one, other)

@@ -90,7 +90,6 @@ class System:
             poses = slice(int(first[which].min()), int(last[which].max()) + 1)
             self.strips.append(_Strip(problem, dtype, poses, slice(begin, begin + count), seen, place))
             begin, row = begin + count, row + len(seen)
-        self.strips = [one for one in self.strips if len(one.cell)]
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
         """q (K, 4), c (K, 3), p (3, L), centred."""
@@ -118,16 +117,18 @@ class System:
         of the weight so that the system stays definite; reweighting alone converges only linearly. Far from the optimum
         it overshoots: only once the cost falls by less than 1e-4."""
         K = len(at.q)
-        self.gc, blocks = at.c.new_zeros(6 * K), at.c.new_zeros(K, 6, 6)
-        self.gp, self.Hpp = torch.zeros_like(at.p), at.p.new_zeros(3, *at.p.shape)
-        self.energy = 0.0
+        self.gc, blocks = at.c.new_zeros(K, 6), at.c.new_zeros(K, 6, 6)
+        self.energy, gp, Hpp = 0.0, [], []
         for strip, part in zip(self.strips, at.strips, strict=True):
-            energy, gp, gc, Hpp, Hcc = strip.linearise(part, self.kernel, curved)
+            energy, gp_strip, gc, Hpp_strip, Hcc = strip.linearise(part, self.kernel, curved)
             self.energy = self.energy + energy
-            self.gp[:, strip.landmarks], self.Hpp[..., strip.landmarks] = gp, Hpp
-            self.gc.view(K, 6)[strip.poses] += gc
+            self.gc[strip.poses] += gc
             blocks[strip.poses] += Hcc
-        self.Hcc = torch.block_diag(*blocks)
+            gp.append(gp_strip)
+            Hpp.append(Hpp_strip)
+        self.gc, self.gp, self.Hpp = self.gc.view(-1), torch.cat(gp, -1), torch.cat(Hpp, -1)
+        self.Hcc = blocks.new_zeros(6 * K, 6 * K)
+        self.Hcc.view(K, 6, K, 6).diagonal(dim1=0, dim2=2).copy_(blocks.permute(1, 2, 0))
         if self.problem.prior is not None:
             T = torch.cat((at.c + self.origin, at.q), -1)
             H, g = self.problem.prior.linearise(T)
@@ -163,10 +164,8 @@ class System:
         camera = torch.zeros_like(gradient)
         camera[self.free] = torch.cholesky_solve(-gradient[self.free, None], factor).squeeze(-1)
         camera = torch.where(failed == 0, camera, 0.0)
-        point = torch.zeros_like(self.gp)
-        for strip in self.strips:
-            point[:, strip.landmarks] = strip.substitute(camera[6 * strip.poses.start : 6 * strip.poses.stop])
-        return (camera, point), failed == 0
+        point = [strip.substitute(camera[6 * strip.poses.start : 6 * strip.poses.stop]) for strip in self.strips]
+        return (camera, torch.cat(point, -1)), failed == 0
 
     def predicted_decrease(self, step: tuple[Tensor, Tensor], damping: Tensor) -> Tensor:
         """How much the quadratic model falls along the step that solved it."""
@@ -223,9 +222,11 @@ class _Strip:
         """The weighted residuals' square, gp (3, l), gc (k, 6), Hpp (3, 3, l) and the diagonal blocks Hcc (k, 6, 6)."""
         weight = torch.where(at.seen, kernel.weight(at.s), 0.0)
         energy = (weight * at.s).sum()
-        bend = curved * weight * (1 - kernel.radial(at.s).clamp_min(0.2)) / at.s.clamp_min(1e-12)
-        gx, gy = at.g
-        m = weight * self.information - bend * torch.stack((gx * gx, gx * gy, gy * gy))
+        m = weight * self.information
+        if isinstance(curved, Tensor) or curved:
+            bend = curved * weight * (1 - kernel.radial(at.s).clamp_min(0.2)) / at.s.clamp_min(1e-12)
+            gx, gy = at.g
+            m = m - bend * torch.stack((gx * gx, gx * gy, gy * gy))
         cells = self.x.new_zeros(5, self.k * self.l)
         cells.index_add_(1, self.cell, torch.cat((m, weight * at.g)))
         xx, xy, yy, gx, gy = cells.view(5, self.k, 1, self.l)
