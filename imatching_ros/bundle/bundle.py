@@ -35,6 +35,7 @@ from imatching_ros.bundle.observations import (
 from imatching_ros.bundle.odometry import ExternalOdometry
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import Prior, marginalise
+from imatching_ros.bundle.problem import Problem
 from imatching_ros.bundle.registration import Registration, register
 from imatching_ros.bundle.solve import shift, solve
 from imatching_ros.bundle.window import Window
@@ -88,6 +89,7 @@ class Bundle:
         self.keyframes = 0  #: how many keyframes there have been, with or without a pose
         self.maps = 0  #: how many maps have been begun
         self.metric = self.options.poses == "external"  #: the world's unit is the odometry's metre
+        self._rests: tuple[Window, Problem] | None = None
         self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
         self._named: set[int] = set()
@@ -250,11 +252,16 @@ class Bundle:
         place = index_of(self.window.track, observed.track)
         return observed.select(place >= 0), place[place >= 0]
 
+    def _posed(self) -> Problem:
+        """What the window's solution rests on, put together once for each window."""
+        if self._rests is None or self._rests[0] is not self.window:
+            messages = [self._messages[stamp] for stamp in self.window.stamps.tolist()]
+            self._rests = self.window, surviving(self.window, messages, self.camera, self.options.prune_px)[1]
+        return self._rests[1]
+
     def _covariance(self, message: Correspondences, registered: Registration) -> Tensor:
         """Of an image's pose (6, 6), the landmarks' doubt included: the window's problem with one more pose."""
-        window = self.window
-        messages = [self._messages[stamp] for stamp in window.stamps.tolist()]
-        _, posed = surviving(window, messages, self.camera, self.options.prune_px)
+        window, posed = self.window, self._posed()
         observed, place = self._seen(message)
         observed, place = observed.select(registered.inliers), place[registered.inliers]
         K = len(window.stamps)
@@ -326,8 +333,7 @@ class Bundle:
         stay = [self._messages[stamp] for stamp in window.stamps[~leaves].tolist()]
         if not leaves.any():
             return window.prior, stay
-        messages = [self._messages[stamp] for stamp in window.stamps.tolist()]
-        _, posed = surviving(window, messages, self.camera, self.options.prune_px)
+        posed = self._posed()
         seen = torch.zeros(len(window.track), len(window.stamps), dtype=torch.bool)
         seen[posed.landmark, posed.pose] = True
         ray = torch.nn.functional.normalize(window.points[:, None] - window.T_world_camera[:, :3], dim=-1)
