@@ -47,8 +47,8 @@ class Solution:
 def adjust(problem: Problem, options: AdjustOptions | None = None, fixed: Tensor | None = None) -> Solution:
     """Minimise 1/2 sum rho(s), and the prior, over poses and landmarks.
 
-    fixed: (K,) bool, poses held; by default the first. Where only one is held, the scale is fixed by the largest
-    translation component of the pose farthest from it.
+    fixed: (K,) bool, poses held (all of them, and only landmarks move); by default the first. Where only one is held,
+    the scale is fixed by the largest translation component of the pose farthest from it.
     Converged: the last step's relative decrease and the gradient are both below their bounds, or the cost is rounding.
     Deterministic on the CPU. While solving, the first pose is the origin, for the sake of rounding.
     Raises ValueError where there is no observation or no pose is held, or the back end is "cpu" and cannot be had.

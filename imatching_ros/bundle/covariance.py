@@ -19,7 +19,8 @@ def covariance(problem: Problem, kernel: Kernel, fixed: Tensor | None = None, ba
     The information of an observation is J^T cov^-1 J times the kernel's weight rho'(s) at the solution. For Gaussian
     noise this is right without a kernel, and for Huber at two standard deviations within 1 % (its weights make up for
     what its bounded influence loses). It is the covariance of the observations' noise only, not of wrong
-    correspondences. Held parameters have zeros; what nothing determines has a large, finite variance.
+    correspondences. Held parameters have zeros; what nothing determines has a large, finite variance. Compiled, the
+    Jacobian is rounded to single precision: some 1e-4 of the largest variance.
     """
     with torch.inference_mode(False), torch.no_grad():
         K = len(problem.T_world_camera)
