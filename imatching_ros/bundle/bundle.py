@@ -89,6 +89,7 @@ class Bundle:
         self.keyframes = 0  #: how many keyframes there have been, with or without a pose
         self.maps = 0  #: how many maps have been begun
         self.metric = self.options.poses == "external"  #: the world's unit is the odometry's metre
+        self._gone = torch.zeros(0, dtype=torch.int64)  # tracks that are in the window's prior
         self._rests: tuple[Window, Problem] | None = None
         self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
@@ -312,27 +313,27 @@ class Bundle:
         leaves = torch.zeros(size, dtype=torch.bool)
         leaves[-1] = size > 2 and self._only_turned(*window.stamps.tolist()[-2:])
         leaves[: max(0, size - int(leaves.sum()) - (self.options.keyframes - 1))] = True
-        prior, messages = self._leave(leaves, message)
+        prior, gone = self._leave(leaves, message)
         poses = torch.cat((window.T_world_camera[~leaves], T[None]))
-        solved = solve(
-            [*messages, message], poses, window.track, window.points, self.camera, self.options, prior
-        )
+        messages = [*(self._messages[stamp] for stamp in window.stamps[~leaves].tolist()), message]
+        gone = gone[torch.isin(gone, torch.cat([m.track for m in messages]))]
+        fresh = [select(m, ~torch.isin(m.track, gone)) for m in messages]
+        solved = solve(fresh, poses, window.track, window.points, self.camera, self.options, prior)
         if solved is None:
             return None
-        self._messages.update((m.stamp, m) for m in messages)
+        self._gone = gone
         return self._take(solved[0])
 
-    def _leave(self, leaves: Tensor, message: Correspondences) -> tuple[Prior | None, list[Correspondences]]:
-        """What leaving keyframes (K,) know of those that stay, and the messages of these.
+    def _leave(self, leaves: Tensor, message: Correspondences) -> tuple[Prior | None, Tensor]:
+        """What leaving keyframes (K,) know of those that stay, and the tracks that are used up in it.
 
         Landmarks that a leaving keyframe sees leave with it where their tracks have ended (the new image does not see
-        them), two that stay see them too, and the parallax is large enough for a linear account of them: all their
-        observations are in the prior, and in no message any more.
+        them), two that stay see them too, and the parallax is large enough for a linear account of them. All their
+        observations are in the prior: while one of these keyframes is in the window, they must not come back.
         """
         window = self.window
-        stay = [self._messages[stamp] for stamp in window.stamps[~leaves].tolist()]
         if not leaves.any():
-            return window.prior, stay
+            return window.prior, self._gone
         posed = self._posed()
         seen = torch.zeros(len(window.track), len(window.stamps), dtype=torch.bool)
         seen[posed.landmark, posed.pose] = True
@@ -344,7 +345,7 @@ class Bundle:
         if leaves[-1]:
             gone[:] = False  # it only turned: what it knows of landmarks, others know
         prior = marginalise(posed, self.options.adjust.kernel, window.stamps, leaves, gone)
-        return prior, [select(m, ~torch.isin(m.track, window.track[gone])) for m in stay]
+        return prior, torch.cat((self._gone, window.track[gone]))
 
     def _only_turned(self, before: int, stamp: int) -> bool:
         """A posed keyframe whose image shows no parallax (motion.py) is hardly elsewhere than the one before: half of
@@ -387,6 +388,8 @@ class Bundle:
     def _take(self, window: Window) -> Window:
         """The window is solved: keep its poses, and give the images without one theirs where it can."""
         self.window, self._failures = window, 0
+        if window.prior is None:
+            self._gone = self._gone[:0]
         if self.options.poses == "own":
             self._scale_to_odometry()
             window = self.window
