@@ -145,7 +145,7 @@ class Load:
         played = time.monotonic() - begun
         used = (self._cpu_seconds() - used) / played
         quiet = time.monotonic() + 2.5  # one more second of diagnostics, and what is still on its way
-        while time.monotonic() < quiet or (self.count("waiting") and time.monotonic() < quiet + 30):
+        while time.monotonic() < quiet or (self.count("waiting") and time.monotonic() < quiet + 120):
             time.sleep(0.1)
         received = self.count("received") if self.says else len(self.latency_ms)
         p50, p95 = percentiles(self.latency_ms)
