@@ -114,6 +114,10 @@ class Load:
     def count(self, key: str) -> int:
         return int(self.says.get("matcher", {}).get(key, 0))
 
+    def _owing(self) -> int:
+        """Images that the matcher has and has not dealt with."""
+        return self.count("received") - len(self.latency_ms) - self.count("dropped") - self.count("refused")
+
     def run(self, recording, rate_hz: float, seconds: float) -> dict[str, float | int]:
         """Plays for ``seconds``, and counts. RuntimeError where a node ends."""
         pictures = [image for _, image in recording]
@@ -145,7 +149,7 @@ class Load:
         played = time.monotonic() - begun
         used = (self._cpu_seconds() - used) / played
         quiet = time.monotonic() + 2.5  # one more second of diagnostics, and what is still on its way
-        while time.monotonic() < quiet or (self.count("waiting") and time.monotonic() < quiet + 120):
+        while (now := time.monotonic()) < quiet or (self._owing() > 0 and now < quiet + 120):
             time.sleep(0.1)
         received = self.count("received") if self.says else len(self.latency_ms)
         p50, p95 = percentiles(self.latency_ms)
