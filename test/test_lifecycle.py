@@ -232,6 +232,7 @@ def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
                  in ros.says(role)["message"])  # fmt: skip
     assert {ros.says(role)["lifecycle"] for role in parameters.NODES} == {"active"}
     assert len({ros.says(role)["peak_memory_mb"] for role in parameters.NODES}) <= 3
+    assert "went forward" not in ros.log("composed")  # the first /clock sets the clock
 
     clock.publish(Clock(clock=messages.to_stamp(START)))
     for role in parameters.NODES:

@@ -436,6 +436,8 @@ class CoreNode(LifecycleNode):
 
     def _on_clock_jump(self, jump: Any) -> None:
         seconds = jump.delta.nanoseconds / 1e9
+        if self.get_clock().now().nanoseconds <= jump.delta.nanoseconds:
+            return  # from zero: the clock was set
         if seconds > 0:
             self.fault(f"the clock on /clock went forward by {seconds:.3f} s")
             return
