@@ -112,7 +112,7 @@ class Load:
             self.says[status.name.strip("/")] = {pair.key: pair.value for pair in status.values}
 
     def count(self, key: str) -> int:
-        return int(self.says.get("matcher", {}).get(key, 0))
+        return int(self.says.get("matcher", {}).get(key, 0)) if "matcher" in self.roles else 0
 
     def _owing(self) -> int:
         """Images that the matcher has and has not dealt with."""
@@ -151,7 +151,7 @@ class Load:
         quiet = time.monotonic() + 2.5  # one more second of diagnostics, and what is still on its way
         while (now := time.monotonic()) < quiet or (self._owing() > 0 and now < quiet + 120):
             time.sleep(0.1)
-        received = self.count("received") if self.says else len(self.latency_ms)
+        received = self.count("received") if "matcher" in self.roles else len(self.latency_ms)
         p50, p95 = percentiles(self.latency_ms)
         return {
             "rate_hz": frames / played, "seconds": played, "frames_in": frames, "frames_out": len(self.latency_ms),
