@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import threading
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -632,3 +633,24 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
         seen.add(len(data))
     writer.join()
     assert len(seen) > 1
+
+
+def test_fault_tracker_of_a_wide_lens_gives_no_row_that_its_model_cannot_place(shipped, day):
+    matcher, _ = shipped
+    camera, images = day
+    wide = replace(camera, distortion_model="plumb_bob", distortion=(-0.9, 0.0, 0.0, 0.0, 0.0))
+    corners = torch.tensor([[0.0, 0.0], [camera.width - 1.0, camera.height - 1.0]])
+    assert wide.normalise(corners.double()).isnan().all(), "the lens is meant to be wide"
+    tracker = Tracker(matcher, 0, wide)
+    rows = [tracker.track(stamp, image) for stamp, image in images[:3]][-1]
+    assert len(rows) > 20 and rows.xy.isfinite().all()
+
+
+def test_kill_tracker_that_starts_anew_gives_no_id_that_was_given_before(shipped, day):
+    matcher, _ = shipped
+    camera, images = day
+    before, after = (
+        torch.cat([tracker.track(stamp, image).track for stamp, image in part])
+        for tracker, part in ((Tracker(matcher, 0, camera), images[:6]), (Tracker(matcher, 0, camera), images[6:12]))
+    )
+    assert len(before) and len(after) and int(before.max()) < int(after.min())

@@ -11,6 +11,8 @@ from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
 from imatching_ros.bundle.robust import Kernel
 from imatching_ros.geometry import lie, triangulation, two_view
 
+_GUESSED = 0.5  #: where the motion model agrees with this share of the points, PnP is not asked
+
 
 @dataclass(frozen=True)
 class Registration:
@@ -27,15 +29,16 @@ def register(
     points: (N, 3), world. xy: (N, 2) on the plane z = 1, cov: (N, 3) undistorted px^2, focal: (2,) px.
     guess: T_world_camera (7,) or None. Returns None where there is neither a guess nor a model.
     """
-    candidates = [] if guess is None else [guess]
-    found = two_view.absolute_pose(points, xy, inlier_px, float(focal.mean()))
-    if found is not None:
-        candidates.append(lie.inverse(found[0]))
-    if not candidates:
+    T, inliers = guess, None if guess is None else _inliers(guess, points, xy, focal, inlier_px)
+    if inliers is None or int(inliers.sum()) < _GUESSED * len(points):
+        found = two_view.absolute_pose(points, xy, inlier_px, float(focal.mean()))
+        if found is not None:
+            other = lie.inverse(found[0])
+            agreeing = _inliers(other, points, xy, focal, inlier_px)
+            if inliers is None or int(agreeing.sum()) > int(inliers.sum()):
+                T, inliers = other, agreeing
+    if T is None:
         return None
-    agreeing = [_inliers(T, points, xy, focal, inlier_px) for T in candidates]
-    best = max(range(len(candidates)), key=lambda i: int(agreeing[i].sum()))
-    T, inliers = candidates[best], agreeing[best]
     for _ in range(2):  # on inliers only: with half the rows wrong, the kernel alone would be pulled aside
         T, H = refine(T, points[inliers], xy[inliers], cov[inliers], focal, kernel)
         inliers = _inliers(T, points, xy, focal, inlier_px)

@@ -22,6 +22,7 @@ from imatching_ros.geometry.correspondences import Correspondences
 _LOOSE = 3.0  #: before the first adjustment the newest pose is only predicted: prune at this many times the bound
 _AT_ONCE = 8_000_000  #: cells of landmarks by pairs of keyframes whose parallax is computed at once
 _ROUNDS = 6  #: of prune and adjust, before landmarks whose observations come and go are dropped altogether
+_ROUNDS_BATCH = 25  #: the same over all keyframes of a recording: the more observations, the more come and go
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def solve(
     camera: Camera,
     options: BundleOptions,
     prior: Prior | None = None,
+    rounds: int = _ROUNDS,
 ) -> tuple[Window, Solution] | None:
     """The window of these keyframes, at a stationary point of the objective over the observations that survive.
 
@@ -62,6 +64,7 @@ def solve(
     where ``options.poses`` is "external".
     track, points: (L,) ascending and (L, 3), the landmarks known so far; all other tracks are triangulated.
     prior: what keyframes that left know of these.
+    rounds: of prune and adjust, before landmarks whose observations come and go are dropped; at most twice as many.
     Returns None where fewer landmarks than ``options.min_landmarks`` survive.
     """
     stamps = torch.tensor([message.stamp for message in messages])
@@ -75,7 +78,7 @@ def solve(
     _, posed = pose_problem(observed, stamps, T_world_camera, candidates, zeros, camera)
     if prior is not None:
         posed = replace(posed, prior=prior.on(stamps))
-    window = _Solver(posed, start, camera.focal, options)
+    window = _Solver(posed, start, camera.focal, options, rounds)
     if not window.adjust(_LOOSE * options.prune_px, once=True):
         return None
     if not window.adjust(options.prune_px):
@@ -92,7 +95,7 @@ def refine(
     (``Bundle.trajectory``). The first pose stays; the scale is the one that the poses came with.
     """
     nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64)
-    solved = solve(messages, T_world_camera, *nothing, camera, options)
+    solved = solve(messages, T_world_camera, *nothing, camera, options, rounds=_ROUNDS_BATCH)
     return solved and rescaled_to(solved[0], T_world_camera)
 
 
@@ -113,8 +116,8 @@ def shift(t: Tensor) -> Tensor:
 class _Solver:
     """The tracks of a window between its rounds: poses, points (NaN where a track has none) and observations."""
 
-    def __init__(self, posed: Problem, points: Tensor, focal: float, options: BundleOptions) -> None:
-        self.posed, self.points, self.focal, self.options = posed, points, focal, options
+    def __init__(self, posed: Problem, points: Tensor, focal: float, options: BundleOptions, rounds: int) -> None:
+        self.posed, self.points, self.focal, self.options, self.rounds = posed, points, focal, options, rounds
         self.T = posed.T_world_camera
         self.held = torch.ones(len(self.T), dtype=torch.bool) if options.poses == "external" else None
         self.grid = Grid.of(posed)
@@ -132,7 +135,7 @@ class _Solver:
         exact = self.options.adjust
         rough = replace(exact, relative_decrease=max(1e-3, exact.relative_decrease), gradient=1.0)
         tight = False
-        for turn in range(2 * _ROUNDS):
+        for turn in range(2 * self.rounds):
             if len(torch.unique(self.posed.landmark[keep])) < self.options.min_landmarks:
                 return False
             self.kept = keep
@@ -142,7 +145,7 @@ class _Solver:
             settled = torch.equal(keep, self.kept)
             if once or (tight and settled):
                 return True
-            if turn >= _ROUNDS:
+            if turn >= self.rounds:
                 # An observation that is in when left out and out when taken in: do without its landmark.
                 self.dropped[self.posed.landmark[keep != self.kept]] = True
                 keep = self._survivors(prune_px)
@@ -156,17 +159,33 @@ class _Solver:
         """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax."""
         finite = self.points.isfinite().all(-1) & ~self.dropped
         keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
-        seen = torch.zeros(len(self.T), len(self.points), dtype=torch.bool)
-        seen[self.posed.pose[keep], self.posed.landmark[keep]] = True
-        narrow = math.cos(math.radians(self.options.min_parallax_deg))
-        sound = torch.zeros(len(self.points), dtype=torch.bool)
-        step = max(1, _AT_ONCE // len(self.T) ** 2)
-        for some in torch.arange(len(self.points)).split(step):
-            toward = self.points[some, None] - self.T[:, :3]  # (N, K, 3)
+        return keep & self._wide(keep.nonzero().squeeze(-1))[self.posed.landmark]
+
+    def _wide(self, rows: Tensor) -> Tensor:
+        """(N,) bool: landmarks whose rays, those of the observations ``rows``, are ``min_parallax_deg`` apart.
+
+        The ray farthest from the mean direction, by an angle a, has another one at least a away, and no two are more
+        than 2 a apart: most landmarks are decided by a alone, without looking at every pair.
+        """
+        N, bound = len(self.points), math.radians(self.options.min_parallax_deg)
+        pose, landmark = self.posed.pose[rows], self.posed.landmark[rows]
+        ray = self.points[landmark] - self.T[pose, :3]
+        ray = ray / ray.norm(dim=-1, keepdim=True)
+        mean = torch.zeros(N, 3, dtype=ray.dtype).index_add_(0, landmark, ray)
+        mean = mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-300)
+        cosine = (ray * mean[landmark]).sum(-1)
+        farthest = torch.ones(N, dtype=ray.dtype).scatter_reduce_(0, landmark, cosine, "amin")
+        wide = farthest < math.cos(bound)
+        unsure = ~wide & (farthest < math.cos(0.5 * bound))
+        some = unsure.nonzero().squeeze(-1)
+        seen = torch.zeros(N, len(self.T), dtype=torch.bool)
+        seen[landmark, pose] = True
+        for part in some.split(max(1, _AT_ONCE // len(self.T) ** 2)):
+            toward = self.points[part, None] - self.T[:, :3]  # (n, K, 3)
             toward = toward / toward.norm(dim=-1, keepdim=True)
-            both = seen.T[some, :, None] & seen.T[some, None]
-            sound[some] = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(1) < narrow
-        return keep & sound[self.posed.landmark]
+            both = seen[part, :, None] & seen[part, None]
+            wide[part] = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(1) < math.cos(bound)
+        return wide
 
     def _triangulate(self, prune_px: float) -> None:
         """Robust triangulation of every track that has no landmark, or whose landmark fails in some keyframe."""

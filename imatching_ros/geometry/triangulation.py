@@ -7,6 +7,8 @@ from torch import Tensor
 
 from imatching_ros.geometry import lie
 
+_AT_ONCE = 256  #: tracks whose pairs of views are tried at once
+
 
 def rays(T_world_camera: Tensor, xy: Tensor) -> Tensor:
     """Unit directions (..., 3), world axes, of image points (..., 2) on the plane z = 1."""
@@ -104,7 +106,10 @@ def triangulate_robust(
     views = mask.sum(-1)
     torn = ((agree.sum(-1) < views) & (views > 2)).nonzero().squeeze(-1)
     if len(torn):
-        best, most = _best_pair(T_world_camera, xy[torn], mask[torn], threshold)
+        best, most = torch.full_like(point[torn], torch.nan), torch.zeros_like(mask[torn])
+        # Those with as many views together: over a whole recording, most tracks are short.
+        for some in torch.argsort(views[torn], stable=True).split(_AT_ONCE):
+            best[some], most[some] = _best_pair(T_world_camera, xy[torn[some]], mask[torn[some]], threshold)
         point, agree = _better(point, agree, torn, best, most)
         fitted = triangulate(T_world_camera, xy[torn], agree[torn])
         refitted = inliers_of(fitted, T_world_camera, xy[torn], mask[torn], threshold)
@@ -128,9 +133,11 @@ def _best_pair(T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: floa
     row = torch.arange(len(mask))[:, None, None]
     both = mask[row, pair] & (pair[..., :1] != pair[..., 1:])
     points = intersect(centre[pair], direction[row, pair], both)  # (L, H, 3)
-    agree = inliers_of(points, T_world_camera, xy[:, None], mask[:, None], threshold)
+    cameras = T_world_camera[seen][:, None], xy[row[..., 0], seen][:, None], mask[row[..., 0], seen][:, None]
+    agree = inliers_of(points, *cameras, threshold)  # (L, H, longest)
     best = agree.sum(-1).argmax(-1)[:, None, None]
-    return torch.take_along_dim(points, best, 1).squeeze(1), torch.take_along_dim(agree, best, 1).squeeze(1)
+    chosen = torch.zeros_like(mask).scatter_(1, seen, torch.take_along_dim(agree, best, 1).squeeze(1))
+    return torch.take_along_dim(points, best, 1).squeeze(1), chosen
 
 
 def _better(point: Tensor, agree: Tensor, where: Tensor, other: Tensor, other_agree: Tensor) -> tuple[Tensor, Tensor]:

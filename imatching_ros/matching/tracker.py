@@ -55,7 +55,7 @@ class Tracker:
         self.options = options or TrackerOptions()
         self._matcher, self._version = matcher, version
         self._keyframes: list[_Keyframe] = []  # oldest first
-        self._next_track = 0
+        self._next_track: int | None = None
 
     @property
     def keyframes(self) -> list[int]:
@@ -79,6 +79,9 @@ class Tracker:
 
         Raises ValueError where the image's size is not the camera's.
         """
+        if self._next_track is None:
+            # Ten thousand ids a second, so that a tracker that was started anew gives none that another one gave
+            self._next_track = stamp // 100_000 % 2**32
         size = (self.camera.height, self.camera.width)
         if image.shape != size:
             raise ValueError(
@@ -106,12 +109,14 @@ class Tracker:
         matches, distance = round_trip(self._matcher, keyframe.features, features, queries)
         uv = matches.uv[0]
         inside = ((uv >= 0) & (uv <= uv.new_tensor([self.camera.width - 1, self.camera.height - 1]))).all(-1)
-        kept = ((distance[0] < self.options.round_trip_px) & inside).cpu()
+        # Where the lens model makes no sense, as in the corners of a wide lens, a match is of no use to anybody
+        xy = self.camera.normalise(uv.cpu().double()).float()
+        kept = ((distance[0] < self.options.round_trip_px) & inside).cpu() & xy.isfinite().all(-1)
         uv = uv.cpu()[kept]
         cov = matches.cov[0].cpu()[kept]
         return (
             uv,
-            self.camera.normalise(uv.double()).float(),
+            xy[kept],
             torch.full((len(uv),), keyframe.stamp, dtype=torch.int64),
             keyframe.uv[kept],
             keyframe.track[kept],

@@ -71,7 +71,7 @@ def loads(data: bytes, source: str = "the weights") -> tuple[nn.Module, WeightsI
     try:
         tensors = safetensors.torch.load(data)
         (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except (SafetensorError, struct.error, ValueError) as error:
         raise ValueError(f"{source}: not a safetensors file, or cut short ({error}); copy it again") from None
     family = metadata.get("family")
@@ -82,6 +82,10 @@ def loads(data: bytes, source: str = "the weights") -> tuple[nn.Module, WeightsI
         info = WeightsInfo(int(metadata["version"]), int(metadata["parent"]), family, metadata["sha256"])
     except (KeyError, ValueError):
         raise ValueError(f"{source}: the metadata lack version, parent or sha256; it was not written here") from None
+    if not (0 <= info.version < 2**32 and 0 <= info.parent < 2**32):
+        raise ValueError(f"{source}: version and parent must be counts below 2^32, as correspondences carry them")
+    if not all(tensor.dtype == torch.float32 for tensor in tensors.values()):
+        raise ValueError(f"{source}: some tensors are not of type float32; it was not written here")
     if _digest(tensors) != info.sha256:
         raise ValueError(f"{source}: the tensors do not have the sha256 that the file names; it is damaged")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
