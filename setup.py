@@ -33,6 +33,7 @@ setup(
         "poselib",
         "safetensors",
         "rosbags",
+        "ruamel.yaml",
         "evo",
         "matplotlib",
         "rich",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path as FilePath
 
@@ -107,7 +108,7 @@ class BundleNode(CoreNode):
 
     def save_map(self) -> str:
         """Writes every keyframe's pose and every landmark's position into ``map_dir``."""
-        folder = FilePath(self.value("map_dir") or ".").expanduser().resolve()
+        folder = FilePath(os.path.expanduser(self.value("map_dir") or ".")).resolve()
         poses = self.core.trajectory if self.core is not None else {}
         write_map(folder, {stamp: T.numpy() for stamp, T in poses.items()}, self._points)
         return f"{len(poses)} keyframes and {len(self._points)} landmarks in {folder}"

@@ -189,7 +189,7 @@ class CoreNode(LifecycleNode):
 
     def load(self) -> tuple[torch.nn.Module, weights.WeightsInfo, Path]:
         """The file of parameter ``weights``, or the shipped one. FileNotFoundError or ValueError."""
-        path = Path(self.value("weights") or weights.default_path()).expanduser()
+        path = Path(os.path.expanduser(self.value("weights") or weights.default_path()))
         return *self._load(path, self.value("device")), path
 
     @property

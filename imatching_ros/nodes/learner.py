@@ -229,7 +229,7 @@ class LearnerNode(CoreNode):
             self._told = version
 
     def _folder(self) -> FilePath:
-        return FilePath(self.value("weights_dir") or ".").expanduser().resolve()
+        return FilePath(os.path.expanduser(self.value("weights_dir") or ".")).resolve()
 
     def _checkpoints(self) -> FilePath:
         return self._folder() / "checkpoints"
