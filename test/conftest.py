@@ -3,12 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import Sensor, render_recording
 from imatching_ros.matching import weights
 
 SIZE = (320, 240)
+torch.set_num_threads(1)  # small tensors: on a busy machine, threads that wait for one another cost most of the time
 
 
 @pytest.fixture(scope="session")

@@ -138,7 +138,6 @@ def test_matcher_node_publishes_what_its_tracker_finds(matcher, first_weights):
     matcher.wait(lambda: len(matcher.matched) == 1)
 
     model, info = weights.load(first_weights)
-    torch.set_num_threads(1)
     tracker = Tracker(model, info.version, CAMERA, TrackerOptions(queries=100))
     for index, (stamp, image) in enumerate(zip(stamps, pictures, strict=True)):
         expected = tracker.track(stamp, image)
@@ -273,7 +272,6 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
     assert "no usable camera_info" in ros.says("bundle")["message"]
     infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
 
-    torch.set_num_threads(1)
     core, sent = Bundle(CAMERA), scene_correspondences()
     estimates = [core.add(correspondences) for correspondences in sent]
     broken = messages.correspondences_to_cloud(sent[5], "camera_optical")

@@ -74,15 +74,21 @@ def adjust(problem: Problem, options: AdjustOptions | None = None, fixed: Tensor
 
 @cache
 def compiled() -> ModuleType | None:
-    """compiled.py, or None with a notice where numba is not to be had. The first time on a machine this compiles for
-    some twenty seconds: call it when starting up."""
+    """compiled.py, or None with a notice where numba is not to be had. The first time on a machine this compiles it,
+    and compiled_views.py, for some forty seconds: call it when starting up."""
     try:
+        importlib.import_module("imatching_ros.bundle.compiled_views")
         return importlib.import_module("imatching_ros.bundle.compiled")
     except (ImportError, RuntimeError) as error:  # numba absent, at odds with numpy, or nowhere to keep its cache
         logging.getLogger(__name__).warning(
             "bundle adjustment runs ten times slower, in plain torch: numba cannot be used (%s)", error
         )
         return None
+
+
+def compiled_views(backend: str) -> ModuleType | None:
+    """compiled_views.py, or None where numba is not to be had or ``AdjustOptions.backend`` does without."""
+    return importlib.import_module("imatching_ros.bundle.compiled_views") if backend != "eager" and compiled() else None
 
 
 def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -> Solution:

@@ -233,7 +233,7 @@ class Bundle:
             return None
         result = register(
             self.window.points[place], observed.xy, observed.cov, self._focal, guess,
-            self.options.adjust.kernel, self.options.prune_px,
+            self.options.adjust, self.options.prune_px,
         )  # fmt: skip
         if result is None:
             return None

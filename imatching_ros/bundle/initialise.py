@@ -143,7 +143,7 @@ def _grow(
         usable = landmark & grid.mask[:, k]
         result = register(
             points[usable], grid.xy[usable, k], cov.expand(int(usable.sum()), 3), focal, None,
-            options.adjust.kernel, options.prune_px,
+            options.adjust, options.prune_px,
         )  # fmt: skip
         if result is None or int(result.inliers.sum()) < max(options.min_landmarks, 0.3 * int(usable.sum())):
             continue

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imatching_ros.bundle.adjust import AdjustOptions, array, compiled_views
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
-from imatching_ros.bundle.robust import Kernel
+from imatching_ros.bundle.robust import KERNELS, Kernel
 from imatching_ros.geometry import lie, triangulation, two_view
 
 _GUESSED = 0.5  #: where the motion model agrees with this share of the points, PnP is not asked
@@ -22,33 +23,43 @@ class Registration:
 
 
 def register(
-    points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, guess: Tensor | None, kernel: Kernel, inlier_px: float
-) -> Registration | None:
+    points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, guess: Tensor | None, options: AdjustOptions,
+    inlier_px: float,
+) -> Registration | None:  # fmt: skip
     """Pose by 2D-3D registration: the better of PnP and the motion model's guess, refined under the robust kernel.
 
     points: (N, 3), world. xy: (N, 2) on the plane z = 1, cov: (N, 3) undistorted px^2, focal: (2,) px.
     guess: T_world_camera (7,) or None. Returns None where there is neither a guess nor a model.
     """
-    T, inliers = guess, None if guess is None else _inliers(guess, points, xy, focal, inlier_px)
+    backend = options.backend
+    T, inliers = guess, None if guess is None else _inliers(guess, points, xy, focal, inlier_px, backend)
     if inliers is None or int(inliers.sum()) < _GUESSED * len(points):
         found = two_view.absolute_pose(points, xy, inlier_px, float(focal.mean()))
         if found is not None:
             other = lie.inverse(found[0])
-            agreeing = _inliers(other, points, xy, focal, inlier_px)
+            agreeing = _inliers(other, points, xy, focal, inlier_px, backend)
             if inliers is None or int(agreeing.sum()) > int(inliers.sum()):
                 T, inliers = other, agreeing
     if T is None:
         return None
     for _ in range(2):  # on inliers only: with half the rows wrong, the kernel alone would be pulled aside
-        T, H = refine(T, points[inliers], xy[inliers], cov[inliers], focal, kernel)
-        inliers = _inliers(T, points, xy, focal, inlier_px)
+        T, H = refine(T, points[inliers], xy[inliers], cov[inliers], focal, options.kernel, backend=backend)
+        inliers = _inliers(T, points, xy, focal, inlier_px, backend)
     return Registration(T, torch.linalg.pinv(H, hermitian=True), inliers)
 
 
 def refine(
-    T_world_camera: Tensor, points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, kernel: Kernel, iterations: int = 10
-) -> tuple[Tensor, Tensor]:
-    """Levenberg-Marquardt on one pose (7,); returns it and its Hessian (6, 6). Arguments as in :func:`register`."""
+    T_world_camera: Tensor, points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, kernel: Kernel,
+    iterations: int = 10, backend: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Levenberg-Marquardt on one pose (7,); returns it and its Hessian (6, 6). Arguments as in :func:`register`,
+    ``backend`` as in ``AdjustOptions``."""
+    if views := compiled_views(backend):
+        T, H = views.refine(
+            *map(array, (T_world_camera, points, xy, cov)), *focal.tolist(), KERNELS.index(kernel.name),
+            float(kernel.scale), iterations,
+        )  # fmt: skip
+        return torch.from_numpy(T), torch.from_numpy(H)
     uu, uv, vv = cov.unbind(-1)
     information = torch.stack((vv, -uv, uu)) / (uu * vv - uv * uv)
     points, xy = points.T.contiguous(), xy.T.contiguous()
@@ -89,6 +100,8 @@ def _normal_equations(T, points, xy, information, focal, kernel: Kernel) -> tupl
     return 0.5 * kernel.rho(s).sum().item(), H, g
 
 
-def _inliers(T, points, xy, focal, inlier_px: float) -> Tensor:
+def _inliers(T, points, xy, focal, inlier_px: float, backend: str) -> Tensor:
+    if views := compiled_views(backend):
+        return torch.from_numpy(views.agreeing(*map(array, (T, points, xy)), *focal.tolist(), inlier_px))
     predicted, depth = triangulation.reproject(T, points)
     return (depth > MIN_DEPTH) & (((predicted - xy) * focal).norm(dim=-1) < inlier_px)

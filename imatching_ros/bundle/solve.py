@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.adjust import Solution, adjust
+from imatching_ros.bundle.adjust import Solution, adjust, array, compiled_views
 from imatching_ros.bundle.observations import index_of, observations, pose_problem, survives
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import Prior
@@ -120,7 +120,8 @@ class _Solver:
         self.posed, self.points, self.focal, self.options, self.rounds = posed, points, focal, options, rounds
         self.T = posed.T_world_camera
         self.held = torch.ones(len(self.T), dtype=torch.bool) if options.poses == "external" else None
-        self.grid = Grid.of(posed)
+        self.views = compiled_views(options.adjust.backend)
+        self.grid = None if self.views else Grid.of(posed)
         self.start = points
         self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
         self.dropped = torch.zeros(len(points), dtype=torch.bool)
@@ -158,6 +159,13 @@ class _Solver:
     def _survivors(self, prune_px: float) -> Tensor:
         """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax."""
         finite = self.points.isfinite().all(-1) & ~self.dropped
+        if self.views:
+            posed, cosine = self.posed, math.cos(math.radians(self.options.min_parallax_deg))
+            keep = self.views.survivors(
+                *map(array, (self.T, self.points, finite, posed.pose, posed.landmark, posed.xy)),
+                *posed.focal.tolist(), prune_px, cosine,
+            )  # fmt: skip
+            return torch.from_numpy(keep)
         keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
         return keep & self._wide(keep.nonzero().squeeze(-1))[self.posed.landmark]
 
@@ -189,6 +197,10 @@ class _Solver:
 
     def _triangulate(self, prune_px: float) -> None:
         """Robust triangulation of every track that has no landmark, or whose landmark fails in some keyframe."""
+        if self.views:
+            rows = self.T, self.points, self.posed.pose, self.posed.landmark, self.posed.xy
+            self.points = torch.from_numpy(self.views.triangulate(*map(array, rows), prune_px / self.focal))
+            return
         agree = torch.zeros_like(self.grid.mask)
         finite = self.points.isfinite().all(-1)
         threshold = prune_px / self.focal
