@@ -26,7 +26,7 @@ from imatching_ros.bundle.motion import (
 from imatching_ros.bundle.observations import (
     Observations,
     index_of,
-    observations,
+    own,
     pose_problem,
     select,
     survives,
@@ -91,6 +91,7 @@ class Bundle:
         self.metric = self.options.poses == "external"  #: the world's unit is the odometry's metre
         self._gone = torch.zeros(0, dtype=torch.int64)  # tracks that are in the window's prior
         self._rests: tuple[Window, Problem] | None = None
+        self._sight: tuple[Correspondences, Window, Observations, Tensor] | None = None  # the newest of ``_seen``
         self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
         self._named: set[int] = set()
@@ -228,7 +229,7 @@ class Bundle:
     def _register(self, message: Correspondences, guess: Tensor | None) -> tuple[Registration, int] | None:
         """The image against the window's landmarks, and how many tracks agree; None where it is not to be trusted."""
         observed, place = self._seen(message)
-        tracks = len(torch.unique(place))
+        tracks = len(torch.unique_consecutive(place))
         if tracks < self.options.min_landmarks:
             return None
         result = register(
@@ -237,7 +238,7 @@ class Bundle:
         )  # fmt: skip
         if result is None:
             return None
-        inliers = len(torch.unique(place[result.inliers]))
+        inliers = len(torch.unique_consecutive(place[result.inliers]))
         if inliers < max(self.options.min_landmarks, 0.25 * tracks):
             return None
         return result, inliers
@@ -247,11 +248,14 @@ class Bundle:
         return torch.tensor([self.camera.fx, self.camera.fy], dtype=torch.float64)
 
     def _seen(self, message: Correspondences) -> tuple[Observations, Tensor]:
-        """The image's observations of landmarks, and the indices of these."""
-        observed = observations([message], self.camera)
-        observed = observed.select(observed.stamp == message.stamp)
-        place = index_of(self.window.track, observed.track)
-        return observed.select(place >= 0), place[place >= 0]
+        """The image's observations of landmarks, and the indices of these, ascending."""
+        known = self._sight
+        if known is None or known[0] is not message or known[1] is not self.window:
+            observed = own(message, self.camera)
+            place = index_of(self.window.track, observed.track)
+            rows = (place >= 0).nonzero().squeeze(-1)
+            self._sight = known = message, self.window, observed.select(rows), place[rows]
+        return known[2:]
 
     def _posed(self) -> Problem:
         """What the window's solution rests on, put together once for each window."""

@@ -53,12 +53,23 @@ def observations(messages: Sequence[Correspondences], camera: Camera) -> Observa
     both = Observations(
         *(torch.cat((getattr(rows, field.name), getattr(begun, field.name))) for field in fields(Observations))
     )
-    uu, uv, vv = both.cov.unbind(-1)
-    good = both.xy.isfinite().all(-1) & both.cov.isfinite().all(-1) & (uu > 0) & (uu * vv - uv * uv > 0)
+    return both.select(_order(both, (both.stamp, both.track)))
+
+
+def own(message: Correspondences, camera: Camera) -> Observations:
+    """What a message says of its own image: its observations without the reference points."""
+    rows = _rows(0, message, camera)
+    return rows.select(_order(rows, (rows.track,)))
+
+
+def _order(rows: Observations, keys: tuple[Tensor, ...]) -> Tensor:
+    """The good ones' indices, sorted by the last key first; equal ones stay in order, which is that of the messages."""
+    uu, uv, vv = rows.cov.unbind(-1)
+    good = (rows.xy.sum(-1) + rows.cov.sum(-1)).isfinite() & (uu > 0) & (uu * vv - uv * uv > 0)
     order = good.nonzero().squeeze(-1)
-    for key in (both.stamp, both.track):  # rows already follow messages; stable sorts keep that within an image
+    for key in keys:
         order = order[torch.argsort(key[order], stable=True)]
-    return both.select(order)
+    return order
 
 
 def _rows(index: int, message: Correspondences, camera: Camera) -> Observations:

@@ -69,7 +69,7 @@ def solve(
     """
     stamps = torch.tensor([message.stamp for message in messages])
     observed = observations(messages, camera)
-    candidates = torch.unique(observed.track)
+    candidates = torch.unique_consecutive(observed.track)
     known = index_of(track, candidates)
     start = torch.where((known >= 0)[:, None], points[known], torch.nan) if len(track) else points.new_full(
         (len(candidates), 3), torch.nan
@@ -137,7 +137,7 @@ class _Solver:
         rough = replace(exact, relative_decrease=max(1e-3, exact.relative_decrease), gradient=1.0)
         tight = False
         for turn in range(2 * self.rounds):
-            if len(torch.unique(self.posed.landmark[keep])) < self.options.min_landmarks:
+            if len(torch.unique_consecutive(self.posed.landmark[keep])) < self.options.min_landmarks:
                 return False
             self.kept = keep
             self.solution = adjust(self._problem().select(keep), exact if tight else rough, self.held)

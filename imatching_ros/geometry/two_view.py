@@ -71,19 +71,20 @@ def relative_rotation(xy_i: Tensor, xy_j: Tensor, threshold: float) -> Tensor | 
     N = len(xy_i)
     if N < 2:
         return None
-    a, b = ((lambda r: r / r.norm(dim=-1, keepdim=True))(_homogeneous(xy.double())) for xy in (xy_i, xy_j))
+    # Rows of N numbers, on which torch is fastest.
+    a, b = (torch.nn.functional.normalize(_homogeneous(xy.double()).T.contiguous(), dim=0) for xy in (xy_i, xy_j))
+    x, y = xy_j.double().T.contiguous()
     first = torch.linspace(0, N - 1, min(_HYPOTHESES, N)).long()
     second = (first + max(N // 2, 1)) % N
-    R = _frame(b[first], b[second]) @ _frame(a[first], a[second]).mT
+    R = _frame(b.T[first], b.T[second]) @ _frame(a.T[first], a.T[second]).mT
     for turn in range(4):
-        moved = a @ R.mT  # (H, N, 3), and (N, 3) once refined
-        error2 = (moved[..., :2] / moved[..., 2:].clamp_min(1e-6) - xy_j).square().sum(-1)
-        error2 = torch.where(moved[..., 2] > 0, error2, torch.inf)
+        X, Y, Z = (R.reshape(-1, 3) @ a).view(-1, 3, N).unbind(1)  # (H, N) each, and (1, N) once refined
+        depth = Z.clamp_min(1e-6)
+        error2 = (X / depth - x).square_().add_((Y / depth - y).square_()).masked_fill_(Z <= 0, torch.inf)
         if turn == 0:
-            best = int(error2.clamp_max(threshold**2).sum(-1).argmin())
-            R, error2 = R[best], error2[best]
-        weight = (error2 < threshold**2).double()[:, None]
-        U, _, Vt = torch.linalg.svd((weight * b).mT @ a)
+            error2 = error2[int(error2.clamp_max(threshold**2).sum(-1).argmin())]
+        weight = (error2.view(-1) < threshold**2).double()
+        U, _, Vt = torch.linalg.svd((weight * b) @ a.T)
         sign = torch.det(U @ Vt).sign()
         R = U @ torch.diag(torch.stack((torch.ones_like(sign), torch.ones_like(sign), sign))) @ Vt
     return lie.from_matrix(torch.cat((R, torch.zeros(3, 1, dtype=R.dtype)), -1)) if R.isfinite().all() else None

@@ -1,0 +1,287 @@
+"""Small, frequent work on single images and tracks, compiled for the CPU: the same as registration.py, solve.py and
+geometry/triangulation.py say in torch, whose every operation on a few hundred numbers costs more than the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, types
+
+from imatching_ros.bundle.compiled import CAUCHY, GEMAN_MCCLURE, HUBER, retract, rotations
+from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
+
+# As in compiled.py.
+_compiled = njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
+_f8, _i8, _b1 = types.float64, types.int64, types.boolean
+_vector, _rows, _indices, _mask = _f8[::1], _f8[:, ::1], _i8[::1], _b1[::1]
+
+
+def _entry(signature):
+    """Compiled when this module is imported, not when the first image waits for it."""
+    return njit(signature, cache=True, error_model="numpy", nogil=True)
+
+
+# One image against known landmarks: registration.py ------------------------------------------------------------------
+
+
+@_compiled
+def solve6(H, g, damping, step):
+    """The damped step, by Cholesky; whether the matrix is definite."""
+    L = np.empty((6, 6))
+    for i in range(6):
+        for j in range(i + 1):
+            x = H[i, j] + (damping * (H[i, i] + 1e-12) if i == j else 0.0)
+            for k in range(j):
+                x -= L[i, k] * L[j, k]
+            if i > j:
+                L[i, j] = x / L[j, j]
+            elif x > 0:
+                L[i, i] = math.sqrt(x)
+            else:
+                return False
+        x = -g[i]
+        for k in range(i):
+            x -= L[i, k] * step[k]
+        step[i] = x / L[i, i]
+    for i in range(5, -1, -1):
+        for k in range(i + 1, 6):
+            step[i] -= L[k, i] * step[k]
+        step[i] /= L[i, i]
+    return True
+
+
+@_compiled
+def normal_equations(q, c, points, xy, cov, fx, fy, kernel, scale, H, g):
+    """The cost; fills H (6, 6) and g (6,)."""
+    R, c2, cost = rotations(q)[0], scale * scale, 0.0
+    H[:], g[:] = 0.0, 0.0
+    Jx, Jy = np.empty(6), np.empty(6)
+    for n in range(len(points)):
+        dx, dy, dz = points[n, 0] - c[0, 0], points[n, 1] - c[0, 1], points[n, 2] - c[0, 2]
+        Z = R[2] * dx + R[5] * dy + R[8] * dz
+        s, w, xx, uv, yy, gx, gy = BEHIND_PX**2, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        front = Z > MIN_DEPTH
+        if front:
+            u = (R[0] * dx + R[3] * dy + R[6] * dz) / Z
+            v = (R[1] * dx + R[4] * dy + R[7] * dz) / Z
+            determinant = cov[n, 0] * cov[n, 2] - cov[n, 1] * cov[n, 1]
+            xx, uv, yy = cov[n, 2] / determinant, -cov[n, 1] / determinant, cov[n, 0] / determinant
+            ex, ey = (u - xy[n, 0]) * fx, (v - xy[n, 1]) * fy
+            gx, gy = xx * ex + uv * ey, uv * ex + yy * ey
+            s = ex * gx + ey * gy
+        if kernel == HUBER:
+            cost += s if s <= c2 else 2 * scale * math.sqrt(s) - c2
+            w = scale / math.sqrt(max(s, c2))
+        elif kernel == CAUCHY:
+            cost += c2 * math.log1p(s / c2)
+            w = c2 / (c2 + s)
+        elif kernel == GEMAN_MCCLURE:
+            cost += c2 * s / (c2 + s)
+            w = (c2 / (c2 + s)) ** 2
+        else:
+            cost += s
+            w = 1.0
+        if not front:
+            continue
+        a, b = fx / Z, fy / Z
+        ax, ay, az = a * (R[0] - u * R[2]), a * (R[3] - u * R[5]), a * (R[6] - u * R[8])
+        bx, by, bz = b * (R[1] - v * R[2]), b * (R[4] - v * R[5]), b * (R[7] - v * R[8])
+        Jx[0], Jx[1], Jx[2] = -ax, -ay, -az
+        Jx[3], Jx[4], Jx[5] = ay * dz - az * dy, az * dx - ax * dz, ax * dy - ay * dx
+        Jy[0], Jy[1], Jy[2] = -bx, -by, -bz
+        Jy[3], Jy[4], Jy[5] = by * dz - bz * dy, bz * dx - bx * dz, bx * dy - by * dx
+        for i in range(6):
+            jx, jy = w * (xx * Jx[i] + uv * Jy[i]), w * (uv * Jx[i] + yy * Jy[i])
+            g[i] += w * (gx * Jx[i] + gy * Jy[i])
+            for j in range(i + 1):
+                H[i, j] += jx * Jx[j] + jy * Jy[j]
+    for i in range(6):
+        for j in range(i):
+            H[j, i] = H[i, j]
+    return 0.5 * cost
+
+
+@_entry(types.Tuple((_vector, _rows))(_vector, _rows, _rows, _rows, _f8, _f8, _i8, _f8, _i8))
+def refine(T, points, xy, cov, fx, fy, kernel, scale, iterations):
+    """registration.py's ``refine``: T (7,) and its Hessian (6, 6)."""
+    q, c = T[3:].copy().reshape(1, 4), T[:3].copy().reshape(1, 3)
+    q_new, c_new, held, damping = q.copy(), c.copy(), np.zeros(1, np.bool_), 1e-4
+    H, g, H_new, g_new = np.empty((6, 6)), np.empty(6), np.empty((6, 6)), np.empty(6)
+    step = np.empty((1, 6))
+    cost = normal_equations(q, c, points, xy, cov, fx, fy, kernel, scale, H, g)
+    for _ in range(iterations):
+        cost_new = np.inf
+        if solve6(H, g, damping, step[0]):
+            retract(q, c, step, held, q_new, c_new)
+            cost_new = normal_equations(q_new, c_new, points, xy, cov, fx, fy, kernel, scale, H_new, g_new)
+        if cost_new < cost:
+            done = cost - cost_new < 1e-6 * cost
+            q, c, q_new, c_new, H, g, H_new, g_new = q_new, c_new, q, c, H_new, g_new, H, g
+            cost, damping = cost_new, damping * 0.1
+            if done:
+                break
+        else:
+            damping *= 10
+            if damping > 1e3:
+                break
+    return np.concatenate((c[0], q[0])), H
+
+
+@_compiled
+def distance(R, c, p, xy, fx, fy):
+    """Pixels between a point's image and where it is seen; infinite behind the camera."""
+    x, y, z = p[0] - c[0], p[1] - c[1], p[2] - c[2]
+    Z = R[2] * x + R[5] * y + R[8] * z
+    if not Z > MIN_DEPTH:
+        return np.inf
+    ex = ((R[0] * x + R[3] * y + R[6] * z) / Z - xy[0]) * fx
+    ey = ((R[1] * x + R[4] * y + R[7] * z) / Z - xy[1]) * fy
+    return math.sqrt(ex * ex + ey * ey)
+
+
+@_entry(_mask(_vector, _rows, _rows, _f8, _f8, _f8))
+def agreeing(T, points, xy, fx, fy, inlier_px):
+    """Points (N,) bool in front of a camera and less than ``inlier_px`` from where it sees them."""
+    R, good = rotations(T[3:].copy().reshape(1, 4))[0], np.empty(len(points), np.bool_)
+    for n in range(len(points)):
+        good[n] = distance(R, T, points[n], xy[n], fx, fy) < inlier_px
+    return good
+
+
+# Tracks of a window: solve.py. Rows are those of a problem, sorted by landmark and then by pose. --------------------
+
+
+@_entry(_mask(_rows, _rows, _mask, _indices, _indices, _rows, _f8, _f8, _f8, _f8))
+def survivors(T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine):
+    """Observations (O,) bool that reproject well, of usable landmarks that have two of them with rays at least so far
+    apart."""
+    total, R, keep = len(pose), rotations(T[:, 3:].copy()), np.zeros(len(pose), np.bool_)
+    ray, end = np.empty((total, 3)), 0
+    while end < total:
+        begin, m, n, wide = end, landmark[end], 0, False
+        while end < total and landmark[end] == m:
+            k = pose[end]
+            if usable[m] and distance(R[k], T[k], points[m], xy[end], fx, fy) < prune_px:
+                keep[end] = True
+                x, y, z = points[m, 0] - T[k, 0], points[m, 1] - T[k, 1], points[m, 2] - T[k, 2]
+                size = math.sqrt(x * x + y * y + z * z)
+                x, y, z = x / size, y / size, z / size
+                for i in range(n):
+                    wide = wide or ray[i, 0] * x + ray[i, 1] * y + ray[i, 2] * z < cosine
+                    if wide:
+                        break
+                ray[n, 0], ray[n, 1], ray[n, 2] = x, y, z
+                n += 1
+            end += 1
+        if not wide:
+            keep[begin:end] = False
+    return keep
+
+
+@_compiled
+def agreement(p, view, axes, n, threshold, agree):
+    """How many of n views see a point in front and close to where it is; fills which."""
+    count = 0
+    for i in range(n):
+        x, y, z, R = p[0] - view[i, 0], p[1] - view[i, 1], p[2] - view[i, 2], axes[i]
+        X, Y = R[0] * x + R[3] * y + R[6] * z, R[1] * x + R[4] * y + R[7] * z
+        Z = R[2] * x + R[5] * y + R[8] * z
+        agree[i] = Z > 0 and (X - view[i, 3] * Z) ** 2 + (Y - view[i, 4] * Z) ** 2 < (threshold * Z) ** 2
+        count += agree[i]
+    return count
+
+
+@_compiled
+def intersect(view, ray, mask, n):
+    """triangulation.intersect of the views in the mask, with its three sweeps."""
+    nowhere = (np.nan, np.nan, np.nan)
+    count, ox, oy, oz = 0, 0.0, 0.0, 0.0
+    for i in range(n):
+        if mask[i]:
+            count, ox, oy, oz = count + 1, ox + view[i, 0], oy + view[i, 1], oz + view[i, 2]
+    if count < 2:
+        return nowhere
+    ox, oy, oz = ox / count, oy / count, oz / count
+    px, py, pz = 0.0, 0.0, 0.0
+    for sweep in range(3):
+        xx, xy, xz, yy, yz, zz, b0, b1, b2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for i in range(n):
+            if not mask[i]:
+                continue
+            x, y, z, a, b, c = view[i, 0] - ox, view[i, 1] - oy, view[i, 2] - oz, ray[i, 0], ray[i, 1], ray[i, 2]
+            w = 1.0
+            if sweep > 0:
+                w = 1 / max((px - x) ** 2 + (py - y) ** 2 + (pz - z) ** 2, 1e-12)
+            along = a * x + b * y + c * z
+            xx, xy, xz = xx + w * (1 - a * a), xy - w * a * b, xz - w * a * c
+            yy, yz, zz = yy + w * (1 - b * b), yz - w * b * c, zz + w * (1 - c * c)
+            b0, b1, b2 = b0 + w * (x - a * along), b1 + w * (y - b * along), b2 + w * (z - c * along)
+        u, v, t = yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy
+        determinant = xx * u + xy * v + xz * t
+        if not determinant > 1e-12 * ((xx + yy + zz) / 3) ** 3:
+            return nowhere
+        q, r, s = xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy
+        px, py = (u * b0 + v * b1 + t * b2) / determinant, (v * b0 + q * b1 + r * b2) / determinant
+        pz = (t * b0 + r * b1 + s * b2) / determinant
+    return px + ox, py + oy, pz + oz
+
+
+@_entry(_rows(_rows, _rows, _indices, _indices, _rows, _f8))
+def triangulate(T, points, pose, landmark, xy, threshold):
+    """The points (L, 3), those with which not every view agrees triangulated afresh where that finds more views
+    (triangulation.triangulate_robust). Of several rows of a landmark in one pose the last one counts."""
+    total, R, points = len(pose), rotations(T[:, 3:].copy()), points.copy()
+    view, ray = np.empty((total, 5)), np.empty((total, 3))  # centre, x, y; and the direction
+    axes = np.empty((total, 9))
+    agree, trial, chosen = np.empty(total, np.bool_), np.empty(total, np.bool_), np.empty(total, np.bool_)
+    end = 0
+    while end < total:
+        m, n = landmark[end], 0
+        while end < total and landmark[end] == m:
+            k = pose[end]
+            end += 1
+            if end < total and landmark[end] == m and pose[end] == k:
+                continue
+            x, y = xy[end - 1, 0], xy[end - 1, 1]
+            size = math.sqrt(x * x + y * y + 1)
+            for j in range(3):
+                view[n, j] = T[k, j]
+                ray[n, j] = (R[k, 3 * j] * x + R[k, 3 * j + 1] * y + R[k, 3 * j + 2]) / size
+            view[n, 3], view[n, 4], axes[n] = x, y, R[k]
+            n += 1
+        if n < 2:
+            continue
+        here = (points[m, 0], points[m, 1], points[m, 2])
+        known = agreement(here, view, axes, n, threshold, agree)
+        if known == n:
+            continue
+        agree[:n] = True
+        best = intersect(view, ray, agree, n)
+        most = agreement(best, view, axes, n, threshold, agree)
+        if most < n and n > 2:
+            # Pairs of views: each with the next, with the one a third and the one half of the track further.
+            pairs, pair_agree = -1, 0
+            pair = best
+            for stride in (1, max(n // 3, 1), max(n // 2, 1)):
+                for i in range(n):
+                    trial[:n] = False
+                    trial[i] = trial[(i + stride) % n] = True
+                    point = intersect(view, ray, trial, n)
+                    pair_agree = agreement(point, view, axes, n, threshold, trial)
+                    if pair_agree > pairs:
+                        pairs, pair = pair_agree, point
+                        chosen[:n] = trial[:n]
+            if pairs >= most:
+                best, most = pair, pairs
+                agree[:n] = chosen[:n]
+            fitted = intersect(view, ray, agree, n)
+            refitted = agreement(fitted, view, axes, n, threshold, trial)
+            if refitted >= most:
+                best, most = fitted, refitted
+        if most > known:
+            points[m] = np.nan
+            if most >= 2:
+                points[m, 0], points[m, 1], points[m, 2] = best
+    return points

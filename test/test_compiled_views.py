@@ -1,0 +1,81 @@
+"""What is compiled for single images and tracks says what plain torch says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from imatching_ros.bundle.adjust import AdjustOptions, compiled
+from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.problem import problem
+from imatching_ros.bundle.registration import refine, register
+from imatching_ros.bundle.robust import KERNELS, Kernel
+from imatching_ros.bundle.solve import _Solver
+from imatching_ros.geometry import lie, triangulation
+
+pytestmark = pytest.mark.skipif(not compiled(), reason="numba is not installed")
+FOCAL = torch.tensor([500.0, 520.0], dtype=torch.float64)
+
+
+def scene(seed, poses=9, landmarks=300, twice=True):
+    """Noisy observations of random points, some far, a tenth of them wrong, some rows twice, in random order."""
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    T = lie.retract(lie.identity(poses), torch.cat((0.3 * normal(poses, 3), 0.1 * normal(poses, 3)), -1))
+    p = normal(landmarks, 3) * torch.tensor([1.5, 1.0, 0.5]) + torch.tensor([0, 0, 4.0])
+    p[::5] *= 30  # without parallax
+    xy, depth = triangulation.reproject(T, p[:, None])
+    xy = xy + normal(*xy.shape) / 500
+    wrong = torch.rand(landmarks, poses, generator=g) < 0.1
+    xy[wrong] += 0.1 * normal(int(wrong.sum()), 2)
+    seen = (torch.rand(landmarks, poses, generator=g) < 0.6) & (depth > 0)
+    landmark, pose = seen.nonzero().unbind(-1)
+    again = torch.arange(0, len(pose), 7)
+    rows = torch.sort(torch.cat((torch.arange(len(pose)), again)), stable=True).values
+    landmark, pose = landmark[rows], pose[rows]
+    xy = xy[landmark, pose] + 0.3 * normal(len(rows), 2) / 500
+    cov = torch.stack((1 + normal(len(rows)).square(), 0.3 * normal(len(rows)).tanh(), 1 + normal(len(rows)) ** 2), -1)
+    return T, p, problem(T, p, pose, landmark, xy, cov, FOCAL)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("seed", range(3))
+def test_registration(name, seed):
+    T, p, posed = scene(seed)
+    rows = posed.select(posed.pose == 1)
+    points = p[rows.landmark]
+    guess = lie.retract(T[1], torch.tensor([0.02, -0.03, 0.01, 0.01, -0.01, 0.02], dtype=torch.float64))
+    same = points.clone()
+    same[:3, 2] = -1.0  # behind
+    both = [refine(guess, same, rows.xy, rows.cov, FOCAL, Kernel(name), backend=b) for b in ("eager", "cpu")]
+    torch.testing.assert_close(*both, rtol=1e-7, atol=1e-9)
+    for begin in (guess, None):
+        both = [
+            register(points, rows.xy, rows.cov, FOCAL, begin, AdjustOptions(Kernel(name), backend=b), 3.0)
+            for b in ("eager", "cpu")
+        ]
+        torch.testing.assert_close(both[0].T_world_camera, both[1].T_world_camera, rtol=1e-7, atol=1e-9)
+        assert torch.equal(both[0].inliers, both[1].inliers) and both[0].inliers.float().mean() > 0.5
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("known", ["nothing", "half", "all"])
+def test_triangulation_and_survivors(seed, known):
+    T, p, posed = scene(seed)
+    start = p.clone()
+    if known != "all":
+        start[:: 1 if known == "nothing" else 2] = torch.nan
+    points, kept = [], []
+    for backend in ("eager", "cpu"):
+        options = BundleOptions(adjust=AdjustOptions(backend=backend))
+        solver = _Solver(replace(posed, T_world_camera=T), start, float(FOCAL.mean()), options, 6)
+        solver.dropped[:5] = True
+        solver._triangulate(3.0)
+        points.append(solver.points)
+        kept.append(solver._survivors(3.0))
+    torch.testing.assert_close(*points, rtol=1e-6, atol=1e-9, equal_nan=True)
+    assert torch.equal(*kept) and not kept[0][posed.landmark < 5].any()
+    assert 0.3 < kept[0].double().mean() < 0.95
