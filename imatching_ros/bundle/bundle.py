@@ -325,7 +325,7 @@ class Bundle:
         solved = solve(fresh, poses, window.track, window.points, self.camera, self.options, prior)
         if solved is None:
             return None
-        self._gone = gone
+        self._gone, self._rests = gone, (solved[0], solved[2])
         return self._take(solved[0])
 
     def _leave(self, leaves: Tensor, message: Correspondences) -> tuple[Prior | None, Tensor]:

@@ -50,7 +50,7 @@ def initialise(
         solved = solve([messages[k] for k in which], T, track, points, camera, options)
         if solved is None:
             continue
-        window, _ = solved
+        window = solved[0]
         if len(window.track) < 5 * options.min_landmarks:
             continue
         quality = (len(which), int(window.observations.sum()))

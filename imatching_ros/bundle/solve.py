@@ -57,8 +57,9 @@ def solve(
     options: BundleOptions,
     prior: Prior | None = None,
     rounds: int = _ROUNDS,
-) -> tuple[Window, Solution] | None:
-    """The window of these keyframes, at a stationary point of the objective over the observations that survive.
+) -> tuple[Window, Solution, Problem] | None:
+    """The window of these keyframes, at a stationary point of the objective over the observations that survive; and
+    the problem that these pose there, as ``observations.surviving`` puts it together from the window.
 
     messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to be; they are held
     where ``options.poses`` is "external".
@@ -218,14 +219,15 @@ class _Solver:
 
     def result(
         self, stamps: Tensor, track: Tensor, carried: Tensor, prior: Prior | None
-    ) -> tuple[Window, Solution]:
+    ) -> tuple[Window, Solution, Problem]:
         """The window, in the scale of the landmarks that were known before: a scale that one pose fixes wanders.
 
         The prior knows nothing of scale, and is enlarged with the window.
         """
-        landmark = self.posed.landmark[self.kept]
+        posed = self._problem().select(self.kept)
+        landmark = posed.landmark
         count = torch.bincount(landmark, minlength=len(track))
-        squared = self._problem().select(self.kept).residual()[0].square().sum(-1)
+        squared = posed.residual()[0].square().sum(-1)
         total = torch.zeros(len(track), dtype=torch.float64).index_add_(0, landmark, squared)
         alive = count > 0
         window = Window(
@@ -237,4 +239,8 @@ class _Solver:
             ratio = (self.start[same] - origin).norm(dim=-1) / (self.points[same] - origin).norm(dim=-1)
             scale = float(ratio.median())
             window = window.moved(shift((1 - scale) * origin), scale)
-        return window, self.solution
+        posed = replace(
+            posed, T_world_camera=window.T_world_camera, points=window.points,
+            landmark=(alive.cumsum(0) - 1)[landmark], prior=window.prior and window.prior.on(stamps),
+        )  # fmt: skip
+        return window, self.solution, posed
