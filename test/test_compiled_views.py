@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from imatching_ros.bundle import motion
 from imatching_ros.bundle.adjust import AdjustOptions, compiled
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.problem import problem
 from imatching_ros.bundle.registration import refine, register
 from imatching_ros.bundle.robust import KERNELS, Kernel
 from imatching_ros.bundle.solve import _Solver
-from imatching_ros.geometry import lie, triangulation
+from imatching_ros.geometry import lie, triangulation, two_view
 
 pytestmark = pytest.mark.skipif(not compiled(), reason="numba is not installed")
 FOCAL = torch.tensor([500.0, 520.0], dtype=torch.float64)
@@ -79,3 +80,23 @@ def test_triangulation_and_survivors(seed, known):
     torch.testing.assert_close(*points, rtol=1e-6, atol=1e-9, equal_nan=True)
     assert torch.equal(*kept) and not kept[0][posed.landmark < 5].any()
     assert 0.3 < kept[0].double().mean() < 0.95
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 10, 500])
+@pytest.mark.parametrize("angle", [0.0, 0.01, 0.3])
+def test_a_turn(size, angle):
+    g = torch.Generator().manual_seed(size)
+    axis = torch.tensor([0.0, 0, 0, 0.3, 1.0, -0.5], dtype=torch.float64)
+    T = lie.retract(lie.identity(), angle * axis)
+    p = torch.randn(size, 3, generator=g, dtype=torch.float64) + torch.tensor([0, 0, 5.0])
+    xy_i, xy_j = triangulation.reproject(lie.identity(), p)[0], triangulation.reproject(T, p)[0]
+    xy_j = xy_j + 1e-3 * torch.randn(size, 2, generator=g, dtype=torch.float64)
+    xy_j[::4] += 0.05 * (size > 3)
+    pair = motion.Pair(0, xy_i, xy_j, torch.ones(size, dtype=torch.float64))
+    found, expected = (motion._turn(pair, 6e-3, backend) for backend in ("cpu", "eager"))
+    if size < 2:
+        assert found is expected is None
+    else:
+        torch.testing.assert_close(lie.rotation(found[3:]), lie.rotation(expected[3:]), rtol=0, atol=1e-9)
+        error = two_view.transfer_error(lie.rotation(found[3:]), xy_i, xy_j)
+        assert size < 10 or (error < 6e-3).double().mean() > 0.6

@@ -202,7 +202,9 @@ class Bundle:
             pair = pair_with(message, stamp, self.camera)
             reference = self.trajectory.get(stamp, self._pending.get(stamp, (None, None))[1])
             T_j_i = lie.compose(lie.inverse(T), reference) if T is not None and reference is not None else None
-            motion, turn = motion_of(pair, focal, T_j_i, bound, self.options.min_landmarks)
+            motion, turn = motion_of(
+                pair, focal, T_j_i, bound, self.options.min_landmarks, self.options.adjust.backend
+            )
             if motion == ROTATION and T is None and reference is not None and self.window is not None:
                 turned = self._turned(pair, turn, reference)
             if motion != BLIND:

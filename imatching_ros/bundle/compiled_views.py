@@ -11,6 +11,7 @@ from numba import njit, types
 
 from imatching_ros.bundle.compiled import CAUCHY, GEMAN_MCCLURE, HUBER, retract, rotations
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
+from imatching_ros.geometry.two_view import HYPOTHESES
 
 # As in compiled.py.
 _compiled = njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
@@ -148,6 +149,126 @@ def agreeing(T, points, xy, fx, fy, inlier_px):
     for n in range(len(points)):
         good[n] = distance(R, T, points[n], xy[n], fx, fy) < inlier_px
     return good
+
+
+# Two images: geometry/two_view.py -------------------------------------------------------------------------------------
+
+
+@_compiled
+def frame(a, b):
+    """An orthonormal frame, its axes as rows, built on two directions."""
+    x, z, y = np.empty(3), np.empty(3), np.empty(3)
+    for j in range(3):
+        x[j] = a[j] + b[j]
+    cross(a, b, z)
+    for v in (x, z):
+        size = max(math.sqrt(v[0] * v[0] + v[1] * v[1] + v[2] * v[2]), 1e-12)
+        for j in range(3):
+            v[j] /= size
+    cross(z, x, y)
+    return x, y, z
+
+
+@_compiled
+def cross(a, b, c):
+    c[0], c[1], c[2] = a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+
+
+@_compiled
+def turn_error2(R, a, xy):
+    """Squared distance on the plane z = 1 of a turned ray from where it is seen; infinite behind."""
+    Z = R[6] * a[0] + R[7] * a[1] + R[8] * a[2]
+    if Z <= 0:
+        return np.inf
+    Z = max(Z, 1e-6)
+    x = (R[0] * a[0] + R[1] * a[1] + R[2] * a[2]) / Z - xy[0]
+    y = (R[3] * a[0] + R[4] * a[1] + R[5] * a[2]) / Z - xy[1]
+    return x * x + y * y
+
+
+@_compiled
+def largest_eigenvector(A):
+    """Of a symmetric matrix (4, 4), which is overwritten: Jacobi's rotations."""
+    V = np.eye(4)
+    for _ in range(30):
+        off, diagonal = 0.0, 0.0
+        for p in range(4):
+            diagonal += A[p, p] ** 2
+            for q in range(p):
+                off += A[p, q] ** 2
+        if off <= 1e-34 * diagonal:
+            break
+        for p in range(3):
+            for q in range(p + 1, 4):
+                if A[p, q] == 0:
+                    continue
+                theta = (A[q, q] - A[p, p]) / (2 * A[p, q])
+                t = (1.0 if theta >= 0 else -1.0) / (abs(theta) + math.sqrt(theta * theta + 1))
+                c = 1 / math.sqrt(t * t + 1)
+                for k in range(4):
+                    x, y = A[k, p], A[k, q]
+                    A[k, p], A[k, q] = c * x - t * c * y, t * c * x + c * y
+                for k in range(4):
+                    x, y = A[p, k], A[q, k]
+                    A[p, k], A[q, k] = c * x - t * c * y, t * c * x + c * y
+                    x, y = V[k, p], V[k, q]
+                    V[k, p], V[k, q] = c * x - t * c * y, t * c * x + c * y
+    best = 0
+    for p in range(1, 4):
+        if A[p, p] > A[best, best]:
+            best = p
+    return V[:, best].copy()
+
+
+@_entry(_vector(_rows, _rows, _f8))
+def relative_rotation(xy_i, xy_j, threshold):
+    """two_view.py's ``relative_rotation`` of two points or more: the quaternion x y z w. Refined by Horn's (1987)
+    quaternions, whose optimum is Kabsch's."""
+    N, bound = len(xy_i), threshold * threshold
+    a, b = np.empty((N, 3)), np.empty((N, 3))
+    for rays, xy in ((a, xy_i), (b, xy_j)):
+        for n in range(N):
+            size = math.sqrt(xy[n, 0] ** 2 + xy[n, 1] ** 2 + 1)
+            rays[n, 0], rays[n, 1], rays[n, 2] = xy[n, 0] / size, xy[n, 1] / size, 1 / size
+    tried, least = min(HYPOTHESES, N), np.inf
+    R, best = np.empty(9), np.empty(9)
+    for h in range(tried):
+        first = h * (N - 1) // (tried - 1)
+        second = (first + max(N // 2, 1)) % N
+        before, after = frame(a[first], a[second]), frame(b[first], b[second])
+        for i in range(3):
+            for j in range(3):
+                R[3 * i + j] = after[0][i] * before[0][j] + after[1][i] * before[1][j] + after[2][i] * before[2][j]
+        total = 0.0
+        for n in range(N):
+            total += min(turn_error2(R, a[n], xy_j[n]), bound)
+            if total >= least:
+                break
+        if total < least:
+            least = total
+            best[:] = R
+    q = np.zeros(4)
+    A, M = np.empty((4, 4)), np.empty((3, 3))
+    for _ in range(4):
+        M[:] = 0.0
+        for n in range(N):
+            if turn_error2(best, a[n], xy_j[n]) < bound:
+                for i in range(3):
+                    for j in range(3):
+                        M[i, j] += a[n, i] * b[n, j]
+        # w x y z: without any ray, the turn is none
+        A[0, 0], A[0, 1], A[0, 2] = M[0, 0] + M[1, 1] + M[2, 2], M[1, 2] - M[2, 1], M[2, 0] - M[0, 2]
+        A[0, 3], A[1, 1], A[1, 2] = M[0, 1] - M[1, 0], M[0, 0] - M[1, 1] - M[2, 2], M[0, 1] + M[1, 0]
+        A[1, 3], A[2, 2], A[2, 3] = M[2, 0] + M[0, 2], M[1, 1] - M[0, 0] - M[2, 2], M[1, 2] + M[2, 1]
+        A[3, 3] = M[2, 2] - M[0, 0] - M[1, 1]
+        for i in range(4):
+            for j in range(i):
+                A[i, j] = A[j, i]
+        v = largest_eigenvector(A)
+        sign = -1.0 if v[0] < 0 else 1.0
+        q[0], q[1], q[2], q[3] = sign * v[1], sign * v[2], sign * v[3], sign * v[0]
+        best[:] = rotations(q.reshape(1, 4))[0]
+    return q
 
 
 # Tracks of a window: solve.py. Rows are those of a problem, sorted by landmark and then by pose. --------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imatching_ros.bundle.adjust import array, compiled_views
 from imatching_ros.bundle.observations import QUERY_COV, index_of
 from imatching_ros.geometry import lie, two_view
 from imatching_ros.geometry.camera import Camera
@@ -62,17 +63,18 @@ def stands_still(pair: Pair, focal: float) -> bool:
 
 
 def motion_of(
-    pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0, minimum: int = 20
-) -> tuple[str, Tensor | None]:
+    pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0, minimum: int = 20,
+    backend: str = "auto",
+) -> tuple[str, Tensor | None]:  # fmt: skip
     """MOVING, or ROTATION with the turn T_j_i (7,), without translation, or BLIND.
 
     Criterion: a rotation (3 parameters) is chosen where its GRIC (Torr 1999) is no more than that of the epipolar
     geometry (5 parameters) of ``T_j_i``, or of the best essential matrix where that is None: where the parallax is less
     than noise. BLIND: neither explains half of the pair, or ``minimum`` of it. What a covered lens or noise is matched
-    to does not move like anything.
+    to does not move like anything. backend: as in ``AdjustOptions``.
     """
     few = max(minimum, 0.5 * len(pair))
-    turn, rotation = two_view.relative_rotation(pair.xy_i, pair.xy_j, threshold_px / focal), float("inf")
+    turn, rotation = _turn(pair, threshold_px / focal, backend), float("inf")
     if turn is not None:
         error = two_view.transfer_error(lie.rotation(turn[3:]), pair.xy_i, pair.xy_j) * focal
         if int((error < threshold_px).sum()) >= few:
@@ -88,6 +90,14 @@ def motion_of(
     if rotation <= general < float("inf") or rotation < general:
         return ROTATION, turn
     return (MOVING if general < float("inf") else BLIND), None
+
+
+def _turn(pair: Pair, threshold: float, backend: str) -> Tensor | None:
+    views = compiled_views(backend)
+    if not views or len(pair) < 2:
+        return two_view.relative_rotation(pair.xy_i, pair.xy_j, threshold)
+    q = torch.from_numpy(views.relative_rotation(array(pair.xy_i), array(pair.xy_j), threshold))
+    return torch.cat((q.new_zeros(3), q))
 
 
 def _first_rows(message: Correspondences) -> tuple[Tensor, Tensor]:

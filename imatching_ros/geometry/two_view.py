@@ -17,7 +17,7 @@ from imatching_ros.geometry import lie
 
 _RELATIVE_MINIMUM = 8  #: five points give a model, eight begin to confirm it
 _ABSOLUTE_MINIMUM = 6
-_HYPOTHESES = 64  #: pairs of rays that the rotation is first guessed from
+HYPOTHESES = 64  #: pairs of rays that the rotation is first guessed from
 
 
 def relative_pose(
@@ -74,7 +74,8 @@ def relative_rotation(xy_i: Tensor, xy_j: Tensor, threshold: float) -> Tensor | 
     # Rows of N numbers, on which torch is fastest.
     a, b = (torch.nn.functional.normalize(_homogeneous(xy.double()).T.contiguous(), dim=0) for xy in (xy_i, xy_j))
     x, y = xy_j.double().T.contiguous()
-    first = torch.linspace(0, N - 1, min(_HYPOTHESES, N)).long()
+    tried = min(HYPOTHESES, N)
+    first = torch.arange(tried) * (N - 1) // (tried - 1)
     second = (first + max(N // 2, 1)) % N
     R = _frame(b.T[first], b.T[second]) @ _frame(a.T[first], a.T[second]).mT
     for turn in range(4):
