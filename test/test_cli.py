@@ -109,7 +109,7 @@ def of_another_size(folder):
 def of_unknown_encoding(folder):
     with writing(folder) as pen:
         pen.info("/cam/camera_info", START)
-        pen.image("/cam/image_raw", START, "yuv422", noise(0, SIZE[0], 2 * SIZE[1]).tobytes(), 2 * SIZE[1])
+        pen.image("/cam/image_raw", START, "32FC1", noise(0, SIZE[0], 2 * SIZE[1]).tobytes(), 2 * SIZE[1])
     return pen.path
 
 
@@ -125,7 +125,7 @@ BAD_BAGS = [
     (truncated_rosbag1, "is damaged or truncated"),
 ]
 #: These show only when the images are read.
-BAD_IMAGES = [(of_another_size, "is 32x24, but .* is for 64x48"), (of_unknown_encoding, "encoding 'yuv422'")]
+BAD_IMAGES = [(of_another_size, "is 32x24, but .* is for 64x48"), (of_unknown_encoding, "encoding '32FC1'")]
 
 
 @pytest.mark.parametrize("make, says", BAD_BAGS, ids=lambda value: getattr(value, "__name__", ""))

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -216,8 +217,8 @@ def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
     matched = ros.listen(PointCloud2, "correspondences", QoSProfile(depth=100, reliability=BEST_EFFORT))
     for publisher, ends in ((images, 2), (infos, 3), (clock, 3)):
         ros.connect(publisher, ends)
-    infos_of = ros.node.get_publishers_info_by_topic("/correspondences")
-    assert [i.qos_profile.reliability for i in infos_of if i.node_name == "matcher"] == [BEST_EFFORT]
+    infos_of = partial(ros.node.get_publishers_info_by_topic, "/correspondences")
+    ros.wait(lambda: [i.qos_profile.reliability for i in infos_of() if i.node_name == "matcher"] == [BEST_EFFORT])
     ros.wait(lambda: ros.node.count_publishers("/weights"))
     time.sleep(0.5)
     clock.publish(Clock(clock=messages.to_stamp(START + 100 * SECOND)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from itertools import count
 from types import ModuleType
@@ -94,12 +94,11 @@ def compiled_views(backend: str) -> ModuleType | None:
 def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -> Solution:
     mask = torch.zeros(len(problem.T_world_camera), 6, dtype=torch.bool)
     mask.view(-1)[free] = True
-    none = problem.xy.new_zeros(0)
-    prior = problem.prior or PosePrior(problem.pose[:0], none.view(0, 7), none.view(0, 0), none, none.sum())
+    pose, T, information, gradient, constant = prior_arrays(problem)
     T, points, *rest = compiled().minimise(
         *arrays(problem), mask.numpy(), KERNELS.index(options.kernel.name), float(options.kernel.scale),
-        options.max_iterations, options.relative_decrease, options.gradient, array(prior.pose),
-        array(prior.T_world_camera), array(prior.information), array(prior.gradient), float(prior.constant),
+        options.max_iterations, options.relative_decrease, options.gradient, pose, T, information, gradient,
+        float(constant),
     )  # fmt: skip
     return Solution(torch.from_numpy(T), torch.from_numpy(points), *rest)
 
@@ -108,6 +107,16 @@ def arrays(problem: Problem) -> tuple:
     """A problem as compiled.py takes it."""
     rows = problem.T_world_camera, problem.points, problem.pose, problem.landmark, problem.xy, problem.cov
     return *map(array, rows), *problem.focal.tolist()
+
+
+def prior_arrays(problem: Problem) -> tuple:
+    """Its prior's fields; of no pose where there is none."""
+    if problem.prior is None:
+        return _NO_PRIOR
+    return tuple(array(getattr(problem.prior, field.name)) for field in fields(PosePrior))
+
+
+_NO_PRIOR = np.zeros(0, np.int64), np.zeros((0, 7)), np.zeros((0, 0)), np.zeros(0), np.zeros(())
 
 
 def array(tensor: Tensor) -> np.ndarray:

@@ -784,12 +784,15 @@ def minimise(
 
 @njit(
     _f8[:, ::1](
-        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, _i8, _f8,
+        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, _i8, _f8, _i8[::1],
+        _f8[:, ::1], _f8[:, ::1], _f8[::1],
     ),
     cache=True, error_model="numpy", nogil=True,
 )  # fmt: skip
-def reduced_system(T, points, pose, landmark, xy, cov, fx, fy, kernel, scale):
-    """system.py's ``reduce`` without damping or prior: the matrix (6 K, 6 K), its products in float64."""
+def reduced_system(
+    T, points, pose, landmark, xy, cov, fx, fy, kernel, scale, prior_pose, prior_T, prior_H, prior_g
+):  # fmt: skip
+    """system.py's ``reduce`` without damping: the matrix (6 K, 6 K), its products in float64."""
     K, origin = len(T), T[0, :3].copy()
     order, cell_of_block, cell_pose, layer_of_cell, chunks, slot, lane, envelope = layout(
         pose, landmark, K, len(points)
@@ -813,4 +816,13 @@ def reduced_system(T, points, pose, landmark, xy, cov, fx, fy, kernel, scale):
                 for s in range(r + 1 if j == k else 6):
                     x = H[k, r * (r + 1) // 2 + s] if j == k else 0.0
                     S[6 * k + r, 6 * j + s] = S[6 * j + s, 6 * k + r] = x - reduced[k, j, r, s]
+    P = len(prior_pose)
+    if P:
+        G = np.empty((6 * P, 6 * P))
+        linearise_prior(
+            prior_pose, prior_T, prior_H, prior_g, T[:, 3:], T[:, :3], G, np.zeros((K, 21)), np.zeros((K, 6))
+        )  # fmt: skip
+        for i in range(6 * P):
+            for j in range(6 * P):
+                S[6 * prior_pose[i // 6] + i % 6, 6 * prior_pose[j // 6] + j % 6] += G[i, j]
     return S

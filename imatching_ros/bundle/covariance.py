@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.adjust import arrays, compiled, free_parameters
+from imatching_ros.bundle.adjust import arrays, compiled, free_parameters, prior_arrays
 from imatching_ros.bundle.problem import Problem
 from imatching_ros.bundle.robust import KERNELS, Kernel
 from imatching_ros.bundle.system import System
@@ -30,11 +30,10 @@ def covariance(problem: Problem, kernel: Kernel, fixed: Tensor | None = None, ba
             free = free_parameters(problem.T_world_camera, fixed)
         if backend != "eager" and problem.points.device.type == "cpu" and compiled():
             S = torch.from_numpy(
-                compiled().reduced_system(*arrays(problem), KERNELS.index(kernel.name), float(kernel.scale))
+                compiled().reduced_system(
+                    *arrays(problem), KERNELS.index(kernel.name), float(kernel.scale), *prior_arrays(problem)[:4]
+                )
             )
-            if problem.prior is not None:
-                at = (6 * problem.prior.pose[:, None] + torch.arange(6)).flatten()
-                S[at[:, None], at] += problem.prior.linearise(problem.T_world_camera)[0]
         else:
             system = System(problem, kernel, free, torch.float64)
             system.linearise(system.evaluate(*system.start()), curved=False)
