@@ -59,13 +59,14 @@ def adjust(problem: Problem, options: AdjustOptions | None = None, fixed: Tensor
     on_cpu = problem.points.device.type == "cpu"
     if options.backend == "cpu" and not (on_cpu and compiled()):
         raise ValueError("the bundle's back end 'cpu' wants tensors on the CPU and numba; use 'auto' or 'eager'")
+    if options.backend != "eager" and on_cpu and compiled():
+        with torch.inference_mode():
+            free = free_parameters(problem.T_world_camera, fixed)
+        return _minimise_compiled(problem, options, free)
     # In floating point: what overflows is refused.
     with torch.inference_mode(), np.errstate(all="ignore"):
         free = free_parameters(problem.T_world_camera, fixed)
-        if options.backend != "eager" and on_cpu and compiled():
-            solution = _minimise_compiled(problem, options, free)
-        else:
-            solution = _minimise(System(problem, options.kernel, free), options)
+        solution = _minimise(System(problem, options.kernel, free), options)
     # Cloned outside, they are ordinary tensors that autograd may use.
     return replace(
         solution, T_world_camera=solution.T_world_camera.clone(), points=solution.points.clone()
@@ -86,17 +87,18 @@ def compiled() -> ModuleType | None:
         return None
 
 
+@cache
 def compiled_views(backend: str) -> ModuleType | None:
     """compiled_views.py, or None where numba is not to be had or ``AdjustOptions.backend`` does without."""
     return importlib.import_module("imatching_ros.bundle.compiled_views") if backend != "eager" and compiled() else None
 
 
 def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -> Solution:
-    mask = torch.zeros(len(problem.T_world_camera), 6, dtype=torch.bool)
-    mask.view(-1)[free] = True
+    mask = np.zeros((len(problem.T_world_camera), 6), np.bool_)
+    mask.reshape(-1)[free.numpy()] = True
     pose, T, information, gradient, constant = prior_arrays(problem)
     T, points, *rest = compiled().minimise(
-        *arrays(problem), mask.numpy(), KERNELS.index(options.kernel.name), float(options.kernel.scale),
+        *arrays(problem), mask, KERNELS.index(options.kernel.name), float(options.kernel.scale),
         options.max_iterations, options.relative_decrease, options.gradient, pose, T, information, gradient,
         float(constant),
     )  # fmt: skip
@@ -198,14 +200,13 @@ def _choose(first: Tensor | np.bool_, one: Estimate, other: Estimate) -> Estimat
 
 def free_parameters(T_world_camera: Tensor, fixed: Tensor | None) -> Tensor:
     """Indices of the free ones among the 6 K pose parameters: the gauge."""
-    K = len(T_world_camera)
-    if fixed is None:
-        fixed = torch.arange(K, device=T_world_camera.device) == 0
-    if not fixed.any():
+    held = [0] if fixed is None else fixed.nonzero().flatten().tolist()
+    if not held:
         raise ValueError("at least one pose must be held, or the bundle can float away")
-    free = (~fixed)[:, None].repeat(1, 6)
-    if int(fixed.sum()) == 1:
-        offset = T_world_camera[:, :3] - T_world_camera[int(fixed.int().argmax()), :3]
+    free = torch.ones(len(T_world_camera), 6, dtype=torch.bool, device=T_world_camera.device)
+    free[held] = False
+    if len(held) == 1:
+        offset = T_world_camera[:, :3] - T_world_camera[held[0], :3]
         farthest = int(offset.norm(dim=-1).argmax())
         free[farthest, int(offset[farthest].abs().argmax())] = False
     return free.flatten().nonzero().squeeze(-1)

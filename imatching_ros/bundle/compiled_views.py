@@ -274,11 +274,11 @@ def relative_rotation(xy_i, xy_j, threshold):
 # Tracks of a window: solve.py. Rows are those of a problem, sorted by landmark and then by pose. --------------------
 
 
-@_entry(_mask(_rows, _rows, _mask, _indices, _indices, _rows, _f8, _f8, _f8, _f8))
+@_entry(types.Tuple((_mask, _i8))(_rows, _rows, _mask, _indices, _indices, _rows, _f8, _f8, _f8, _f8))
 def survivors(T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine):
     """Observations (O,) bool that reproject well, of usable landmarks that have two of them with rays at least so far
-    apart."""
-    total, R, keep = len(pose), rotations(T[:, 3:].copy()), np.zeros(len(pose), np.bool_)
+    apart; and how many landmarks these are."""
+    total, R, keep, alive = len(pose), rotations(T[:, 3:].copy()), np.zeros(len(pose), np.bool_), 0
     ray, end = np.empty((total, 3)), 0
     while end < total:
         begin, m, n, wide = end, landmark[end], 0, False
@@ -296,9 +296,18 @@ def survivors(T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine):
                 ray[n, 0], ray[n, 1], ray[n, 2] = x, y, z
                 n += 1
             end += 1
-        if not wide:
+        if wide:
+            alive += 1
+        else:
             keep[begin:end] = False
-    return keep
+    return keep, alive
+
+
+@_entry(types.Tuple((_indices, _indices, _rows, _rows))(_mask, _indices, _indices, _rows, _rows))
+def select(keep, pose, landmark, xy, cov):
+    """Problem.select's columns."""
+    rows = np.flatnonzero(keep)
+    return pose[rows], landmark[rows], xy[rows], cov[rows]
 
 
 @_compiled

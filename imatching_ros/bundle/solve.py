@@ -123,6 +123,7 @@ class _Solver:
         self.held = torch.ones(len(self.T), dtype=torch.bool) if options.poses == "external" else None
         self.views = compiled_views(options.adjust.backend)
         self.grid = None if self.views else Grid.of(posed)
+        self.columns = tuple(map(array, (posed.pose, posed.landmark, posed.xy, posed.cov)))
         self.start = points
         self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
         self.dropped = torch.zeros(len(points), dtype=torch.bool)
@@ -138,10 +139,10 @@ class _Solver:
         rough = replace(exact, relative_decrease=max(1e-3, exact.relative_decrease), gradient=1.0)
         tight = False
         for turn in range(2 * self.rounds):
-            if len(torch.unique_consecutive(self.posed.landmark[keep])) < self.options.min_landmarks:
+            if self.alive < self.options.min_landmarks:
                 return False
             self.kept = keep
-            self.solution = adjust(self._problem().select(keep), exact if tight else rough, self.held)
+            self.solution = adjust(self._kept(), exact if tight else rough, self.held)
             self.T, self.points = self.solution.T_world_camera, self.solution.points
             keep = self._survivors(prune_px)
             settled = torch.equal(keep, self.kept)
@@ -157,18 +158,29 @@ class _Solver:
     def _problem(self) -> Problem:
         return replace(self.posed, T_world_camera=self.T, points=self.points)
 
+    def _kept(self) -> Problem:
+        """Of the observations that are kept."""
+        if not self.views:
+            return self._problem().select(self.kept)
+        columns = self.views.select(self.kept.numpy(), *self.columns)
+        pose, landmark, xy, cov = map(torch.from_numpy, columns)
+        posed = self.posed
+        return Problem(self.T, self.points, pose, landmark, xy, cov, posed.focal, posed.prior)
+
     def _survivors(self, prune_px: float) -> Tensor:
-        """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax."""
+        """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax. Of so
+        many landmarks: ``alive``."""
         finite = self.points.isfinite().all(-1) & ~self.dropped
         if self.views:
-            posed, cosine = self.posed, math.cos(math.radians(self.options.min_parallax_deg))
-            keep = self.views.survivors(
-                *map(array, (self.T, self.points, finite, posed.pose, posed.landmark, posed.xy)),
-                *posed.focal.tolist(), prune_px, cosine,
+            keep, self.alive = self.views.survivors(
+                *map(array, (self.T, self.points, finite)), *self.columns[:3], *self.posed.focal.tolist(), prune_px,
+                math.cos(math.radians(self.options.min_parallax_deg)),
             )  # fmt: skip
             return torch.from_numpy(keep)
         keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
-        return keep & self._wide(keep.nonzero().squeeze(-1))[self.posed.landmark]
+        keep &= self._wide(keep.nonzero().squeeze(-1))[self.posed.landmark]
+        self.alive = len(torch.unique_consecutive(self.posed.landmark[keep]))
+        return keep
 
     def _wide(self, rows: Tensor) -> Tensor:
         """(N,) bool: landmarks whose rays, those of the observations ``rows``, are ``min_parallax_deg`` apart.
@@ -199,8 +211,8 @@ class _Solver:
     def _triangulate(self, prune_px: float) -> None:
         """Robust triangulation of every track that has no landmark, or whose landmark fails in some keyframe."""
         if self.views:
-            rows = self.T, self.points, self.posed.pose, self.posed.landmark, self.posed.xy
-            self.points = torch.from_numpy(self.views.triangulate(*map(array, rows), prune_px / self.focal))
+            found = self.views.triangulate(array(self.T), array(self.points), *self.columns[:3], prune_px / self.focal)
+            self.points = torch.from_numpy(found)
             return
         agree = torch.zeros_like(self.grid.mask)
         finite = self.points.isfinite().all(-1)
@@ -224,7 +236,7 @@ class _Solver:
 
         The prior knows nothing of scale, and is enlarged with the window.
         """
-        posed = self._problem().select(self.kept)
+        posed = self._kept()
         landmark = posed.landmark
         count = torch.bincount(landmark, minlength=len(track))
         squared = posed.residual()[0].square().sum(-1)

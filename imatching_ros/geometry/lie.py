@@ -72,6 +72,8 @@ def from_matrix(Rt: Tensor) -> Tensor:
 
 def cross(a: Tensor, b: Tensor) -> Tensor:
     """a x b, (..., 3), broadcasting (torch.linalg.cross wants equally many dimensions, and copies)."""
+    if a.shape == b.shape:
+        return torch.linalg.cross(a, b)
     (ax, ay, az), (bx, by, bz) = a.unbind(-1), b.unbind(-1)
     return torch.stack((ay * bz - az * by, az * bx - ax * bz, ax * by - ay * bx), -1)
 
