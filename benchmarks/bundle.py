@@ -1,52 +1,61 @@
-"""Windowed bundle adjustment beside Ceres and GTSAM: the same problems, one thread each, in one process run.
+"""
+Windowed bundle adjustment beside Ceres and GTSAM.
+
+The same problems, one thread each, in one process run.
 
     python benchmarks/bundle.py [--quick] [--scaling] [--json PATH]
 
-The peers are optional: ``pip install pycolmap pyceres gtsam``. All begin at the same state and are judged by this
-package's own cost function. Times are the process's processor time, all threads together, on one core; repetitions
-are interleaved and the fastest counts: a busy machine then disturbs little, and all alike. ``ms_per_iteration`` is
-the slope between runs of one iteration and of many (set-up excluded); ``ms_to_1e-4`` and ``ms_to_1e-6`` are whole
-runs, set-up included, until the cost is that close, relatively, to the best one any solver found. A peer's problem
-is built beforehand and not timed. On a GPU, where there is one, time is what CUDA events around the whole call say,
-with the problem already there. ``peak_mb`` is how far a process grows while it solves, beyond the problem.
+The peers are optional: ``pip install pycolmap pyceres gtsam``. All begin at the same state and are
+judged by this package's own cost function. Times are the process's processor time, all threads
+together, on one core; repetitions are interleaved and the fastest counts: a busy machine then
+disturbs little, and all alike. ``ms_per_iteration`` is the slope between runs of one iteration and
+of many (set-up excluded); ``ms_to_1e-4`` and ``ms_to_1e-6`` are whole runs, set-up included, until
+the cost is that close, relatively, to the best one any solver found. A peer's problem is built
+beforehand and not timed. On a GPU, where there is one, time is what CUDA events around the whole
+call say, with the problem already there. ``peak_mb`` is how far a process grows while it solves,
+beyond the problem.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 import ctypes
+from dataclasses import dataclass, replace
 import importlib.util
 import json
 import os
+from pathlib import Path
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[variable] = "1"
+for variable in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
+    os.environ[variable] = '1'
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
-from imatching_ros.bundle.adjust import AdjustOptions, adjust, compiled  # noqa: E402
+from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled  # noqa: E402
 from imatching_ros.bundle.problem import Problem, problem  # noqa: E402
 from imatching_ros.bundle.robust import Kernel  # noqa: E402
 from imatching_ros.geometry import lie, triangulation  # noqa: E402
+import numpy as np  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+import torch  # noqa: E402
 
 FOCAL, HUBER_PX = 500.0, 2.0
-KERNEL = Kernel("huber", HUBER_PX)
+KERNEL = Kernel('huber', HUBER_PX)
 #: Keyframes, points, and metres between keyframes: 3,000, 16,000 and 58,000 observations.
 SIZES = ((8, 500, 0.5), (12, 2000, 0.55), (20, 5000, 0.41))
 SCALING = (8, 12, 20, 50, 100, 200)
 
 
-def synthetic(keyframes: int, points: int, spacing: float, disturb: float = 0.02, seed: int = 0) -> Problem:
-    """A camera that passes a cloud 3 to 9 m away: 0.5 px of noise, 20 % outliers of 30 px, tracks of three or more.
+def synthetic(
+    keyframes: int, points: int, spacing: float, disturb: float = 0.02, seed: int = 0
+) -> Problem:
+    """
+    Return a camera that passes a cloud 3 to 9 m away.
+
+    0.5 px of noise, 20 % outliers of 30 px, tracks of three or more.
 
     disturb: standard deviation, m and rad, of the start's poses; twice that of its points.
     """
@@ -59,7 +68,9 @@ def synthetic(keyframes: int, points: int, spacing: float, disturb: float = 0.02
     T[:, 0] = spacing * torch.arange(keyframes)
     T = lie.retract(T, 0.02 * normal(keyframes, 6))
     size = torch.tensor([spacing * keyframes + 4, 4.0, 6.0], dtype=torch.float64)
-    p = torch.rand(points, 3, generator=g, dtype=torch.float64) * size + torch.tensor([-2.0, -2.0, 3.0])
+    p = torch.rand(points, 3, generator=g, dtype=torch.float64) * size + torch.tensor(
+        [-2.0, -2.0, 3.0]
+    )
     xy, _ = triangulation.reproject(T, p[:, None])
     seen = (xy.abs() < torch.tensor([0.64, 0.48])).all(-1)
     seen &= seen.sum(-1, keepdim=True) >= 3
@@ -70,7 +81,9 @@ def synthetic(keyframes: int, points: int, spacing: float, disturb: float = 0.02
     start = lie.retract(T, disturb * normal(keyframes, 6) * (torch.arange(keyframes) > 0)[:, None])
     cov = torch.tensor([1.0, 0.0, 1.0]).expand(len(pose), 3)
     focal = torch.tensor([FOCAL, FOCAL])
-    return problem(start, p + 2 * disturb * normal(points, 3), pose, landmark, xy[landmark, pose], cov, focal)
+    return problem(
+        start, p + 2 * disturb * normal(points, 3), pose, landmark, xy[landmark, pose], cov, focal
+    )
 
 
 @dataclass(frozen=True)
@@ -81,19 +94,28 @@ class Run:
     points: torch.Tensor
 
 
-Solver = Callable[[int, bool], Run]  #: after so many iterations, or at convergence if the flag says so
+#: after so many iterations, or at convergence if the flag says so
+Solver = Callable[[int, bool], Run]
 
 
 def ours(posed: Problem, backend: str) -> Solver:
-    if backend == "gpu":
-        rows = {name: value.cuda() for name, value in vars(posed).items() if isinstance(value, torch.Tensor)}
+    if backend == 'gpu':
+        rows = {
+            name: value.cuda()
+            for name, value in vars(posed).items()
+            if isinstance(value, torch.Tensor)
+        }
         posed = replace(posed, **rows)
 
     def run(iterations: int, converge: bool) -> Run:
-        stop = dict(relative_decrease=1e-10, gradient=1.0) if converge else dict(relative_decrease=0.0)
-        eager = "eager" if backend == "gpu" else backend
+        stop = (
+            {'relative_decrease': 1e-10, 'gradient': 1.0}
+            if converge
+            else {'relative_decrease': 0.0}
+        )
+        eager = 'eager' if backend == 'gpu' else backend
         options = AdjustOptions(KERNEL, max_iterations=iterations, backend=eager, **stop)
-        if backend == "gpu":
+        if backend == 'gpu':
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             solution = adjust(posed, options)
@@ -104,26 +126,35 @@ def ours(posed: Problem, backend: str) -> Solver:
             begin = time.process_time()
             solution = adjust(posed, options)
             seconds = time.process_time() - begin
-        return Run(seconds, solution.iterations, solution.T_world_camera.cpu(), solution.points.cpu())
+        return Run(
+            seconds, solution.iterations, solution.T_world_camera.cpu(), solution.points.cpu()
+        )
 
     return run
 
 
 def ceres(posed: Problem) -> Solver:
-    """Through pycolmap: compiled residuals, dense Schur complement, pose 0 and one translation component held."""
+    """
+    Go through pycolmap.
+
+    Compiled residuals, dense Schur complement, pose 0 and one translation component held.
+    """
     import pycolmap
 
     def reconstruction():
         scene = pycolmap.Reconstruction()
         side = int(2 * FOCAL)
         scene.add_camera_with_trivial_rig(
-            pycolmap.Camera(camera_id=1, model="PINHOLE", width=side, height=side, params=[FOCAL, FOCAL, 0, 0])
+            pycolmap.Camera(
+                camera_id=1, model='PINHOLE', width=side, height=side, params=[FOCAL, FOCAL, 0, 0]
+            )
         )
         poses = lie.inverse(posed.T_world_camera).numpy()
         rows = [(posed.pose == k).nonzero().squeeze(-1) for k in range(len(poses))]
         for k, pose in enumerate(poses):
             image = pycolmap.Image(
-                name=str(k), keypoints=(posed.xy[rows[k]] * FOCAL).numpy(), camera_id=1, image_id=k + 1
+                name=str(k), keypoints=(posed.xy[rows[k]] * FOCAL).numpy(), camera_id=1,
+                image_id=k + 1,
             )
             rigid = pycolmap.Rigid3d(pycolmap.Rotation3d(pose[3:]), pose[:3])
             scene.add_image_with_trivial_frame(image, rigid)
@@ -131,9 +162,14 @@ def ceres(posed: Problem) -> Solver:
         for of_image in rows:
             index[of_image] = torch.arange(len(of_image))
         tracks: dict[int, pycolmap.Track] = {}
-        for k, landmark, i in zip(posed.pose.tolist(), posed.landmark.tolist(), index.tolist(), strict=True):
+        for k, landmark, i in zip(
+            posed.pose.tolist(), posed.landmark.tolist(), index.tolist(), strict=True
+        ):
             tracks.setdefault(landmark, pycolmap.Track()).add_element(k + 1, i)
-        ids = {landmark: scene.add_point3D(posed.points[landmark].numpy(), track) for landmark, track in tracks.items()}
+        ids = {
+            landmark: scene.add_point3D(posed.points[landmark].numpy(), track)
+            for landmark, track in tracks.items()
+        }
         return scene, ids
 
     def run(iterations: int, converge: bool) -> Run:
@@ -148,7 +184,9 @@ def ceres(posed: Problem) -> Solver:
         import pyceres
 
         dense = len(posed.T_world_camera) <= 20
-        solver.linear_solver_type = getattr(pyceres.LinearSolverType, "DENSE_SCHUR" if dense else "SPARSE_SCHUR")
+        solver.linear_solver_type = getattr(
+            pyceres.LinearSolverType, 'DENSE_SCHUR' if dense else 'SPARSE_SCHUR'
+        )
         solver.function_tolerance = 1e-10 if converge else 0.0
         solver.gradient_tolerance = solver.parameter_tolerance = 0.0
         config = pycolmap.BundleAdjustmentConfig()
@@ -162,7 +200,9 @@ def ceres(posed: Problem) -> Solver:
         found = summary.ceres_summary
         steps = found.num_successful_steps + found.num_unsuccessful_steps
         rigid = [scene.image(k + 1).cam_from_world() for k in range(len(posed.T_world_camera))]
-        T = torch.from_numpy(np.stack([np.concatenate((r.translation, r.rotation.quat)) for r in rigid]))
+        T = torch.from_numpy(
+            np.stack([np.concatenate((r.translation, r.rotation.quat)) for r in rigid])
+        )
         points = posed.points.clone()
         for landmark, i in ids.items():
             points[landmark] = torch.from_numpy(scene.point3D(i).xyz)
@@ -172,7 +212,11 @@ def ceres(posed: Problem) -> Solver:
 
 
 def gtsam_(posed: Problem) -> Solver:
-    """Levenberg-Marquardt, multifrontal Cholesky, Ceres' damping schedule: the fastest of its settings here."""
+    """
+    Levenberg-Marquardt, multifrontal Cholesky, Ceres' damping schedule.
+
+    The fastest of its settings here.
+    """
     import gtsam
     from gtsam.symbol_shorthand import L as point_key
     from gtsam.symbol_shorthand import X as pose_key
@@ -182,15 +226,22 @@ def gtsam_(posed: Problem) -> Solver:
         gtsam.noiseModel.mEstimator.Huber.Create(HUBER_PX), gtsam.noiseModel.Unit.Create(2)
     )
     calibration = gtsam.Cal3_S2(FOCAL, FOCAL, 0.0, 0.0, 0.0)
-    for k, landmark, xy in zip(posed.pose.tolist(), posed.landmark.tolist(), posed.xy.numpy(), strict=True):
+    for k, landmark, xy in zip(
+        posed.pose.tolist(), posed.landmark.tolist(), posed.xy.numpy(), strict=True
+    ):
         graph.add(gtsam.GenericProjectionFactorCal3_S2(
             xy * FOCAL, noise, pose_key(k), point_key(landmark), calibration, False, False
         ))  # fmt: skip
-    poses = [gtsam.Pose3(gtsam.Rot3(Rt[:, :3]), Rt[:, 3]) for Rt in lie.matrix(posed.T_world_camera).numpy()]
+    poses = [
+        gtsam.Pose3(gtsam.Rot3(Rt[:, :3]), Rt[:, 3])
+        for Rt in lie.matrix(posed.T_world_camera).numpy()
+    ]
     for k, pose in enumerate(poses):
         start.insert(pose_key(k), pose)
     # It cannot hold one component; its damping takes care of the scale, which costs nothing.
-    graph.add(gtsam.PriorFactorPose3(pose_key(0), poses[0], gtsam.noiseModel.Isotropic.Sigma(6, 1e-4)))
+    graph.add(
+        gtsam.PriorFactorPose3(pose_key(0), poses[0], gtsam.noiseModel.Isotropic.Sigma(6, 1e-4))
+    )
     landmarks = posed.landmark.unique().tolist()
     for landmark in landmarks:
         start.insert(point_key(landmark), posed.points[landmark].numpy())
@@ -201,7 +252,7 @@ def gtsam_(posed: Problem) -> Solver:
         params.setRelativeErrorTol(1e-10 if converge else 0.0)
         params.setAbsoluteErrorTol(0.0)
         params.setErrorTol(0.0)
-        params.setLinearSolverType("MULTIFRONTAL_CHOLESKY")
+        params.setLinearSolverType('MULTIFRONTAL_CHOLESKY')
         begin = time.process_time()
         optimizer = gtsam.LevenbergMarquardtOptimizer(graph, start, params)
         values = optimizer.optimize()
@@ -217,16 +268,16 @@ def gtsam_(posed: Problem) -> Solver:
 
 def solvers(names: list[str] | None = None) -> dict[str, Callable[[Problem], Solver]]:
     """Those that are at hand."""
-    found: dict[str, Callable[[Problem], Solver]] = {"eager": lambda posed: ours(posed, "eager")}
+    found: dict[str, Callable[[Problem], Solver]] = {'eager': lambda posed: ours(posed, 'eager')}
     if compiled():
-        found["cpu"] = lambda posed: ours(posed, "cpu")
+        found['cpu'] = lambda posed: ours(posed, 'cpu')
     if torch.cuda.is_available():
-        found["gpu"] = lambda posed: ours(posed, "gpu")
-    for name, package, solver in (("ceres", "pycolmap", ceres), ("gtsam", "gtsam", gtsam_)):
+        found['gpu'] = lambda posed: ours(posed, 'gpu')
+    for name, package, solver in (('ceres', 'pycolmap', ceres), ('gtsam', 'gtsam', gtsam_)):
         if importlib.util.find_spec(package):
             found[name] = solver
         else:
-            print(f"{name} is left out: pip install {package}", file=sys.stderr)
+            print(f'{name} is left out: pip install {package}', file=sys.stderr)
     return {name: solver for name, solver in found.items() if not names or name in names}
 
 
@@ -235,7 +286,11 @@ def cost(posed: Problem, run: Run) -> float:
 
 
 def iterations_to(posed: Problem, solver: Solver, goal: float, limit: int) -> int | None:
-    """The fewest iterations after which the cost is below ``goal``, by bisection: costs never rise."""
+    """
+    Return the fewest iterations after which the cost is below ``goal``, by bisection.
+
+    Costs never rise.
+    """
     low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
@@ -244,9 +299,18 @@ def iterations_to(posed: Problem, solver: Solver, goal: float, limit: int) -> in
 
 
 def compare(
-    posed: Problem, size: tuple[int, int], names: list[str] | None, repeats: int, note: str = "", converge: bool = True
+    posed: Problem,
+    size: tuple[int, int],
+    names: list[str] | None,
+    repeats: int,
+    note: str = '',
+    converge: bool = True,
 ) -> list[dict]:
-    """One row per solver, its name followed by the note; without ``converge`` only what an iteration costs."""
+    """
+    One row per solver, its name followed by the note.
+
+    Without ``converge`` only what an iteration costs.
+    """
     running = {name: make(posed) for name, make in solvers(names).items()}
     ends = {name: solver(60 if converge else 4, converge) for name, solver in running.items()}
     final = {name: cost(posed, end) for name, end in ends.items()}
@@ -256,7 +320,9 @@ def compare(
         limit = max(ends[name].iterations, 1)
         for tolerance in (1e-6, 1e-4):
             if final[name] <= best * (1 + tolerance):
-                limit = stops[name][tolerance] = iterations_to(posed, solver, best * (1 + tolerance), limit)
+                limit = stops[name][tolerance] = iterations_to(
+                    posed, solver, best * (1 + tolerance), limit
+                )
     seconds: dict[tuple[str, int], float] = {}
     for turn in range(repeats):
         for name, solver in running.items():
@@ -267,85 +333,110 @@ def compare(
     rows = []
     for name in running:
         long = min(6, ends[name].iterations)
-        slope = (seconds[name, long] - seconds[name, 1]) / (long - 1) if long > 1 else seconds[name, 1]
+        slope = (
+            (seconds[name, long] - seconds[name, 1]) / (long - 1) if long > 1 else seconds[name, 1]
+        )
         ms = {t: 1e3 * seconds[name, n] for t, n in stops[name].items()}
-        mine = name in ("eager", "cpu", "gpu")
+        mine = name in ('eager', 'cpu', 'gpu')
         rows.append({
-            "keyframes": size[0], "points": size[1], "observations": len(posed.pose),
-            "solver": ("imatching" if mine else name) + note, "backend": name if mine else None,
-            "dtype": "float64/float32" if mine else "float64", "threads": 1,
-            "ms_per_iteration": 1e3 * slope, "ms_to_1e-4": ms.get(1e-4), "ms_to_1e-6": ms.get(1e-6),
-            "iterations_to_1e-6": stops[name].get(1e-6), "final_cost": final[name], "peak_mb": None,
+            'keyframes': size[0], 'points': size[1], 'observations': len(posed.pose),
+            'solver': ('imatching' if mine else name) + note, 'backend': name if mine else None,
+            'dtype': 'float64/float32' if mine else 'float64', 'threads': 1,
+            'ms_per_iteration': 1e3 * slope, 'ms_to_1e-4': ms.get(1e-4),
+            'ms_to_1e-6': ms.get(1e-6),
+            'iterations_to_1e-6': stops[name].get(1e-6), 'final_cost': final[name],
+            'peak_mb': None,
         })  # fmt: skip
     return rows
 
 
 def peak_mb(row: dict, spacing: float) -> float | None:
-    """How much a solver's memory grows, at its highest, over the problem it was given: in a process of its own."""
-    name, keyframes, points = row["backend"] or row["solver"], row["keyframes"], row["points"]
-    if name == "gpu":
+    """
+    How much a solver's memory grows, at its highest, over the problem it was given.
+
+    In a process of its own.
+    """
+    name, keyframes, points = row['backend'] or row['solver'], row['keyframes'], row['points']
+    if name == 'gpu':
         return None
-    command = [sys.executable, __file__, "--peak", name, str(keyframes), str(points), str(spacing)]
+    command = [sys.executable, __file__, '--peak', name, str(keyframes), str(points), str(spacing)]
     result = subprocess.run(command, capture_output=True, text=True)
     return float(result.stdout.split()[-1]) if result.returncode == 0 and result.stdout else None
 
 
 def _measure_peak(name: str, keyframes: int, points: int, spacing: float) -> None:
     def memory(field: str) -> float:
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) / 1024
+        return (
+            next(
+                int(line.split()[1])
+                for line in open('/proc/self/status')
+                if line.startswith(field)
+            )
+            / 1024
+        )
 
     # A small one first: what libraries take once is no part of it.
     solvers([name])[name](synthetic(4, 60, 0.3))(2, False)
     posed = synthetic(keyframes, points, spacing)
     ctypes.CDLL(None).malloc_trim(0)  # what is free already must not hide what is taken
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # begin VmHWM anew
+    before = memory('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')  # begin VmHWM anew
     solvers([name])[name](posed)(3, False)
-    print(memory("VmHWM") - before)
+    print(memory('VmHWM') - before)
 
 
 def show(rows: list[dict], title: str) -> None:
     table = Table(title=title)
-    for column in ("keyframes / points / observations", "solver"):
+    for column in ('keyframes / points / observations', 'solver'):
         table.add_column(column)
-    for column in ("ms / iteration", "to Ceres", "to GTSAM", "ms to 1e-4", "ms to 1e-6", "iterations", "cost", "MB"):
-        table.add_column(column, justify="right")
+    for column in (
+        'ms / iteration', 'to Ceres', 'to GTSAM', 'ms to 1e-4', 'ms to 1e-6', 'iterations', 'cost',
+        'MB',
+    ):
+        table.add_column(column, justify='right')
     for row in rows:
         peers = {
-            peer["solver"].split()[0]: peer["ms_per_iteration"] for peer in rows
-            if all(peer[key] == row[key] for key in ("keyframes", "points"))
+            peer['solver'].split()[0]: peer['ms_per_iteration'] for peer in rows
+            if all(peer[key] == row[key] for key in ('keyframes', 'points'))
         }  # fmt: skip
 
-        def number(value, form=".3f"):
-            return "-" if value is None else format(value, form)
+        def number(value, form='.3f'):
+            return '-' if value is None else format(value, form)
 
         def ratio(peer, row=row, peers=peers):
-            return f"{peers[peer] / row['ms_per_iteration']:.1f}" if peer in peers else "-"
+            return f'{peers[peer] / row["ms_per_iteration"]:.1f}' if peer in peers else '-'
 
         table.add_row(
             f"{row['keyframes']} / {row['points']} / {row['observations']}",
-            row["solver"] + (f" {row['backend']}" if row["backend"] else ""),
-            number(row["ms_per_iteration"]), ratio("ceres"), ratio("gtsam"), number(row["ms_to_1e-4"], ".2f"),
-            number(row["ms_to_1e-6"], ".2f"), number(row["iterations_to_1e-6"], "d"),
-            number(row["final_cost"], ".6f"), number(row["peak_mb"], ".1f"),
+            row['solver'] + (f" {row['backend']}" if row['backend'] else ''),
+            number(row['ms_per_iteration']), ratio('ceres'), ratio('gtsam'),
+            number(row['ms_to_1e-4'], '.2f'),
+            number(row['ms_to_1e-6'], '.2f'), number(row['iterations_to_1e-6'], 'd'),
+            number(row['final_cost'], '.6f'), number(row['peak_mb'], '.1f'),
         )  # fmt: skip
     Console(width=150).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
-    parser.add_argument("--scaling", action="store_true", help="also the curve from 8 to 200 keyframes")
-    parser.add_argument("--quick", action="store_true", help="only the smallest window, few repetitions")
-    parser.add_argument("--solver", action="append", help="eager, cpu, gpu, ceres or gtsam; may be repeated")
-    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument('--json', type=Path, help='write all rows to this file')
+    parser.add_argument(
+        '--scaling', action='store_true', help='also the curve from 8 to 200 keyframes'
+    )
+    parser.add_argument(
+        '--quick', action='store_true', help='only the smallest window, few repetitions'
+    )
+    parser.add_argument(
+        '--solver', action='append', help='eager, cpu, gpu, ceres or gtsam; may be repeated'
+    )
+    parser.add_argument('--no-memory', action='store_true', help='do not measure memory')
+    parser.add_argument('--peak', nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.peak:
         name, keyframes, points, spacing = options.peak
         return _measure_peak(name, int(keyframes), int(points), float(spacing))
-    if hasattr(os, "sched_setaffinity"):  # GTSAM's threads cannot be told otherwise
+    if hasattr(os, 'sched_setaffinity'):  # GTSAM's threads cannot be told otherwise
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     repeats = 3 if options.quick else 7
 
@@ -354,9 +445,9 @@ def main() -> None:
         posed = synthetic(keyframes, points, spacing)
         found = compare(posed, (keyframes, points), options.solver, repeats)
         for row in [] if options.no_memory else found:
-            row["peak_mb"] = peak_mb(row, spacing)
+            row['peak_mb'] = peak_mb(row, spacing)
         rows += found
-    show(rows, "Cold start: poses off by 2 cm and 1 degree, points by 4 cm")
+    show(rows, 'Cold start: poses off by 2 cm and 1 degree, points by 4 cm')
     sys.stdout.flush()
     if not options.quick:
         keyframes, points, spacing = SIZES[1]
@@ -369,8 +460,8 @@ def main() -> None:
             posed, T_world_camera=lie.retract(solved.T_world_camera, noise),
             points=solved.points + 4e-3 * torch.randn(points, 3, generator=g, dtype=torch.float64),
         )  # fmt: skip
-        found = compare(warm, (keyframes, points), options.solver, repeats, " (warm)")
-        show(found, "Warm start: poses off by 2 mm and 0.1 degree, points by 4 mm")
+        found = compare(warm, (keyframes, points), options.solver, repeats, ' (warm)')
+        show(found, 'Warm start: poses off by 2 mm and 0.1 degree, points by 4 mm')
         rows += found
     if options.scaling:
         found = []
@@ -378,13 +469,13 @@ def main() -> None:
             posed = synthetic(keyframes, 100 * keyframes, 0.55)
             grown = compare(posed, (keyframes, 100 * keyframes), options.solver, 2, converge=False)
             for row in [] if options.no_memory else grown:
-                row["peak_mb"] = peak_mb(row, 0.55)
+                row['peak_mb'] = peak_mb(row, 0.55)
             found += grown
-        show(found, "Growing with the path: 100 points per keyframe")
+        show(found, 'Growing with the path: 100 points per keyframe')
         rows += found
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + '\n')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

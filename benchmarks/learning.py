@@ -1,64 +1,74 @@
-"""The learner measured: against self-supervision without bundle adjustment, under faults, and for what it forgets.
+"""
+Measure the learner.
 
-    python benchmarks/learning.py [compare] [--scenes NAME…] [--methods M…] [--seeds N] [--steps N] [--json PATH]
+Against self-supervision without bundle adjustment, under faults, and for what it forgets.
+
+    python benchmarks/learning.py [compare] [--scenes NAME…] [--methods M…] [--seeds N] [--steps N]
+                                  [--json PATH]
     python benchmarks/learning.py faults [--faults NAME…] [--steps N] [--json PATH]
     python benchmarks/learning.py forgetting [--seeds N] [--steps N] [--json PATH]
 
-`compare` trains on the first part of each scene and measures the last, after a gap: `base` is the shipped weights,
-`imatching` and `sgp` are the learner's two objectives from these weights on the same frames (SGP: RANSAC as teacher,
-epipolar and cycle loss), `truth` is the room: the same network trained with the exact matches of the first part
-(rendered scenes only; not among the default methods). Rendered scenes are seen by a small camera in dim light with a
-fixed pattern, which the shipped weights do not know; a seed is of the scene and of the training, for recordings of
-the training alone. Rows: scene, method, seed, mma_1px, mma_2px, mma_5px, auc_5, auc_10, auc_20, steps, seconds.
+`compare` trains on the first part of each scene and measures the last, after a gap: `base` is the
+shipped weights, `imatching` and `sgp` are the learner's two objectives from these weights on the
+same frames (SGP: RANSAC as teacher, epipolar and cycle loss), `truth` is the room: the same
+network trained with the exact matches of the first part (rendered scenes only; not among the
+default methods). Rendered scenes are seen by a small camera in dim light with a fixed pattern,
+which the shipped weights do not know; a seed is of the scene and of the training, for recordings
+of the training alone. Rows: scene, method, seed, mma_1px, mma_2px, mma_5px, auc_5, auc_10, auc_20,
+steps, seconds.
 
-`faults` plays, after some good images, images that teach nothing true, and measures the weights in use afterwards on
-other images of the same place, against exact depth and poses. `forgetting` learns at one place, then at another,
-and measures at the first.
+`faults` plays, after some good images, images that teach nothing true, and measures the weights in
+use afterwards on other images of the same place, against exact depth and poses. `forgetting`
+learns at one place, then at another, and measures at the first.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 import json
 import math
+from pathlib import Path
+from statistics import mean, stdev
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
-from pathlib import Path
-from statistics import mean, stdev
-
-import numpy as np
-import torch
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from imatching_ros.bundle.bundle import Bundle
-from imatching_ros.data.recording import Recording, open_recording
-from imatching_ros.data.synthetic import Sensor, make_scene, render_recording
-from imatching_ros.evaluation.matching import Pair, evaluate_matching, evaluation_pairs, true_matches
+from imatching_ros.data.recording import open_recording, Recording
+from imatching_ros.data.synthetic import make_scene, render_recording, Sensor
+from imatching_ros.evaluation.matching import (
+    evaluate_matching,
+    evaluation_pairs,
+    Pair,
+    true_matches,
+)
 from imatching_ros.learning.learner import Learner, LearnerOptions
 from imatching_ros.learning.probe import robust_distance
 from imatching_ros.learning.tune import tune
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect
 from imatching_ros.matching.tracker import Tracker
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+import torch
 
-RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "recordings"
+RECORDINGS = Path(__file__).resolve().parents[2] / 'shared' / 'recordings'
 DIM = replace(Sensor.low_light(0.5), fixed_pattern=12.0)
 #: Rendered scenes: the path through them, their surfaces, the camera.
 RENDERED = {
-    "indoor": ("handheld", "mixed", DIM),
-    "outdoor": ("driving", "mixed", DIM),
-    "low_texture": ("handheld", "plain", DIM),
-    "repetitive": ("handheld", "repetitive", DIM),
-    "light_change": ("handheld", "mixed", replace(DIM, wander=0.8)),
+    'indoor': ('handheld', 'mixed', DIM),
+    'outdoor': ('driving', 'mixed', DIM),
+    'low_texture': ('handheld', 'plain', DIM),
+    'repetitive': ('handheld', 'repetitive', DIM),
+    'light_change': ('handheld', 'mixed', replace(DIM, wander=0.8)),
 }
-REAL = ("redkitchen", "kitti_street")
-METHODS = ("base", "sgp", "imatching")
-FIGURES = ("mma_1px", "mma_2px", "mma_5px", "auc_5", "auc_10", "auc_20")
+REAL = ('redkitchen', 'kitti_street')
+METHODS = ('base', 'sgp', 'imatching')
+FIGURES = ('mma_1px', 'mma_2px', 'mma_5px', 'auc_5', 'auc_10', 'auc_20')
 TRAINED, GAP = 0.7, 5  # share of a scene that trains; images between it and what is measured
 
 console = Console(width=130)
@@ -77,7 +87,7 @@ class Part:
         return (item for item, _ in zip(self.recording, range(self.count), strict=False))
 
 
-# Against no learning, and against learning without bundle adjustment -------------------------------------------------
+# Against no learning, and against learning without bundle adjustment -----------------------------
 
 
 def compare(options: argparse.Namespace) -> list[dict]:
@@ -89,7 +99,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
                 if recording is None:
                     continue
                 for method in options.methods or METHODS:
-                    if method == "base" and scene in REAL and seed:
+                    if method == 'base' and scene in REAL and seed:
                         continue  # nothing in it depends on the seed
                     rows.append(_measured(recording, scene, method, seed, options.steps))
                     if rows[-1] is None:
@@ -97,7 +107,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
                         continue
                     console.print({key: _short(value) for key, value in rows[-1].items()})
                     if options.json:
-                        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+                        options.json.write_text(json.dumps(rows, indent=1) + '\n')
     _summary(rows)
     return rows
 
@@ -105,16 +115,17 @@ def compare(options: argparse.Namespace) -> list[dict]:
 def _scene(scene: str, seed: int, frames: int, cache: Path) -> Recording | None:
     if scene in REAL:
         if not (RECORDINGS / scene).is_dir():
-            console.print(f"[yellow]{scene} is left out: {RECORDINGS / scene} is not there[/]")
+            console.print(f'[yellow]{scene} is left out: {RECORDINGS / scene} is not there[/]')
             return None
         return open_recording(RECORDINGS / scene)
     path, surfaces, sensor = RENDERED[scene]
-    folder = cache / f"{scene}-{seed}-{frames}"
+    folder = cache / f'{scene}-{seed}-{frames}'
     if not folder.is_dir():
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task(f"Rendering {scene} {seed}", total=frames)
+            task = progress.add_task(f'Rendering {scene} {seed}', total=frames)
             render_recording(
-                folder, seed=seed, frames=frames, path=path, surfaces=surfaces, sensor=sensor, depth_every=5,
+                folder, seed=seed, frames=frames, path=path, surfaces=surfaces, sensor=sensor,
+                depth_every=5,
                 progress=lambda done, total: progress.update(task, completed=done),
             )  # fmt: skip
     return open_recording(folder)
@@ -124,45 +135,62 @@ def _measured(recording: Recording, scene: str, method: str, seed: int, steps: i
     count = round(TRAINED * len(recording))
     matcher, info = weights.load(weights.default_path())
     done, notes, started = 0, {}, time.perf_counter()
-    if method == "truth":
+    if method == 'truth':
         if recording.depth(recording.ground_truth[0][0].item()) is None:
             return None
         done = steps
         _train_with_truth(matcher, recording, count, steps, seed)
-    elif method != "base":
+    elif method != 'base':
         learner, history = tune(
             matcher, info, [(recording.camera, Part(recording, count))], steps,
             options=LearnerOptions(seed=seed, objective=method),
         )  # fmt: skip
         matcher, _ = weights.loads(learner.weights())
         done = learner.step_count
-        notes = {"promotions": learner.promotions, "stopped": history.stopped}
+        notes = {'promotions': learner.promotions, 'stopped': history.stopped}
     seconds = time.perf_counter() - started if done else 0.0
     pairs = evaluation_pairs(recording, count + GAP, len(recording) - 1)
     accuracy = asdict(evaluate_matching(matcher, recording, pairs))
     figures = {key: accuracy[key] for key in FIGURES}
-    return {"scene": scene, "method": method, "seed": seed, **figures, "steps": done, "seconds": seconds, **notes}
+    return {
+        'scene': scene, 'method': method, 'seed': seed, **figures, 'steps': done,
+        'seconds': seconds, **notes,
+    }
 
 
-def _train_with_truth(matcher: torch.nn.Module, recording: Recording, count: int, steps: int, seed: int) -> None:
-    """The same network with exact matches of the images that train: what there is to be gained."""
+def _train_with_truth(
+    matcher: torch.nn.Module, recording: Recording, count: int, steps: int, seed: int
+) -> None:
+    """
+    Return the same network with exact matches of the images that train.
+
+    What there is to be gained.
+    """
     pairs = evaluation_pairs(recording, 0, count - 1, per_step=60)
-    images = {stamp: image for stamp, image in Part(recording, count)}
-    rng, optimiser = np.random.default_rng(seed), torch.optim.Adam(matcher.parameters(), lr=LearnerOptions.rate)
+    images = dict(Part(recording, count))
+    rng, optimiser = (
+        np.random.default_rng(seed),
+        torch.optim.Adam(matcher.parameters(), lr=LearnerOptions.rate),
+    )
     for _ in range(steps):
         losses = []
         for pair in rng.choice(np.array(pairs, dtype=object), 2, replace=False):
             queries, truth = _truth(recording, pair, images)
             features = matcher.encode(_batch(images[pair.reference], images[pair.target]))
             matches = matcher.match(features[:1], features[1:], queries[None])
-            losses.append(robust_distance(matches.uv[0], truth) + robust_distance(matches.coarse_uv[0], truth))
+            losses.append(
+                robust_distance(matches.uv[0], truth)
+                + robust_distance(matches.coarse_uv[0], truth)
+            )
         optimiser.zero_grad()
         sum(losses).backward()
         torch.nn.utils.clip_grad_norm_(matcher.parameters(), LearnerOptions.clip)
         optimiser.step()
 
 
-def _truth(recording: Recording, pair: Pair, images: dict[int, np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def _truth(
+    recording: Recording, pair: Pair, images: dict[int, np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor]:
     queries = torch.from_numpy(detect(images[pair.reference], 500))
     depths = recording.depth(pair.reference), recording.depth(pair.target)
     truth, visible = true_matches(recording.camera, pair, queries, *depths)
@@ -174,42 +202,66 @@ def _batch(*images: np.ndarray) -> torch.Tensor:
 
 
 def _summary(rows: list[dict]) -> None:
-    """Means over the seeds, their spread, and the gain over the base of the same scene and seed."""
-    table = Table(title="Mean over the seeds ± standard deviation; gain over base, relative")
-    for name in ("scene", "method", "mma_1px", "mma_2px", "auc_5", "auc_10", "gain mma_1px", "gain auc_5", "s"):
-        table.add_column(name, justify="left" if name in ("scene", "method") else "right")
+    """
+    Means over the seeds, their spread, and the gain.
 
-    def spread(values: list[float | None], form: str = ".1f") -> str:
+    The gain is over the base of the same scene and seed.
+    """
+    table = Table(title='Mean over the seeds ± standard deviation; gain over base, relative')
+    for name in (
+        'scene', 'method', 'mma_1px', 'mma_2px', 'auc_5', 'auc_10', 'gain mma_1px', 'gain auc_5',
+        's',
+    ):
+        table.add_column(name, justify='left' if name in ('scene', 'method') else 'right')
+
+    def spread(values: list[float | None], form: str = '.1f') -> str:
         values = [value for value in values if value is not None]
         if not values:
-            return "–"
-        return f"{mean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(values) > 1 else "")
+            return '–'
+        return f'{mean(values):{form}}' + (f' ± {stdev(values):{form}}' if len(values) > 1 else '')
 
-    for scene in dict.fromkeys(row["scene"] for row in rows):
-        base = {row["seed"]: row for row in rows if row["scene"] == scene and row["method"] == "base"}
-        for method in dict.fromkeys(row["method"] for row in rows):
-            ours = [row for row in rows if (row["scene"], row["method"]) == (scene, method)]
+    for scene in dict.fromkeys(row['scene'] for row in rows):
+        base = {
+            row['seed']: row for row in rows if row['scene'] == scene and row['method'] == 'base'
+        }
+        for method in dict.fromkeys(row['method'] for row in rows):
+            ours = [row for row in rows if (row['scene'], row['method']) == (scene, method)]
 
             def gain(key: str, ours=ours, base=base) -> str:
-                pairs = [(row[key], base.get(row["seed"], base.get(0, {})).get(key)) for row in ours]
+                pairs = [
+                    (row[key], base.get(row['seed'], base.get(0, {})).get(key)) for row in ours
+                ]
                 return spread([100 * (a / b - 1) for a, b in pairs if a is not None and b])
 
             if ours:
-                figures = [spread([row[key] for row in ours]) for key in ("mma_1px", "mma_2px", "auc_5", "auc_10")]
-                gains = gain("mma_1px"), gain("auc_5")
-                table.add_row(scene, method, *figures, *gains, spread([row["seconds"] for row in ours], ".0f"))
+                figures = [
+                    spread([row[key] for row in ours])
+                    for key in ('mma_1px', 'mma_2px', 'auc_5', 'auc_10')
+                ]
+                gains = gain('mma_1px'), gain('auc_5')
+                table.add_row(
+                    scene, method, *figures, *gains,
+                    spread([row['seconds'] for row in ours], '.0f'),
+                )
     console.print(table)
 
 
-# Faults ---------------------------------------------------------------------------------------------------------------
+# Faults ------------------------------------------------------------------------------------------
 
-GOOD, FAULTY, FIRST_MEASURED, LAST = 40, 60, 105, 150  # images: good, then faulty; those that are measured
+# images: good, then faulty; those that are measured
+GOOD, FAULTY, FIRST_MEASURED, LAST = 40, 60, 105, 150
 
 
 class Place:
-    """A rendered room and what a camera does in it: images on demand, and a recording of other images to measure on."""
+    """
+    A rendered room and what a camera does in it.
 
-    def __init__(self, folder: Path, sensor: Sensor, seed: int, size: tuple[int, int] = (320, 240)) -> None:
+    Images on demand, and a recording of other images to measure on.
+    """
+
+    def __init__(
+        self, folder: Path, sensor: Sensor, seed: int, size: tuple[int, int] = (320, 240)
+    ) -> None:
         self.sensor, self.seed = sensor, seed
         self.recording = open_recording(
             folder if folder.is_dir() else render_recording(
@@ -217,11 +269,12 @@ class Place:
             )
         )  # fmt: skip
         self.camera = self.recording.camera
-        self.images = list(self.recording)[: GOOD + FAULTY]
+        self.images = list(self.recording)[:GOOD + FAULTY]
         self.pairs = evaluation_pairs(self.recording, FIRST_MEASURED, LAST - 1, steps=(5, 10))
-        self.scene, self.path = make_scene("handheld", seed, self.camera, LAST / 20.0)
+        self.scene, self.path = make_scene('handheld', seed, self.camera, LAST / 20.0)
         self.rng = np.random.default_rng([seed, 9])
-        self.pattern = sensor.pattern(size, np.random.default_rng([seed, 3]))  # the recording's own
+        # the recording's own
+        self.pattern = sensor.pattern(size, np.random.default_rng([seed, 3]))
 
     def mma(self, matcher: torch.nn.Module) -> float:
         return evaluate_matching(matcher, self.recording, self.pairs).mma_1px
@@ -231,13 +284,15 @@ class Place:
         return self.scene.image(torch.from_numpy(pose).expand(4, 7), self.camera)
 
     def exposed(self, irradiance: np.ndarray) -> np.ndarray:
-        return self.sensor.expose(irradiance.astype(np.float32), np.zeros(2), self.rng, self.pattern)
+        return self.sensor.expose(
+            irradiance.astype(np.float32), np.zeros(2), self.rng, self.pattern
+        )
 
     def pose(self, k: int) -> np.ndarray:
         return self.path(np.array([k / 20.0]))[0]
 
     def with_fault(self, change: Callable[[int], np.ndarray]) -> list[tuple[int, np.ndarray]]:
-        """The good images, then what ``change`` makes of the k-th."""
+        """Return the good images, then what ``change`` makes of the k-th."""
         after = [(self.images[k][0], change(k)) for k in range(GOOD, GOOD + FAULTY)]
         return self.images[:GOOD] + after
 
@@ -265,8 +320,8 @@ def _blank(place: Place) -> list:
 
 
 def _crowd(place: Place) -> list:
-    """The right half of the view is another room that moves in its own way: a bus, a crowd."""
-    other, path = make_scene("handheld", place.seed + 50, place.camera, LAST / 20.0)
+    """Make the right half of the view another room that moves in its own way: a bus, a crowd."""
+    other, path = make_scene('handheld', place.seed + 50, place.camera, LAST / 20.0)
 
     def half(k: int) -> np.ndarray:
         light = place.light(place.pose(k))
@@ -281,7 +336,9 @@ def _flicker(place: Place) -> list:
     y = np.linspace(0, 2 * np.pi, 240)[:, None]
 
     def flickering(k: int) -> np.ndarray:
-        return place.exposed(place.light(place.pose(k)) * (1 + 0.45 * np.sin(y + 2.4 * k)) * (0.6, 1.2)[k % 2])
+        return place.exposed(
+            place.light(place.pose(k)) * (1 + 0.45 * np.sin(y + 2.4 * k)) * (0.6, 1.2)[k % 2]
+        )
 
     return place.with_fault(flickering)
 
@@ -296,45 +353,61 @@ def _as_it_is(place: Place) -> list:
 
 
 FAULTS = {
-    "none": _as_it_is, "static": _static, "rotation": _rotation, "covered": _covered, "blank": _blank, "crowd": _crowd,
-    "flicker": _flicker, "dropped": _dropped, "focal": _as_it_is, "rate": _as_it_is,
+    'none': _as_it_is, 'static': _static, 'rotation': _rotation, 'covered': _covered,
+    'blank': _blank, 'crowd': _crowd,
+    'flicker': _flicker, 'dropped': _dropped, 'focal': _as_it_is, 'rate': _as_it_is,
 }  # fmt: skip
 
 
 def faults(options: argparse.Namespace) -> list[dict]:
     rows = []
     with tempfile.TemporaryDirectory() as cache:
-        for light, sensor in (("dim", DIM), ("day", Sensor())):
-            if options.light not in (light, "both"):
+        for light, sensor in (('dim', DIM), ('day', Sensor())):
+            if options.light not in (light, 'both'):
                 continue
             for seed in range(options.seeds):
-                place = Place(Path(options.cache or cache) / f"{light}-{seed}", sensor, seed)
+                place = Place(Path(options.cache or cache) / f'{light}-{seed}', sensor, seed)
                 matcher, info = weights.load(weights.default_path())
                 before = place.mma(matcher)
                 for name in options.faults or FAULTS:
-                    rows.append({"light": light, "fault": name, "seed": seed, "before": before,
-                                 **_under_fault(place, name, matcher, info, options.steps, before)})  # fmt: skip
+                    rows.append({'light': light, 'fault': name, 'seed': seed, 'before': before,
+                                 **_under_fault(place, name, matcher, info, options.steps,
+                                                before)})  # fmt: skip
                     console.print({key: _short(value) for key, value in rows[-1].items()})
-    _show(rows, "mma_1px of the weights in use, after learning through a fault")
-    worst = min(row["change"] for row in rows)
-    console.print(f"worst change {worst:+.2f} points; the bound is -0.5")
+    _show(rows, 'mma_1px of the weights in use, after learning through a fault')
+    worst = min(row['change'] for row in rows)
+    console.print(f'worst change {worst:+.2f} points; the bound is -0.5')
     return rows
 
 
 def _under_fault(place: Place, name: str, matcher, info, steps: int, before: float) -> dict:
-    camera = replace(place.camera, fx=1.1 * place.camera.fx, fy=1.1 * place.camera.fy) if name == "focal" else None
-    options = LearnerOptions(verdict_every=10, rate=LearnerOptions.rate * (100 if name == "rate" else 1))
-    learner = live(Learner(matcher, info, camera or place.camera, options), FAULTS[name](place), steps)
+    camera = (
+        replace(place.camera, fx=1.1 * place.camera.fx, fy=1.1 * place.camera.fy)
+        if name == 'focal'
+        else None
+    )
+    options = LearnerOptions(
+        verdict_every=10, rate=LearnerOptions.rate * (100 if name == 'rate' else 1)
+    )
+    learner = live(
+        Learner(matcher, info, camera or place.camera, options), FAULTS[name](place), steps
+    )
     after = place.mma(weights.loads(learner.weights())[0]) if learner.version else before
     candidate = place.mma(learner._average.module) if learner.step_count else before
-    verdict = learner.last_verdict.reason if learner.last_verdict else ""
-    return {"after": after, "change": after - before, "candidate": candidate - before, "steps": learner.step_count,
-            "windows": learner.windows, "promotions": learner.promotions, "rollbacks": learner.rollbacks,
-            "verdict": verdict}  # fmt: skip
+    verdict = learner.last_verdict.reason if learner.last_verdict else ''
+    return {'after': after, 'change': after - before, 'candidate': candidate - before,
+            'steps': learner.step_count,
+            'windows': learner.windows, 'promotions': learner.promotions,
+            'rollbacks': learner.rollbacks,
+            'verdict': verdict}  # fmt: skip
 
 
 def live(learner: Learner, images: list[tuple[int, np.ndarray]], steps: int) -> Learner:
-    """As on a robot: images come, the weights in use change on the way, and the learner learns in between."""
+    """
+    Run as on a robot.
+
+    Images come, the weights in use change on the way, and the learner learns in between.
+    """
     matcher, info = weights.loads(learner.weights())
     tracker, bundle = Tracker(matcher, info.version, learner.camera), Bundle(learner.camera)
     last = learner.step_count + steps
@@ -358,7 +431,7 @@ def live(learner: Learner, images: list[tuple[int, np.ndarray]], steps: int) -> 
     return learner
 
 
-# Forgetting -----------------------------------------------------------------------------------------------------------
+# Forgetting --------------------------------------------------------------------------------------
 
 
 def forgetting(options: argparse.Namespace) -> list[dict]:
@@ -366,22 +439,36 @@ def forgetting(options: argparse.Namespace) -> list[dict]:
     with tempfile.TemporaryDirectory() as cache:
         for seed in range(options.seeds):
             folder = Path(options.cache or cache)
-            first = Place(folder / f"dim-{seed}", DIM, seed)
-            other = replace(Sensor.low_light(0.2), fixed_pattern=20.0)  # another place, another light
-            second = Place(folder / f"other-{seed}", other, seed + 20)
+            first = Place(folder / f'dim-{seed}', DIM, seed)
+            # another place, another light
+            other = replace(Sensor.low_light(0.2), fixed_pattern=20.0)
+            second = Place(folder / f'other-{seed}', other, seed + 20)
             matcher, info = weights.load(weights.default_path())
-            learner = Learner(matcher, info, first.camera, LearnerOptions(verdict_every=15, seed=seed))
-            row = {"seed": seed, "first_before": first.mma(matcher), "second_before": second.mma(matcher)}
+            learner = Learner(
+                matcher, info, first.camera, LearnerOptions(verdict_every=15, seed=seed)
+            )
+            row = {
+                'seed': seed, 'first_before': first.mma(matcher),
+                'second_before': second.mma(matcher),
+            }
             live(learner, first.images, options.steps)
-            row["first_learned"] = first.mma(weights.loads(learner.weights())[0])
+            row['first_learned'] = first.mma(weights.loads(learner.weights())[0])
             learner.start_recording(second.camera)
-            live(learner, [(stamp + 10**12, image) for stamp, image in second.images], options.steps)
+            live(
+                learner, [(stamp + 10**12, image) for stamp, image in second.images], options.steps
+            )
             after = weights.loads(learner.weights())[0]
-            row |= {"first_after": first.mma(after), "second_after": second.mma(after)}
-            gained = row["first_learned"] - row["first_before"]
-            row["kept"] = (row["first_after"] - row["first_before"]) / gained if gained > 0 else math.nan
+            row |= {'first_after': first.mma(after), 'second_after': second.mma(after)}
+            gained = row['first_learned'] - row['first_before']
+            row['kept'] = (
+                (row['first_after'] - row['first_before']) / gained if gained > 0 else math.nan
+            )
             rows.append(row)
-    _show(rows, "mma_1px at two places, learned one after the other; the part of the first gain that is kept")
+    _show(
+        rows,
+        'mma_1px at two places, learned one after the other; the part of the first gain that '
+        'is kept',
+    )
     return rows
 
 
@@ -399,26 +486,38 @@ def _short(value: object) -> object:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", nargs="?", choices=("compare", "faults", "forgetting"), default="compare")
-    parser.add_argument("--scenes", nargs="+", choices=(*RENDERED, *REAL), help="default: all")
-    parser.add_argument("--methods", nargs="+", choices=(*METHODS, "truth"), help="default: base, sgp, imatching")
-    parser.add_argument("--faults", nargs="+", choices=tuple(FAULTS), help="default: all")
-    parser.add_argument("--light", choices=("dim", "day", "both"), default="both", help="of faults (default: both)")
-    parser.add_argument("--seeds", type=int, help="how many (default: 3 of compare, else 1)")
-    parser.add_argument("--steps", type=int, help="default: 400 of compare, 60 of faults, 90 of forgetting")
-    parser.add_argument("--frames", type=int, default=300, help="of a rendered scene of compare (default: 300)")
-    parser.add_argument("--cache", type=Path, help="folder that keeps rendered scenes for the next time")
-    parser.add_argument("--threads", type=int, default=2, help="of torch (default: 2)")
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument(
+        'what', nargs='?', choices=('compare', 'faults', 'forgetting'), default='compare'
+    )
+    parser.add_argument('--scenes', nargs='+', choices=(*RENDERED, *REAL), help='default: all')
+    parser.add_argument(
+        '--methods', nargs='+', choices=(*METHODS, 'truth'), help='default: base, sgp, imatching'
+    )
+    parser.add_argument('--faults', nargs='+', choices=tuple(FAULTS), help='default: all')
+    parser.add_argument(
+        '--light', choices=('dim', 'day', 'both'), default='both', help='of faults (default: both)'
+    )
+    parser.add_argument('--seeds', type=int, help='how many (default: 3 of compare, else 1)')
+    parser.add_argument(
+        '--steps', type=int, help='default: 400 of compare, 60 of faults, 90 of forgetting'
+    )
+    parser.add_argument(
+        '--frames', type=int, default=300, help='of a rendered scene of compare (default: 300)'
+    )
+    parser.add_argument(
+        '--cache', type=Path, help='folder that keeps rendered scenes for the next time'
+    )
+    parser.add_argument('--threads', type=int, default=2, help='of torch (default: 2)')
+    parser.add_argument('--json', type=Path, help='write all rows to this file')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.seeds = options.seeds or (3 if options.what == "compare" else 1)
-    options.steps = options.steps or {"compare": 400, "faults": 60, "forgetting": 90}[options.what]
-    rows = {"compare": compare, "faults": faults, "forgetting": forgetting}[options.what](options)
+    options.seeds = options.seeds or (3 if options.what == 'compare' else 1)
+    options.steps = options.steps or {'compare': 400, 'faults': 60, 'forgetting': 90}[options.what]
+    rows = {'compare': compare, 'faults': faults, 'forgetting': forgetting}[options.what](options)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + '\n')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     sys.exit(main())

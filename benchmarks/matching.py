@@ -1,49 +1,59 @@
-"""Matching accuracy and time beside XFeat, SIFT, ORB and KLT: the same pairs, the same truth, the same pose solver.
+"""
+Matching accuracy and time beside XFeat, SIFT, ORB and KLT.
+
+The same pairs, the same truth, the same pose solver.
 
     python benchmarks/matching.py [--quick] [--weights FILE] [--data NAME ...] [--json PATH]
 
-Data: three scenes that the program renders here (of seeds that no training uses) and, where they stand beside the
-project, the recordings redkitchen and kitti_street. Every method may propose up to 1000 points per image and keeps what
-its usual check keeps: ours and KLT what comes back within a pixel or two, SIFT what is mutual and passes a ratio test,
-ORB and XFeat mutual nearest neighbours. ``mma`` is the share of the *kept* matches of visible points that lie within
-1, 2, 5 px of the truth, averaged over pairs; ``matches`` how many were kept per pair; ``auc`` is of the relative pose
-(PoseLib for all). ``ms`` is what one new image costs in video, median: describing it and matching it with one cached
-image. redkitchen's depth and poses are themselves some px off: there mma says little, auc says more.
+Data: three scenes that the program renders here (of seeds that no training uses) and, where they
+stand beside the project, the recordings redkitchen and kitti_street. Every method may propose up
+to 1000 points per image and keeps what its usual check keeps: ours and KLT what comes back within
+a pixel or two, SIFT what is mutual and passes a ratio test, ORB and XFeat mutual nearest
+neighbours. ``mma`` is the share of the *kept* matches of visible points that lie within 1, 2, 5 px
+of the truth, averaged over pairs; ``matches`` how many were kept per pair; ``auc`` is of the
+relative pose (PoseLib for all). ``ms`` is what one new image costs in video, median: describing it
+and matching it with one cached image. redkitchen's depth and poses are themselves some px off:
+there mma says little, auc says more.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 import json
 import os
+from pathlib import Path
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cv2
+from imatching_ros.data.recording import open_recording, Recording
+from imatching_ros.data.synthetic import render_recording, Sensor
+from imatching_ros.evaluation.matching import (
+    evaluation_pairs,
+    Pair,
+    pose_auc,
+    pose_errors,
+    true_matches,
+)
+from imatching_ros.matching import weights
+from imatching_ros.matching.detector import detect
+from imatching_ros.matching.tracker import round_trip, TrackerOptions
 import numpy as np
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+import torch
 
-from imatching_ros.data.recording import Recording, open_recording
-from imatching_ros.data.synthetic import Sensor, render_recording
-from imatching_ros.evaluation.matching import Pair, evaluation_pairs, pose_auc, pose_errors, true_matches
-from imatching_ros.matching import weights
-from imatching_ros.matching.detector import detect
-from imatching_ros.matching.tracker import TrackerOptions, round_trip
-
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+SHARED = Path(__file__).resolve().parent.parent.parent / 'shared'
 POINTS = 1000
 STEPS = (1, 5, 10, 20)
 RENDERED = {
-    "room": {"seed": 1001, "path": "handheld"},
-    "street": {"seed": 1002, "path": "driving"},
-    "dark_room": {"seed": 1003, "path": "handheld", "sensor": Sensor.low_light(0.5)},
+    'room': {'seed': 1001, 'path': 'handheld'},
+    'street': {'seed': 1002, 'path': 'driving'},
+    'dark_room': {'seed': 1003, 'path': 'handheld', 'sensor': Sensor.low_light(0.5)},
 }
 
 #: A method: describes an image (H, W) uint8, and matches two descriptions to (N, 2) px in each.
@@ -51,7 +61,7 @@ Method = tuple[Callable[[np.ndarray], Any], Callable[[Any, Any], tuple[np.ndarra
 
 
 def imatching(file: Path) -> Method:
-    """This package's matcher, with the tracker's round-trip check."""
+    """Return this package's matcher, with the tracker's round-trip check."""
     matcher, _ = weights.load(file)
 
     def describe(image):
@@ -70,7 +80,7 @@ def imatching(file: Path) -> Method:
 
 
 def xfeat(file: Path) -> Method:
-    """XFeat's sparse features (kornia) and mutual nearest neighbours."""
+    """Return XFeat's sparse features (kornia) and mutual nearest neighbours."""
     from kornia.feature import XFeat
 
     model = XFeat(top_k=POINTS)
@@ -79,7 +89,7 @@ def xfeat(file: Path) -> Method:
 
     def describe(image):
         found = model.detectAndCompute(torch.tensor(image)[None, None].float() / 255)[0]
-        return found["keypoints"].numpy(), found["descriptors"]
+        return found['keypoints'].numpy(), found['descriptors']
 
     def match(reference, target):
         similarity = reference[1] @ target[1].T
@@ -92,7 +102,7 @@ def xfeat(file: Path) -> Method:
 
 
 def opencv(detector, norm: int, ratio: float) -> Method:
-    """An OpenCV feature, ratio test (1: none) and mutual nearest neighbours."""
+    """Return an OpenCV feature, ratio test (1: none) and mutual nearest neighbours."""
     matcher = cv2.BFMatcher(norm)
 
     def describe(image):
@@ -117,7 +127,7 @@ def opencv(detector, norm: int, ratio: float) -> Method:
 
 def klt() -> Method:
     """Good features, pyramidal Lucas-Kanade, forward and backward."""
-    window = {"winSize": (21, 21), "maxLevel": 4}
+    window = {'winSize': (21, 21), 'maxLevel': 4}
 
     def describe(image):
         corners = cv2.goodFeaturesToTrack(image, POINTS, 1e-2, 8)
@@ -129,7 +139,9 @@ def klt() -> Method:
             return points[:, 0], points[:, 0]
         there, found, _ = cv2.calcOpticalFlowPyrLK(reference[0], target[0], points, None, **window)
         back, again, _ = cv2.calcOpticalFlowPyrLK(target[0], reference[0], there, None, **window)
-        kept = (found & again)[:, 0].astype(bool) & (np.linalg.norm(back - points, axis=-1)[:, 0] < 1.0)
+        kept = (found & again)[:, 0].astype(bool) & (
+            np.linalg.norm(back - points, axis=-1)[:, 0] < 1.0
+        )
         return points[kept, 0], there[kept, 0]
 
     return describe, match
@@ -138,22 +150,24 @@ def klt() -> Method:
 def methods(file: Path) -> dict[str, Method]:
     """All that can run here."""
     found = {
-        "imatching": imatching(file),
-        "sift": opencv(cv2.SIFT_create(POINTS), cv2.NORM_L2, 0.8),
-        "orb": opencv(cv2.ORB_create(POINTS), cv2.NORM_HAMMING, 1.0),
-        "klt": klt(),
+        'imatching': imatching(file),
+        'sift': opencv(cv2.SIFT_create(POINTS), cv2.NORM_L2, 0.8),
+        'orb': opencv(cv2.ORB_create(POINTS), cv2.NORM_HAMMING, 1.0),
+        'klt': klt(),
     }
-    published = SHARED / "weights" / "xfeat.pt"
+    published = SHARED / 'weights' / 'xfeat.pt'
     try:
-        found["xfeat"] = xfeat(published)
+        found['xfeat'] = xfeat(published)
     except ImportError:
-        print("xfeat is left out: pip install kornia")
+        print('xfeat is left out: pip install kornia')
     except FileNotFoundError:
-        print(f"xfeat is left out: its weights are not at {published}")
+        print(f'xfeat is left out: its weights are not at {published}')
     return found
 
 
-def measure(recording: Recording, pairs: list[Pair], images: dict[int, np.ndarray], method: Method) -> dict[str, Any]:
+def measure(
+    recording: Recording, pairs: list[Pair], images: dict[int, np.ndarray], method: Method
+) -> dict[str, Any]:
     """One method on the pairs of one step."""
     describe, match = method
     described, mma, errors, counts, ms = {}, [], [], [], []
@@ -168,7 +182,8 @@ def measure(recording: Recording, pairs: list[Pair], images: dict[int, np.ndarra
         counts.append(len(uv_i))
         uv_i, uv_j = torch.from_numpy(uv_i).float(), torch.from_numpy(uv_j).float()
         truth, visible = true_matches(
-            recording.camera, pair, uv_i, recording.depth(pair.reference), recording.depth(pair.target)
+            recording.camera, pair, uv_i, recording.depth(pair.reference),
+            recording.depth(pair.target),
         )
         if visible.any():
             off = (uv_j - truth).norm(dim=-1)[visible]
@@ -179,9 +194,12 @@ def measure(recording: Recording, pairs: list[Pair], images: dict[int, np.ndarra
             errors.append(max(pose_errors(recording.camera, pair, uv_i, uv_j)))
     means = np.mean(mma, axis=0).tolist() if mma else [None] * 3
     areas = [pose_auc(errors, degrees) if errors else None for degrees in (5, 10, 20)]
-    names = ("mma_1px", "mma_2px", "mma_5px", "auc_5", "auc_10", "auc_20")
+    names = ('mma_1px', 'mma_2px', 'mma_5px', 'auc_5', 'auc_10', 'auc_20')
     figures = dict(zip(names, (*means, *areas), strict=True))
-    return {**figures, "matches": statistics.mean(counts), "ms": statistics.median(ms), "pairs": len(pairs)}
+    return {
+        **figures, 'matches': statistics.mean(counts), 'ms': statistics.median(ms),
+        'pairs': len(pairs),
+    }
 
 
 def recordings(names: list[str], frames: int, folder: Path) -> dict[str, Recording]:
@@ -189,41 +207,54 @@ def recordings(names: list[str], frames: int, folder: Path) -> dict[str, Recordi
     found = {}
     for name in names:
         if name in RENDERED:
+
             def progress(done, of, name=name):
                 if done == of:
-                    print(f"rendered {name}: {of} frames")
+                    print(f'rendered {name}: {of} frames')
 
             found[name] = open_recording(
-                render_recording(folder / name, frames=frames, depth_every=1, progress=progress, **RENDERED[name])
+                render_recording(
+                    folder / name, frames=frames, depth_every=1, progress=progress,
+                    **RENDERED[name],
+                )
             )
-        elif (SHARED / "recordings" / name).is_dir():
-            found[name] = open_recording(SHARED / "recordings" / name)
+        elif (SHARED / 'recordings' / name).is_dir():
+            found[name] = open_recording(SHARED / 'recordings' / name)
         else:
-            print(f"{name} is left out: it is not at {SHARED / 'recordings' / name}")
+            print(f'{name} is left out: it is not at {SHARED / "recordings" / name}')
     return found
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """The table for people."""
-    table = Table(title="Matching: ours and the peers on the same pairs")
+    """Return the table for people."""
+    table = Table(title='Matching: ours and the peers on the same pairs')
     for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("data", "method") else "right")
+        table.add_column(column, justify='left' if column in ('data', 'method') else 'right')
     for before, row in zip([None, *rows], rows, strict=False):
-        if before and (before["data"], before["step"]) != (row["data"], row["step"]):
+        if before and (before['data'], before['step']) != (row['data'], row['step']):
             table.add_section()
-        table.add_row(*("-" if v is None else f"{v:.1f}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(
+            *(
+                '-' if v is None else f'{v:.1f}' if isinstance(v, float) else str(v)
+                for v in row.values()
+            )
+        )
     Console(width=140).print(table)
 
 
 def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = [*RENDERED, "redkitchen", "kitti_street"]
-    parser.add_argument("--data", nargs="+", choices=everything, default=everything)
-    parser.add_argument("--weights", type=Path, default=weights.default_path(), help="the weights of ours")
-    parser.add_argument("--quick", action="store_true", help="a few pairs of each step")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
+    """Run the command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    everything = [*RENDERED, 'redkitchen', 'kitti_street']
+    parser.add_argument('--data', nargs='+', choices=everything, default=everything)
+    parser.add_argument(
+        '--weights', type=Path, default=weights.default_path(), help='the weights of ours'
+    )
+    parser.add_argument('--quick', action='store_true', help='a few pairs of each step')
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--json', type=Path, help='write all rows to this file')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cv2.setNumThreads(options.threads)
@@ -236,17 +267,17 @@ def main() -> None:
                 pairs = evaluation_pairs(recording, 0, len(recording) - 1, (step,), per_step)
                 needed = {stamp for pair in pairs for stamp in (pair.reference, pair.target)}
                 images = {stamp: image for stamp, image in recording if stamp in needed}
-                for method in track(peers, description=f"{name}, step {step}", transient=True):
+                for method in track(peers, description=f'{name}, step {step}', transient=True):
                     if pairs:
                         figures = measure(recording, pairs, images, peers[method])
-                        rows.append({"data": name, "step": step, "method": method, **figures})
+                        rows.append({'data': name, 'step': step, 'method': method, **figures})
     if rows:
         show(rows)
     if options.json:
-        partial = options.json.with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n")
+        partial = options.json.with_suffix('.partial')
+        partial.write_text(json.dumps(rows, indent=1) + '\n')
         os.replace(partial, options.json)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

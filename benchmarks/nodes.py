@@ -1,13 +1,15 @@
-"""The nodes under load: images at a camera's pace, in real processes, for as long as asked.
+"""
+The nodes under load: images at a camera's pace, in real processes, for as long as asked.
 
     python benchmarks/nodes.py [--seconds 300] [--rate 30] [--composed] [--json FILE]
 
-A rendered 640x480 recording goes to and fro at ``--rate``. ``latency`` is from an image's publication to the arrival of
-its correspondences here, so it holds both ways through the middleware. ``dropped`` are images that a node says it
-dropped by its policy, ``lost`` those that no node ever saw. Memory is the resident size: after the first second, at
-the end, and at its highest; ``cpu_percent`` is of one core. The peer in the same run is OpenCV's good features and
-pyramidal KLT, forward and backward, as a node of its own that publishes the tracks it found: it neither learns nor
-solves, so its row says what images, middleware and classical tracking cost.
+A rendered 640x480 recording goes to and fro at ``--rate``. ``latency`` is from an image's
+publication to the arrival of its correspondences here, so it holds both ways through the
+middleware. ``dropped`` are images that a node says it dropped by its policy, ``lost`` those that
+no node ever saw. Memory is the resident size: after the first second, at the end, and at its
+highest; ``cpu_percent`` is of one core. The peer in the same run is OpenCV's good features and
+pyramidal KLT, forward and backward, as a node of its own that publishes the tracks it found: it
+neither learns nor solves, so its row says what images, middleware and classical tracking cost.
 """
 
 from __future__ import annotations
@@ -17,45 +19,44 @@ import contextlib
 import itertools
 import json
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+os.environ['OMP_NUM_THREADS'] = '1'
+os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
 
 import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import rclpy  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
-from rclpy.context import Context  # noqa: E402
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor  # noqa: E402
-from rclpy.qos import QoSProfile, qos_profile_sensor_data  # noqa: E402
-from rclpy.signals import SignalHandlerOptions  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
-
 from imatching_ros.data.recording import open_recording  # noqa: E402
 from imatching_ros.data.synthetic import render_recording  # noqa: E402
 from imatching_ros.nodes import messages  # noqa: E402
 from imatching_ros.nodes.core_node import lossless  # noqa: E402
 from imatching_ros.nodes.diagnostics import percentiles  # noqa: E402
 from imatching_ros.nodes.replay import free_domain  # noqa: E402
+import numpy as np  # noqa: E402
+import rclpy  # noqa: E402
+from rclpy.context import Context  # noqa: E402
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor  # noqa: E402
+from rclpy.qos import qos_profile_sensor_data, QoSProfile  # noqa: E402
+from rclpy.signals import SignalHandlerOptions  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 START_NS = 1_700_000_000 * 10**9
-PEER = "OpenCV GFTT+KLT"
+PEER = 'OpenCV GFTT+KLT'
 #: Case, processing_mode, roles
 CASES = (
-    ("matcher and bundle, latest", "latest", ("matcher", "bundle")),
-    ("matcher and bundle, all", "all", ("matcher", "bundle")),
-    ("with learner, latest", "latest", ("matcher", "bundle", "learner")),
-    (PEER, "latest", ("peer",)),
+    ('matcher and bundle, latest', 'latest', ('matcher', 'bundle')),
+    ('matcher and bundle, all', 'all', ('matcher', 'bundle')),
+    ('with learner, latest', 'latest', ('matcher', 'bundle', 'learner')),
+    (PEER, 'latest', ('peer',)),
 )
 
 
@@ -65,34 +66,46 @@ class Load:
     def __init__(self, roles: tuple[str, ...], mode: str, composed: bool, folder: Path) -> None:
         self.domain, self.roles = free_domain(), roles
         self.processes: dict[str, subprocess.Popen] = {}
-        lossless_input = mode == "all"
-        values = [f"image_qos:={'keep_all' if lossless_input else 'sensor_data'}", f"processing_mode:={mode}"]
-        environment = os.environ | {"ROS_DOMAIN_ID": str(self.domain), "PYTHONPATH": str(ROOT)}
-        commands = {role: ["-m", f"imatching_ros.nodes.{role}"] for role in roles}
-        if roles == ("peer",):
-            commands = {"peer": [__file__, "--peer"]}
+        lossless_input = mode == 'all'
+        values = [
+            f'image_qos:={"keep_all" if lossless_input else "sensor_data"}',
+            f'processing_mode:={mode}',
+        ]
+        environment = os.environ | {'ROS_DOMAIN_ID': str(self.domain), 'PYTHONPATH': str(ROOT)}
+        commands = {role: ['-m', f'imatching_ros.nodes.{role}'] for role in roles}
+        if roles == ('peer',):
+            commands = {'peer': [__file__, '--peer']}
         elif composed:
-            values.append(f"nodes:=[{','.join(roles)}]")
-            commands = {"composed": ["-m", "imatching_ros.nodes.composed"]}
-        words = [] if roles == ("peer",) else ["--ros-args", *(w for value in values for w in ("-p", value))]
+            values.append(f'nodes:=[{",".join(roles)}]')
+            commands = {'composed': ['-m', 'imatching_ros.nodes.composed']}
+        words = (
+            []
+            if roles == ('peer',)
+            else ['--ros-args', *(w for value in values for w in ('-p', value))]
+        )
         for name, command in commands.items():
-            with open(folder / f"{name}.log", "wb") as log:
+            with open(folder / f'{name}.log', 'wb') as log:
                 self.processes[name] = subprocess.Popen(
-                    [sys.executable, *command, *words], env=environment, stdout=log, stderr=log, cwd=folder
+                    [sys.executable, *command, *words],
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    cwd=folder,
                 )
         self.context = Context()
         rclpy.init(
-            args=[], context=self.context, domain_id=self.domain, signal_handler_options=SignalHandlerOptions.NO
+            args=[], context=self.context, domain_id=self.domain,
+            signal_handler_options=SignalHandlerOptions.NO,
         )
-        self.node = rclpy.create_node("camera", context=self.context)
+        self.node = rclpy.create_node('camera', context=self.context)
         qos = lossless() if lossless_input else qos_profile_sensor_data
-        self.images = self.node.create_publisher(Image, "image", qos)
-        self.infos = self.node.create_publisher(CameraInfo, "camera_info", qos)
+        self.images = self.node.create_publisher(Image, 'image', qos)
+        self.infos = self.node.create_publisher(CameraInfo, 'camera_info', qos)
         self.sent: dict[int, float] = {}
         self.latency_ms: list[float] = []
         self.says: dict[str, dict[str, str]] = {}
-        self.node.create_subscription(PointCloud2, "correspondences", self._on_answer, lossless())
-        self.node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 100)
+        self.node.create_subscription(PointCloud2, 'correspondences', self._on_answer, lossless())
+        self.node.create_subscription(DiagnosticArray, '/diagnostics', self._on_diagnostics, 100)
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
         self.thread = threading.Thread(target=self._spin)
@@ -109,24 +122,31 @@ class Load:
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            self.says[status.name.strip("/")] = {pair.key: pair.value for pair in status.values}
+            self.says[status.name.strip('/')] = {pair.key: pair.value for pair in status.values}
 
     def count(self, key: str) -> int:
-        return int(self.says.get("matcher", {}).get(key, 0)) if "matcher" in self.roles else 0
+        return int(self.says.get('matcher', {}).get(key, 0)) if 'matcher' in self.roles else 0
 
     def _owing(self) -> int:
         """Images that the matcher has and has not dealt with."""
-        return self.count("received") - len(self.latency_ms) - self.count("dropped") - self.count("refused")
+        return (
+            self.count('received')
+            - len(self.latency_ms)
+            - self.count('dropped')
+            - self.count('refused')
+        )
 
     def run(self, recording, rate_hz: float, seconds: float) -> dict[str, float | int]:
-        """Plays for ``seconds``, and counts. RuntimeError where a node ends."""
+        """Play for ``seconds``, and counts. RuntimeError where a node ends."""
         pictures = [image for _, image in recording]
         order = itertools.cycle([*range(len(pictures)), *range(len(pictures) - 2, 0, -1)])
-        info = messages.camera_to_info(recording.camera, messages.header(0, "camera"))
+        info = messages.camera_to_info(recording.camera, messages.header(0, 'camera'))
         patience = time.monotonic() + 180
-        while self.images.get_subscription_count() < len({"matcher", "learner", "peer"} & {*self.roles}):
+        while self.images.get_subscription_count() < len(
+            {'matcher', 'learner', 'peer'} & {*self.roles}
+        ):
             self._check(patience)
-        while self.roles != ("peer",) and set(self.says) < set(self.roles):
+        while self.roles != ('peer',) and set(self.says) < set(self.roles):
             self._check(patience)
         time.sleep(0.5)
         self.infos.publish(info)
@@ -134,31 +154,36 @@ class Load:
         warm = max(1.0, 0.1 * seconds)
         while (now := time.monotonic()) < begun + seconds:
             if not memory and now > begun + warm:  # what is made once is no leak
-                memory = self._memory_mb("VmRSS")
+                memory = self._memory_mb('VmRSS')
             due = begun + frames / rate_hz
             if now < due:
                 time.sleep(min(due - now, 0.01))
                 continue
             if frames % round(rate_hz) == 0:
                 self.infos.publish(info)
-                self._check(float("inf"))
+                self._check(float('inf'))
             stamp = START_NS + round(frames * 1e9 / rate_hz)
             self.sent[stamp] = time.monotonic()
-            self.images.publish(messages.image_to_message(pictures[next(order)], messages.header(stamp, "camera")))
+            self.images.publish(
+                messages.image_to_message(pictures[next(order)], messages.header(stamp, 'camera'))
+            )
             frames += 1
         played = time.monotonic() - begun
         used = (self._cpu_seconds() - used) / played
-        quiet = time.monotonic() + 2.5  # one more second of diagnostics, and what is still on its way
+        # one more second of diagnostics, and what is still on its way
+        quiet = time.monotonic() + 2.5
         while (now := time.monotonic()) < quiet or (self._owing() > 0 and now < quiet + 120):
             time.sleep(0.1)
-        received = self.count("received") if "matcher" in self.roles else len(self.latency_ms)
+        received = self.count('received') if 'matcher' in self.roles else len(self.latency_ms)
         p50, p95 = percentiles(self.latency_ms)
         return {
-            "rate_hz": frames / played, "seconds": played, "frames_in": frames, "frames_out": len(self.latency_ms),
-            "dropped": self.count("dropped"), "refused": self.count("refused"), "lost": frames - received,
-            "latency_p50_ms": p50, "latency_p95_ms": p95, "memory_mb_start": memory,
-            "memory_mb_end": self._memory_mb("VmRSS"), "memory_mb_peak": self._memory_mb("VmHWM"),
-            "cpu_percent": 100 * used,
+            'rate_hz': frames / played, 'seconds': played, 'frames_in': frames,
+            'frames_out': len(self.latency_ms),
+            'dropped': self.count('dropped'), 'refused': self.count('refused'),
+            'lost': frames - received,
+            'latency_p50_ms': p50, 'latency_p95_ms': p95, 'memory_mb_start': memory,
+            'memory_mb_end': self._memory_mb('VmRSS'), 'memory_mb_peak': self._memory_mb('VmHWM'),
+            'cpu_percent': 100 * used,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -177,33 +202,33 @@ class Load:
     def _check(self, patience: float) -> None:
         for name, process in self.processes.items():
             if process.poll() is not None:
-                raise RuntimeError(f"{name} ended with exit code {process.returncode}")
+                raise RuntimeError(f'{name} ended with exit code {process.returncode}')
         if time.monotonic() > patience:
-            raise RuntimeError("the nodes did not find each other")
-        if patience != float("inf"):
+            raise RuntimeError('the nodes did not find each other')
+        if patience != float('inf'):
             time.sleep(0.1)
 
     def _memory_mb(self, field: str) -> dict[str, float]:
         def read(process: subprocess.Popen) -> float:
-            lines = open(f"/proc/{process.pid}/status").read().splitlines()
+            lines = open(f'/proc/{process.pid}/status').read().splitlines()
             return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
         return {name: read(process) for name, process in self.processes.items()}
 
     def _cpu_seconds(self) -> float:
         def read(process: subprocess.Popen) -> float:
-            fields = open(f"/proc/{process.pid}/stat").read().rpartition(")")[2].split()
-            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            fields = open(f'/proc/{process.pid}/stat').read().rpartition(')')[2].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
         return sum(map(read, self.processes.values()))
 
 
 def peer() -> None:
-    """A node that tracks good features by KLT and publishes where they are."""
+    """Return a node that tracks good features by KLT and publishes where they are."""
     cv2.setNumThreads(1)
     rclpy.init()
-    node = rclpy.create_node("peer")
-    publisher = node.create_publisher(PointCloud2, "correspondences", QoSProfile(depth=10))
+    node = rclpy.create_node('peer')
+    publisher = node.create_publisher(PointCloud2, 'correspondences', QoSProfile(depth=10))
     last: list = [None, np.empty((0, 1, 2), np.float32)]
 
     def track(message: Image) -> None:
@@ -218,32 +243,42 @@ def peer() -> None:
             points = np.empty((0, 1, 2), np.float32) if points is None else points
         last[:] = grey, points
         rows = np.zeros(len(points), messages.CORRESPONDENCE)
-        rows["u"], rows["v"] = points[:, 0].T
+        rows['u'], rows['v'] = points[:, 0].T
         publisher.publish(messages.cloud(rows, message.header))
 
-    node.create_subscription(Image, "image", track, qos_profile_sensor_data)
+    node.create_subscription(Image, 'image', track, qos_profile_sensor_data)
     with contextlib.suppress(KeyboardInterrupt, ExternalShutdownException):
         rclpy.spin(node)
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title=f"{os.cpu_count()} cores, one thread per node")
-    names = ("case", "in", "out", "dropped", "lost", "p50 ms", "p95 ms", "MB start", "MB end", "MB peak", "CPU %")
+    table = Table(title=f'{os.cpu_count()} cores, one thread per node')
+    names = (
+        'case', 'in', 'out', 'dropped', 'lost', 'p50 ms', 'p95 ms', 'MB start', 'MB end',
+        'MB peak', 'CPU %',
+    )
     for index, name in enumerate(names):
-        table.add_column(name, justify="right" if index else "left")
+        table.add_column(name, justify='right' if index else 'left')
     for row in rows:
-        memory = [row[f"memory_mb_{when}"].values() for when in ("start", "end", "peak")]
+        memory = [row[f'memory_mb_{when}'].values() for when in ('start', 'end', 'peak')]
         table.add_row(
-            row["case"], *(str(row[key]) for key in ("frames_in", "frames_out", "dropped", "lost")),
+            row['case'], *(str(row[key])
+                           for key in ('frames_in', 'frames_out', 'dropped', 'lost')),
             f"{row['latency_p50_ms']:.1f}", f"{row['latency_p95_ms']:.1f}",
-            *(" ".join(f"{mb:.0f}" for mb in of_each) for of_each in memory),
+            *(' '.join(f'{mb:.0f}' for mb in of_each) for of_each in memory),
             f"{row['cpu_percent']:.0f}",
         )  # fmt: skip
     Console(width=150).print(table)
 
 
 def measure(
-    case: str, mode: str, roles: tuple[str, ...], recording, rate: float, seconds: float, composed: bool
+    case: str,
+    mode: str,
+    roles: tuple[str, ...],
+    recording,
+    rate: float,
+    seconds: float,
+    composed: bool,
 ) -> dict:
     """One row of the report."""
     with tempfile.TemporaryDirectory() as folder:
@@ -252,31 +287,42 @@ def measure(
             figures = load.run(recording, rate, seconds)
         finally:
             load.close()
-    return {"case": case, "mode": mode, "learning": "learner" in roles, "composed": composed, **figures}
+    return {
+        'case': case, 'mode': mode, 'learning': 'learner' in roles, 'composed': composed,
+        **figures,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=300.0, help="that each case is played (default: 300)")
-    parser.add_argument("--rate", type=float, default=30.0, help="images per second (default: 30)")
-    parser.add_argument("--composed", action="store_true", help="all nodes in one process")
-    parser.add_argument("--case", action="append", choices=[case for case, _, _ in CASES], help="may be repeated")
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument(
+        '--seconds', type=float, default=300.0, help='that each case is played (default: 300)'
+    )
+    parser.add_argument('--rate', type=float, default=30.0, help='images per second (default: 30)')
+    parser.add_argument('--composed', action='store_true', help='all nodes in one process')
+    parser.add_argument(
+        '--case', action='append', choices=[case for case, _, _ in CASES], help='may be repeated'
+    )
+    parser.add_argument('--json', type=Path, help='write all rows to this file')
+    parser.add_argument('--peer', action='store_true', help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
         return peer()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        recording = open_recording(render_recording(Path(folder) / "room", frames=90, rate_hz=30.0, depth_every=1000))
+        recording = open_recording(
+            render_recording(Path(folder) / 'room', frames=90, rate_hz=30.0, depth_every=1000)
+        )
         for case, mode, roles in CASES:
             if not options.case or case in options.case:
-                composed = options.composed and roles != ("peer",)
-                rows.append(measure(case, mode, roles, recording, options.rate, options.seconds, composed))
+                composed = options.composed and roles != ('peer',)
+                rows.append(
+                    measure(case, mode, roles, recording, options.rate, options.seconds, composed)
+                )
                 if options.json:
-                    options.json.write_text(json.dumps(rows, indent=1) + "\n")
+                    options.json.write_text(json.dumps(rows, indent=1) + '\n')
     show(rows)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

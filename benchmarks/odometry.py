@@ -1,62 +1,69 @@
-"""The bundle on real recordings beside COLMAP's incremental mapping: the same keyframes, the same matches, one thread.
+"""
+The bundle on real recordings beside COLMAP's incremental mapping.
+
+The same keyframes, the same matches, one thread.
 
     python benchmarks/odometry.py [--json FILE] [--frames N] [--tracks sift|imatching] [RECORDING…]
 
-By default the recordings `redkitchen` and `kitti_street` of `../shared`. Two kinds of tracks: SIFT (OpenCV; mutual
-nearest neighbours that pass the ratio test), and the package's own matcher. Every image is matched with the past
-keyframes; one rule decides for both what becomes a keyframe. Three solvers:
+By default the recordings `redkitchen` and `kitti_street` of `../shared`. Two kinds of tracks: SIFT
+(OpenCV; mutual nearest neighbours that pass the ratio test), and the package's own matcher. Every
+image is matched with the past keyframes; one rule decides for both what becomes a keyframe. Three
+solvers:
 
-- `imatching`: the online bundle over every image. Later windows correct its keyframes, as long as they hold them.
+- `imatching`: the online bundle over every image. Later windows correct its keyframes, as long as
+  they hold them.
 - `imatching_batch`: all keyframes adjusted together afterwards, begun at the online result.
-- `colmap` (optional: pip install pycolmap): incremental mapping of the keyframes alone, with the pairs of keyframes
-  that the images were matched with, and one keypoint per track and image. COLMAP verifies these matches itself, which
-  is not timed. Intrinsics held, one model; forward motion may begin it, from 4 degrees (COLMAP's defaults find no model
-  in a car's drive); all other options are its defaults.
+- `colmap` (optional: pip install pycolmap): incremental mapping of the keyframes alone, with the
+  pairs of keyframes that the images were matched with, and one keypoint per track and image.
+  COLMAP verifies these matches itself, which is not timed. Intrinsics held, one model; forward
+  motion may begin it, from 4 degrees (COLMAP's defaults find no model in a car's drive); all other
+  options are its defaults.
 
-Seconds are processor time on one core without finding matches: for `imatching` all of `Bundle.add`, images between
-keyframes too; for `imatching_batch` that and the batch; for `colmap` its `incremental_mapping`. `keyframe_seconds` is
-the part of it that keyframes took, for a comparison of the same work: COLMAP is given nothing else. `ate_m` (RMSE of
-positions after Sim(3) alignment) is over the keyframes that all solvers posed, `ate_own_m` over everything that the
-solver itself posed, images between keyframes too. `posed_percent` is of all images, of which COLMAP gets keyframes
-only. `track_length` is the median number of keyframes that see a landmark; `reprojection_px` the RMS over the
-observations that a solver kept, those of `imatching` in each of its windows (it prunes at 3 px, COLMAP at 4 px).
+Seconds are processor time on one core without finding matches: for `imatching` all of
+`Bundle.add`, images between keyframes too; for `imatching_batch` that and the batch; for `colmap`
+its `incremental_mapping`. `keyframe_seconds` is the part of it that keyframes took, for a
+comparison of the same work: COLMAP is given nothing else. `ate_m` (RMSE of positions after Sim(3)
+alignment) is over the keyframes that all solvers posed, `ate_own_m` over everything that the
+solver itself posed, images between keyframes too. `posed_percent` is of all images, of which
+COLMAP gets keyframes only. `track_length` is the median number of keyframes that see a landmark;
+`reprojection_px` the RMS over the observations that a solver kept, those of `imatching` in each of
+its windows (it prunes at 3 px, COLMAP at 4 px).
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 import importlib.util
+from itertools import islice
 import json
 import os
+from pathlib import Path
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[variable] = "1"
+for variable in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
+    os.environ[variable] = '1'
 
 import cv2  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-
 from imatching_ros.bundle.bundle import Bundle  # noqa: E402
 from imatching_ros.bundle.observations import surviving  # noqa: E402
 from imatching_ros.bundle.solve import refine  # noqa: E402
-from imatching_ros.data.recording import RecordingError, open_recording  # noqa: E402
+from imatching_ros.data.recording import open_recording, RecordingError  # noqa: E402
 from imatching_ros.evaluation.trajectory import trajectory_accuracy  # noqa: E402
 from imatching_ros.export.colmap import DATABASE, image_name, write_colmap  # noqa: E402
 from imatching_ros.geometry.camera import Camera  # noqa: E402
 from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
+import numpy as np  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+import torch  # noqa: E402
 
-RECORDINGS = Path(__file__).resolve().parents[2] / "shared" / "recordings"
-SOLVERS = ("imatching", "imatching_batch", "colmap")
+RECORDINGS = Path(__file__).resolve().parents[2] / 'shared' / 'recordings'
+SOLVERS = ('imatching', 'imatching_batch', 'colmap')
 
 
 @dataclass
@@ -69,7 +76,11 @@ class _Keyframe:
 
 
 class SiftTracker:
-    """As ``Tracker``, with OpenCV's SIFT: a keypoint matched with two keyframes has the newer one's track."""
+    """
+    As ``Tracker``, with OpenCV's SIFT.
+
+    A keypoint matched with two keyframes has the newer one's track.
+    """
 
     RATIO = 0.8
     #: Standard deviation of a keypoint's position as a part of the radius of the blob it marks.
@@ -82,7 +93,11 @@ class SiftTracker:
         self.next_track = 0
 
     def track(self, stamp: int, image: np.ndarray) -> Correspondences:
-        """The rows of an image (H, W) uint8 with the past keyframes; none for the first image."""
+        """
+        Return the rows of an image (H, W) uint8 with the past keyframes.
+
+        None for the first image.
+        """
         uv, sigma, descriptors = self._detect(image)
         track = np.full(len(uv), -1)
         rows = []  # newest keyframe first: (keyframe, index there, index here)
@@ -100,23 +115,33 @@ class SiftTracker:
             track[fresh] = self.next_track + np.arange(fresh.sum())
             self.next_track += int(fresh.sum())
             self.keyframes.append(_Keyframe(stamp, uv, descriptors, track))
-            del self.keyframes[: -self.options.references]
+            del self.keyframes[:-self.options.references]
         return message
 
     def _detect(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels (N, 2), their standard deviations (N,) px and descriptors (N, 128); one per place."""
+        """
+        Pixels (N, 2), their standard deviations (N,) px and descriptors (N, 128).
+
+        One per place.
+        """
         keypoints, descriptors = self.sift.detectAndCompute(image, None)
         if not keypoints:
             return np.zeros((0, 2), np.float32), np.zeros(0), np.zeros((0, 128), np.float32)
         uv = np.array([point.pt for point in keypoints], np.float32)
         sigma = self.SIGMA * np.array([point.size / 2 for point in keypoints])
-        _, first = np.unique(uv, axis=0, return_index=True)  # SIFT repeats a place for each of its orientations
-        descriptors = descriptors[first] / np.linalg.norm(descriptors[first], axis=1, keepdims=True).clip(1e-6)
+        # SIFT repeats a place for each of its orientations
+        _, first = np.unique(uv, axis=0, return_index=True)
+        descriptors = descriptors[first] / np.linalg.norm(
+            descriptors[first], axis=1, keepdims=True
+        ).clip(1e-6)
         return uv[first], sigma[first], descriptors
 
-    def _message(self, stamp: int, rows: list, uv: np.ndarray, sigma: np.ndarray) -> Correspondences:
+    def _message(
+        self, stamp: int, rows: list, uv: np.ndarray, sigma: np.ndarray
+    ) -> Correspondences:
         here = np.concatenate([row[2] for row in rows]) if rows else np.zeros(0, np.int64)
-        # The rows of one keypoint are one observation said several times: each counts for its share.
+        # The rows of one keypoint are one observation said several times: each counts for its
+        # share.
         variance = sigma[here] ** 2 * np.bincount(here, minlength=len(uv))[here]
 
         def column(of, shape, dtype):
@@ -129,11 +154,12 @@ class SiftTracker:
             column(lambda keyframe, there: np.full(len(there), keyframe.stamp), 0, np.int64),
             column(lambda keyframe, there: keyframe.uv[there], (0, 2), np.float32),
             column(lambda keyframe, there: keyframe.track[there], 0, np.int64),
-            torch.ones(len(here)), torch.from_numpy(np.stack((variance, 0 * variance, variance), -1)).float(), 0,
+            torch.ones(len(here)), torch.from_numpy(np.stack((variance, 0 * variance, variance),
+                                                             -1)).float(), 0,
         )  # fmt: skip
 
     def _is_keyframe_due(self, rows: list, uv: np.ndarray) -> bool:
-        """The rule of ``Tracker``."""
+        """Apply the rule of ``Tracker``."""
         if not rows:
             return True
         newest, there, here = rows[0]
@@ -145,7 +171,11 @@ class SiftTracker:
 
 
 def _mutual(a: np.ndarray, b: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of rows of a and b, unit vectors, that are each other's nearest, clearly nearer than the second."""
+    """
+    Return indices of rows of a and b, unit vectors, that are each other's nearest.
+
+    Clearly nearer than the second.
+    """
     if min(len(a), len(b)) < 2:
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     cosine = a @ b.T
@@ -160,15 +190,22 @@ def _mutual(a: np.ndarray, b: np.ndarray, ratio: float) -> tuple[np.ndarray, np.
 class Result:
     """What one solver made of a recording."""
 
-    T_world_camera: dict[int, np.ndarray]  #: stamp to pose (7,), of every image it posed, in order of time
+    #: stamp to pose (7,), of every image it posed, in order of time
+    T_world_camera: dict[int, np.ndarray]
     track_length: float  #: median number of keyframes of a landmark
     reprojection_px: float  #: RMS over the observations it kept, undistorted px
     seconds: float
     keyframe_seconds: float  #: without the images between keyframes
 
 
-def online(messages: list[Correspondences], camera: Camera) -> tuple[Result, Bundle, dict[int, Correspondences]]:
-    """The bundle over every message; also the bundle, and the messages of the keyframes by stamp."""
+def online(
+    messages: list[Correspondences], camera: Camera
+) -> tuple[Result, Bundle, dict[int, Correspondences]]:
+    """
+    Return the bundle over every message.
+
+    Also the bundle, and the messages of the keyframes by stamp.
+    """
     bundle, received, keyframes = Bundle(camera), {}, {}
     poses, tracks, stamps, squared, seconds, solving = {}, [], [], [], 0.0, 0.0
     for message in messages:
@@ -208,17 +245,23 @@ def batch(before: Result, bundle: Bundle, keyframes: dict[int, Correspondences])
     poses = dict(zip(posed, window.T_world_camera, strict=True))
     squared = problem.residual()[0].square().sum(-1)
     return _result(
-        poses, [rows.track], [rows.stamp], [squared], before.seconds + seconds, before.keyframe_seconds + seconds
+        poses, [rows.track], [rows.stamp], [squared], before.seconds + seconds,
+        before.keyframe_seconds + seconds,
     )
 
 
 def _result(
-    poses: dict[int, torch.Tensor], tracks: list, stamps: list, squared: list, seconds: float, keyframe_seconds: float
+    poses: dict[int, torch.Tensor],
+    tracks: list,
+    stamps: list,
+    squared: list,
+    seconds: float,
+    keyframe_seconds: float,
 ) -> Result:
     """tracks, stamps, squared: (O,) each, of every observation, perhaps several times."""
     poses = {stamp: T.numpy() for stamp, T in sorted(poses.items())}
     if not tracks:
-        return Result(poses, float("nan"), float("nan"), seconds, keyframe_seconds)
+        return Result(poses, float('nan'), float('nan'), seconds, keyframe_seconds)
     pairs = torch.unique(torch.stack((torch.cat(tracks), torch.cat(stamps))), dim=1)
     lengths = torch.unique(pairs[0], return_counts=True)[1]
     error = float(torch.cat(squared).mean().sqrt())
@@ -231,7 +274,8 @@ def colmap(keyframes: dict[int, Correspondences], camera: Camera) -> Result:
     pycolmap.logging.minloglevel = pycolmap.logging.Level.FATAL.value
     messages = list(keyframes.values())
     options = pycolmap.IncrementalPipelineOptions(
-        multiple_models=False, extract_colors=False, num_threads=1, random_seed=0, ba_refine_focal_length=False,
+        multiple_models=False, extract_colors=False, num_threads=1, random_seed=0,
+        ba_refine_focal_length=False,
         ba_refine_principal_point=False, ba_refine_extra_params=False,
     )  # fmt: skip
     mapper = options.mapper
@@ -241,9 +285,9 @@ def colmap(keyframes: dict[int, Correspondences], camera: Camera) -> Result:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_colmap(folder, camera, messages, {}, {}, 3.0)
-        pairs = folder / "pairs.txt"
-        pairs.write_text("".join(
-            f"{image_name(ref)} {image_name(message.stamp)}\n"
+        pairs = folder / 'pairs.txt'
+        pairs.write_text(''.join(
+            f'{image_name(ref)} {image_name(message.stamp)}\n'
             for message in messages for ref in message.ref_stamp.unique().tolist()
         ))  # fmt: skip
         database = pycolmap.Database.open(folder / DATABASE)
@@ -256,7 +300,7 @@ def colmap(keyframes: dict[int, Correspondences], camera: Camera) -> Result:
         models = pycolmap.incremental_mapping(folder / DATABASE, folder, folder, options)
         seconds = time.process_time() - begin
     if not models:
-        return Result({}, float("nan"), float("nan"), seconds, seconds)
+        return Result({}, float('nan'), float('nan'), seconds, seconds)
     model = max(models.values(), key=lambda model: model.num_reg_images())
     poses, squared = {}, []
     for image in model.images.values():
@@ -276,11 +320,13 @@ def colmap(keyframes: dict[int, Correspondences], camera: Camera) -> Result:
 def compare(messages: list[Correspondences], camera: Camera, truth: tuple | None) -> list[dict]:
     """One row per solver."""
     first, bundle, keyframes = online(messages, camera)
-    results = {"imatching": first, "imatching_batch": batch(first, bundle, keyframes)}
-    if importlib.util.find_spec("pycolmap"):
-        results["colmap"] = colmap(keyframes, camera)
+    results = {'imatching': first, 'imatching_batch': batch(first, bundle, keyframes)}
+    if importlib.util.find_spec('pycolmap'):
+        results['colmap'] = colmap(keyframes, camera)
     # A solver that found nothing must not hide what the others found.
-    found = [result.T_world_camera for result in results.values() if result and result.T_world_camera]
+    found = [
+        result.T_world_camera for result in results.values() if result and result.T_world_camera
+    ]
     common = [stamp for stamp in keyframes if all(stamp in poses for poses in found)]
     rows = []
     for solver, result in results.items():
@@ -293,13 +339,15 @@ def compare(messages: list[Correspondences], camera: Camera, truth: tuple | None
             return trajectory_accuracy(stamps, [poses[stamp] for stamp in stamps], truth)
 
         rows.append({
-            "solver": solver, "frames": len(messages), "keyframes": len(keyframes),
-            "posed_percent": 100 * len(poses) / len(messages),
-            "keyframes_posed_percent": 100 * sum(stamp in poses for stamp in keyframes) / max(len(keyframes), 1),
-            "common": len(common), "ate_m": error(common).ate_m, "ate_percent": error(common).ate_percent,
-            "ate_own_m": error(poses).ate_m, "track_length": _finite(result.track_length),
-            "reprojection_px": _finite(result.reprojection_px),
-            "seconds": result.seconds, "keyframe_seconds": result.keyframe_seconds, "threads": 1,
+            'solver': solver, 'frames': len(messages), 'keyframes': len(keyframes),
+            'posed_percent': 100 * len(poses) / len(messages),
+            'keyframes_posed_percent': 100 * sum(stamp in poses
+                                                 for stamp in keyframes) / max(len(keyframes), 1),
+            'common': len(common), 'ate_m': error(common).ate_m,
+            'ate_percent': error(common).ate_percent,
+            'ate_own_m': error(poses).ate_m, 'track_length': _finite(result.track_length),
+            'reprojection_px': _finite(result.reprojection_px),
+            'seconds': result.seconds, 'keyframe_seconds': result.keyframe_seconds, 'threads': 1,
         })  # fmt: skip
     return rows
 
@@ -309,8 +357,8 @@ def _finite(value: float) -> float | None:
 
 
 def tracks_of(kind: str, recording, frames: int | None) -> list[Correspondences]:
-    """The messages of the recording's first images."""
-    if kind == "sift":
+    """Return the messages of the recording's first images."""
+    if kind == 'sift':
         tracker = SiftTracker(recording.camera)
     else:
         matcher, info = weights.load(weights.default_path())
@@ -319,64 +367,80 @@ def tracks_of(kind: str, recording, frames: int | None) -> list[Correspondences]
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title="After Sim(3) alignment; one thread; in brackets how often our time fits into COLMAP's")
-    for column in ("recording", "tracks", "solver"):
+    table = Table(
+        title='After Sim(3) alignment; one thread; in brackets how often our time fits into '
+        "COLMAP's"
+    )
+    for column in ('recording', 'tracks', 'solver'):
         table.add_column(column)
     for column in (
-        "images posed %", "keyframes posed %", "ATE m", "ATE %", "own ATE m", "track", "px", "seconds",
-        "of keyframes",
+        'images posed %', 'keyframes posed %', 'ATE m', 'ATE %', 'own ATE m', 'track', 'px',
+        'seconds',
+        'of keyframes',
     ):  # fmt: skip
-        table.add_column(column, justify="right")
+        table.add_column(column, justify='right')
     for row in rows:
         peer = next((
-            other["seconds"] for other in rows
-            if other["solver"] == "colmap" and all(other[key] == row[key] for key in ("recording", "tracks"))
+            other['seconds'] for other in rows
+            if other['solver'] == 'colmap' and all(other[key] == row[key]
+                                                   for key in ('recording', 'tracks'))
         ), None)  # fmt: skip
 
         def number(value, form):
-            return "-" if value is None else format(value, form)
+            return '-' if value is None else format(value, form)
 
         def seconds(value, peer=peer, row=row):
-            return f"{value:.2f}" + (f" ({peer / value:.1f} x)" if peer and row["solver"] != "colmap" else "")
+            return f'{value:.2f}' + (
+                f' ({peer / value:.1f} x)' if peer and row['solver'] != 'colmap' else ''
+            )
 
         table.add_row(
-            row["recording"], row["tracks"], row["solver"], number(row["posed_percent"], ".1f"),
-            f"{row['keyframes_posed_percent']:.1f} of {row['keyframes']}", number(row["ate_m"], ".4f"),
-            number(row["ate_percent"], ".2f"), number(row["ate_own_m"], ".4f"), number(row["track_length"], ".0f"),
-            number(row["reprojection_px"], ".2f"), seconds(row["seconds"]), seconds(row["keyframe_seconds"]),
+            row['recording'], row['tracks'], row['solver'], number(row['posed_percent'], '.1f'),
+            f"{row['keyframes_posed_percent']:.1f} of {row['keyframes']}",
+            number(row['ate_m'], '.4f'),
+            number(row['ate_percent'], '.2f'), number(row['ate_own_m'], '.4f'),
+            number(row['track_length'], '.0f'),
+            number(row['reprojection_px'], '.2f'), seconds(row['seconds']),
+            seconds(row['keyframe_seconds']),
         )  # fmt: skip
     Console(width=180).print(table)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("recordings", nargs="*", type=Path, metavar="RECORDING", help="folders or bags")
-    parser.add_argument("--json", type=Path, help="write all rows to this file")
-    parser.add_argument("--frames", type=int, help="only so many images of each")
-    parser.add_argument("--tracks", choices=("sift", "imatching"), help="only these")
+    parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
+    parser.add_argument(
+        'recordings', nargs='*', type=Path, metavar='RECORDING', help='folders or bags'
+    )
+    parser.add_argument('--json', type=Path, help='write all rows to this file')
+    parser.add_argument('--frames', type=int, help='only so many images of each')
+    parser.add_argument('--tracks', choices=('sift', 'imatching'), help='only these')
     options = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    if hasattr(os, "sched_setaffinity"):
+    if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    if not importlib.util.find_spec("pycolmap"):
-        print("colmap is left out: pip install pycolmap", file=sys.stderr)
+    if not importlib.util.find_spec('pycolmap'):
+        print('colmap is left out: pip install pycolmap', file=sys.stderr)
     rows = []
-    for path in options.recordings or [RECORDINGS / name for name in ("redkitchen", "kitti_street")]:
+    for path in options.recordings or [
+        RECORDINGS / name for name in ('redkitchen', 'kitti_street')
+    ]:
         try:
             recording = open_recording(path)
             truth = recording.ground_truth
-            for kind in [options.tracks] if options.tracks else ["sift", "imatching"]:
-                found = compare(tracks_of(kind, recording, options.frames), recording.camera, truth)
-                rows += [{"recording": path.name, "tracks": kind} | row for row in found]
+            for kind in [options.tracks] if options.tracks else ['sift', 'imatching']:
+                found = compare(
+                    tracks_of(kind, recording, options.frames), recording.camera, truth
+                )
+                rows += [{'recording': path.name, 'tracks': kind} | row for row in found]
         except RecordingError as error:
             if options.recordings:
                 sys.exit(str(error))
-            print(f"{path.name} is left out: {error}", file=sys.stderr)
+            print(f'{path.name} is left out: {error}', file=sys.stderr)
     show(rows)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+        options.json.write_text(json.dumps(rows, indent=1) + '\n')
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+import importlib.metadata
+import os
 from pathlib import Path
+import sys
+import time
 from typing import Any
 
 from rich.console import Console
@@ -24,40 +24,46 @@ console = Console()
 
 
 def demo(options: argparse.Namespace) -> None:
-    """Renders a recording with exact ground truth, plays it through the three nodes, measures before and after."""
+    """Render a recording, play it through the nodes, and measure before and after."""
     from rich.progress import Progress
 
     from .data.recording import open_recording
-    from .data.synthetic import Sensor, render_recording
+    from .data.synthetic import render_recording, Sensor
 
-    run_dir = _run_dir(options.out, "demo")
+    run_dir = _run_dir(options.out, 'demo')
     with Progress(console=console) as progress:
-        task = progress.add_task("Rendering", total=DEMO_FRAMES)
+        task = progress.add_task('Rendering', total=DEMO_FRAMES)
         folder = render_recording(
-            run_dir / "recording",
+            run_dir / 'recording',
             seed=options.seed,
             frames=DEMO_FRAMES,
             sensor=replace(Sensor.low_light(0.5), fixed_pattern=12.0),
             depth_every=5,
             progress=lambda done, total: progress.update(task, completed=done),
         )
-    _replay(open_recording(folder), run_dir, options, "a room rendered with a low-light camera")
+    _replay(open_recording(folder), run_dir, options, 'a room rendered with a low-light camera')
 
 
 def replay(options: argparse.Namespace) -> None:
-    """Plays a recording through the three nodes without loss and writes a run folder."""
+    """Play a recording through the three nodes without loss and write a run folder."""
     from .data.recording import open_recording
 
     recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
-    _replay(recording, _run_dir(options.out, "replay"), options, str(options.bag))
+    _replay(recording, _run_dir(options.out, 'replay'), options, str(options.bag))
 
 
 def tune(options: argparse.Namespace) -> None:
-    """Fine-tunes on recordings, deterministic by seed; goes on with an interrupted run; writes weights and a report."""
+    """Fine-tune on recordings, deterministic by seed; go on with an interrupted run."""
     import shutil
 
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
     import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .data.video import open_images
     from .evaluation.report import Pictures
@@ -66,28 +72,36 @@ def tune(options: argparse.Namespace) -> None:
     from .matching import weights
 
     torch.manual_seed(options.seed)
-    checkpoints = options.out.with_name(options.out.name + ".checkpoints")
-    interrupted = sorted(checkpoints.glob("epoch_0.safetensors"))  # --out may hold what it had promoted by then
+    checkpoints = options.out.with_name(options.out.name + '.checkpoints')
+    # --out may hold what it had promoted by then
+    interrupted = sorted(checkpoints.glob('epoch_0.safetensors'))
     start = options.weights or next((p for p in (*interrupted, options.out) if p.is_file()), None)
     start = start or weights.default_path()
     matcher, info = weights.load(start)
-    console.print(f"starting from {start}, version {info.version}", soft_wrap=True)
+    console.print(f'starting from {start}, version {info.version}', soft_wrap=True)
     recordings = [
-        open_images(bag, options.image_topic, options.camera_info_topic, options.camera) for bag in options.bag
+        open_images(bag, options.image_topic, options.camera_info_topic, options.camera)
+        for bag in options.bag
     ]
     splits = [round(len(recording) * options.train_fraction) for recording in recordings]
-    run_dir = _run_dir(options.run_dir, "tune")
+    run_dir = _run_dir(options.run_dir, 'tune')
     epochs, started = 2, time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
-        frames = progress.add_task("Tracking", total=sum(splits) * epochs)
-        bar = progress.add_task("Learning", total=options.steps)
+        frames = progress.add_task('Tracking', total=sum(splits) * epochs)
+        bar = progress.add_task('Learning', total=options.steps)
 
         def on_step(learner, step, verdict) -> None:
             if step:
-                progress.update(bar, completed=step.step, description=f"Learning, loss {step.loss:.3f}")
+                progress.update(
+                    bar, completed=step.step, description=f'Learning, loss {step.loss:.3f}'
+                )
             if verdict:
-                progress.console.print(f"step {verdict.step}: {_verdict_text(verdict.promoted, verdict.reason)}")
+                progress.console.print(
+                    f'step {verdict.step}: {_verdict_text(verdict.promoted, verdict.reason)}'
+                )
                 if verdict.promoted:
                     weights.write(options.out, learner.weights())
 
@@ -103,40 +117,47 @@ def tune(options: argparse.Namespace) -> None:
             on_step=on_step,
         )
     if history.resumed:
-        console.print(f"went on from step {history.resumed} of an interrupted run")
+        console.print(f'went on from step {history.resumed} of an interrupted run')
     for note in filter(None, (*history.refused, history.stopped)):
-        console.print(f"[yellow]{note}[/]", soft_wrap=True)
+        console.print(f'[yellow]{note}[/]', soft_wrap=True)
     weights.write(options.out, learner.weights())
     # Not from the files: where --out is gone on from, `start` is overwritten by now
     tuned, _ = weights.loads(learner.weights())
     before, after, pictures = _measure(recordings[0], splits[0], [matcher, tuned])
     figures = {
-        "input": {"frames": sum(map(len, recordings)), "frames_matched": sum(splits), "dropped": 0},
-        "matching": {"before": before, "after": after},
-        "learning": {
-            "steps": learner.step_count,
-            "windows": learner.windows,
-            "promotions": learner.promotions,
-            "rollbacks": learner.rollbacks,
-            "seconds": time.perf_counter() - started,
-            "model_version": learner.version,
+        'input': {
+            'frames': sum(map(len, recordings)), 'frames_matched': sum(splits), 'dropped': 0,
         },
-        "latency_ms": {"learner_step_p50": _median([1e3 * step.seconds for step in history.steps])},
+        'matching': {'before': before, 'after': after},
+        'learning': {
+            'steps': learner.step_count,
+            'windows': learner.windows,
+            'promotions': learner.promotions,
+            'rollbacks': learner.rollbacks,
+            'seconds': time.perf_counter() - started,
+            'model_version': learner.version,
+        },
+        'latency_ms': {
+            'learner_step_p50': _median([1e3 * step.seconds for step in history.steps])
+        },
     }
     pictures = replace(
         pictures or Pictures(),
         loss=[(step.step, step.loss) for step in history.steps],
-        events=[_event(v.step, v.promoted, v.rolled_back, v.version, v.reason) for v in history.verdicts],
+        events=[
+            _event(v.step, v.promoted, v.rolled_back, v.version, v.reason)
+            for v in history.verdicts
+        ],
     )
-    _report(run_dir, figures, pictures, f"tune {recordings[0].bag.name}")
+    _report(run_dir, figures, pictures, f'tune {recordings[0].bag.name}')
     shutil.rmtree(checkpoints, ignore_errors=True)
-    console.print(f"weights, version {learner.version}: {options.out}")
+    console.print(f'weights, version {learner.version}: {options.out}')
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Matching accuracy, pose accuracy and trajectory error of weights, side by side."""
-    import torch
+    """Measure matching accuracy, pose accuracy and trajectory error of weights, side by side."""
     from rich.table import Table
+    import torch
 
     from .bundle.bundle import Bundle
     from .data.recording import open_recording
@@ -149,77 +170,95 @@ def evaluate(options: argparse.Namespace) -> None:
     recording = open_recording(options.data, options.image_topic, options.camera_info_topic)
     first = round(len(recording) * options.first)
     pairs = evaluation_pairs(recording, first, len(recording) - 1, per_step=options.pairs)
-    table = Table(title=f"{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs")
-    columns = (*ACCURACY.values(), "ATE, % of path")
-    table.add_column("")
+    table = Table(
+        title=f'{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs'
+    )
+    columns = (*ACCURACY.values(), 'ATE, % of path')
+    table.add_column('')
     rows = []
     for path in options.weights or [weights.default_path()]:
         matcher, info = weights.load(path)
         accuracy = evaluate_matching(matcher, recording, pairs)
-        tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
+        tracker, bundle = (
+            Tracker(matcher, info.version, recording.camera),
+            Bundle(recording.camera),
+        )
         for stamp, image in recording:
             bundle.add(tracker.track(stamp, image))
         stamps = sorted(bundle.trajectory)
-        poses = torch.stack([bundle.trajectory[stamp] for stamp in stamps]) if stamps else torch.empty(0, 7)
+        poses = (
+            torch.stack([bundle.trajectory[stamp] for stamp in stamps])
+            if stamps
+            else torch.empty(0, 7)
+        )
         ate = trajectory_accuracy(stamps, poses, recording.ground_truth).ate_percent
         rows.append([getattr(accuracy, key) for key in ACCURACY] + [ate])
-        table.add_column(f"{Path(path).stem}\nversion {info.version}", justify="right")
+        table.add_column(f'{Path(path).stem}\nversion {info.version}', justify='right')
     for index, label in enumerate(columns):
-        table.add_row(label, *("–" if row[index] is None else f"{row[index]:.2f}" for row in rows))
+        table.add_row(label, *('–' if row[index] is None else f'{row[index]:.2f}' for row in rows))
     console.print(table)
 
 
 def export(options: argparse.Namespace) -> None:
-    """Tracks and solves a recording, and writes it for COLMAP, or as trajectory (TUM) and point cloud (PLY)."""
+    """Write a recording for COLMAP, or as trajectory (TUM) and point cloud (PLY)."""
     import cv2
     from rich.progress import track as progress
 
     from .bundle.bundle import Bundle
     from .data.recording import open_recording
-    from .export.colmap import DATABASE, IMAGES, camera_model, image_name, write_colmap
+    from .export.colmap import camera_model, DATABASE, image_name, IMAGES, write_colmap
     from .matching import weights
     from .matching.tracker import Tracker
     from .nodes.run_files import write_map
 
     if options.colmap is None and options.map is None:
-        raise ValueError("say what to write: --colmap DIR, --map DIR, or both")
+        raise ValueError('say what to write: --colmap DIR, --map DIR, or both')
     recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
     matcher, info = weights.load(options.weights or weights.default_path())
     pictures = options.colmap and options.colmap / IMAGES
     if pictures:  # what cannot be is refused before the work
         camera_model(recording.camera)
         if (options.colmap / DATABASE).exists():
-            raise FileExistsError(f"{options.colmap / DATABASE} exists; choose another folder")
+            raise FileExistsError(f'{options.colmap / DATABASE} exists; choose another folder')
         pictures.mkdir(parents=True, exist_ok=True)
     tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
     keyframes, landmarks = [], {}
-    for stamp, image in progress(recording, "Matching and solving", total=len(recording), console=console):
+    for stamp, image in progress(
+        recording, 'Matching and solving', total=len(recording), console=console
+    ):
         correspondences = tracker.track(stamp, image)
         estimate = bundle.add(correspondences)
         if estimate.window is not None:
-            landmarks.update(zip(estimate.window.track.tolist(), estimate.window.points, strict=True))
+            landmarks.update(
+                zip(estimate.window.track.tolist(), estimate.window.points, strict=True)
+            )
         if tracker.keyframes[-1:] == [stamp]:
             keyframes.append(correspondences)
             if pictures and not cv2.imwrite(str(pictures / image_name(stamp)), image):
-                raise OSError(f"{pictures / image_name(stamp)} could not be written")
+                raise OSError(f'{pictures / image_name(stamp)} could not be written')
     if options.map:
         write_map(
             options.map,
             {stamp: T.numpy() for stamp, T in bundle.trajectory.items()},
             {track: point.numpy() for track, point in landmarks.items()},
         )
-        console.print(f"map: {len(bundle.trajectory)} poses, {len(landmarks)} landmarks in {options.map}")
+        console.print(
+            f'map: {len(bundle.trajectory)} poses, {len(landmarks)} landmarks in {options.map}'
+        )
     if options.colmap:
         written = write_colmap(
-            options.colmap, recording.camera, keyframes, bundle.trajectory, landmarks, bundle.options.prune_px
+            options.colmap, recording.camera, keyframes, bundle.trajectory, landmarks,
+            bundle.options.prune_px,
         )
         console.print(
-            f"COLMAP: {written.images} images, {written.posed} posed; {written.pairs} pairs, {written.verified} "
-            f"verified; {written.points} points in {written.observations} observations, {written.error_px:.2f} px RMS; "
-            f"in {options.colmap}", soft_wrap=True,
+            f'COLMAP: {written.images} images, {written.posed} posed; {written.pairs} pairs, '
+            f'{written.verified} '
+            f'verified; {written.points} points in {written.observations} observations, '
+            f'{written.error_px:.2f} px RMS; '
+            f'in {options.colmap}', soft_wrap=True,
         )  # fmt: skip
     if bundle.maps > 1:
-        console.print(f"[yellow]{bundle.maps} maps were begun; each has a scale of its own[/]")
+        console.print(f'[yellow]{bundle.maps} maps were begun; each has a scale of its own[/]')
 
 
 def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: str) -> None:
@@ -237,8 +276,10 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
         weights=options.weights,
     )
     for note in result.notes:
-        console.print(f"[yellow]{note}[/]")
-    trajectory = trajectory_accuracy(result.keyframe_stamps, result.keyframe_poses, recording.ground_truth)
+        console.print(f'[yellow]{note}[/]')
+    trajectory = trajectory_accuracy(
+        result.keyframe_stamps, result.keyframe_poses, recording.ground_truth
+    )
     matchers = [weights.load(path)[0] for path in (result.weights_before, result.weights_after)]
     before, after, pictures = _measure(recording, result.train_frames, matchers)
 
@@ -246,41 +287,44 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
         value = result.figure(node, key)
         return None if value is None else int(value)
 
-    steps = [event.values for event in result.learning if event.kind == "step"]
-    verdicts = [event.values for event in result.learning if event.kind == "verdict"]
+    steps = [event.values for event in result.learning if event.kind == 'step']
+    verdicts = [event.values for event in result.learning if event.kind == 'verdict']
     figures = {
-        "input": {
-            "frames": result.frames,
-            "frames_matched": result.matched,
-            "keyframes": count("bundle", "keyframes"),
-            "keyframes_posed": len(result.keyframe_stamps),
-            "dropped": result.dropped,
+        'input': {
+            'frames': result.frames,
+            'frames_matched': result.matched,
+            'keyframes': count('bundle', 'keyframes'),
+            'keyframes_posed': len(result.keyframe_stamps),
+            'dropped': result.dropped,
         },
-        "trajectory": trajectory,
-        "matching": {"before": before, "after": after},
-        "learning": {
-            "steps": count("learner", "steps"),
-            "windows": count("learner", "windows"),
-            "promotions": count("learner", "promotions"),
-            "rollbacks": count("learner", "rollbacks"),
-            "seconds": result.learning_seconds if steps else None,
-            "model_version": int(result.frame_models.max()),
+        'trajectory': trajectory,
+        'matching': {'before': before, 'after': after},
+        'learning': {
+            'steps': count('learner', 'steps'),
+            'windows': count('learner', 'windows'),
+            'promotions': count('learner', 'promotions'),
+            'rollbacks': count('learner', 'rollbacks'),
+            'seconds': result.learning_seconds if steps else None,
+            'model_version': int(result.frame_models.max()),
         },
-        "latency_ms": {
-            f"{node}_{quantile}": result.figure(node, f"latency_{quantile}_ms")
-            for node in ("matcher", "bundle")
-            for quantile in ("p50", "p95")
+        'latency_ms': {
+            f'{node}_{quantile}': result.figure(node, f'latency_{quantile}_ms')
+            for node in ('matcher', 'bundle')
+            for quantile in ('p50', 'p95')
         }
-        | {"learner_step_p50": result.figure("learner", "step_p50_ms")},
-        "throughput_hz": result.throughput_hz,
-        "peak_memory_mb": result.peak_memory_mb,
+        | {'learner_step_p50': result.figure('learner', 'step_p50_ms')},
+        'throughput_hz': result.throughput_hz,
+        'peak_memory_mb': result.peak_memory_mb,
     }
     pictures = replace(
         pictures or Pictures(),
         trajectory=trajectory,
-        loss=[(int(values["step"]), float(values["loss"])) for values in steps],
+        loss=[(int(values['step']), float(values['loss'])) for values in steps],
         events=[
-            _event(int(v["step"]), v["promoted"] == "true", v["rolled_back"] == "true", int(v["version"]), v["reason"])
+            _event(
+                int(v['step']), v['promoted'] == 'true', v['rolled_back'] == 'true',
+                int(v['version']), v['reason'],
+            )
             for v in verdicts
         ],
     )
@@ -288,7 +332,11 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
 
 
 def _measure(recording: Any, train_frames: int, matchers: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Accuracy before and after on images that did not train, and their picture; None where it cannot be had."""
+    """
+    Return the accuracy before and after on images that did not train, and their picture.
+
+    None where it cannot be had.
+    """
     from .evaluation.matching import accuracy, evaluation_pairs, match_pairs
     from .evaluation.report import Pictures
 
@@ -297,12 +345,17 @@ def _measure(recording: Any, train_frames: int, matchers: Sequence[Any]) -> tupl
     if not pairs:
         return None, None, None
     matched = []
-    for when, matcher in zip(("before", "after"), matchers, strict=True):
-        with console.status(f"Measuring the weights {when} on {len(pairs)} pairs that did not train"):
+    for when, matcher in zip(('before', 'after'), matchers, strict=True):
+        with console.status(
+            f'Measuring the weights {when} on {len(pairs)} pairs that did not train'
+        ):
             matched.append(list(match_pairs(matcher, recording, pairs)))
     # The pair whose matches changed the median way: neither the prettiest nor the worst
     change = [
-        float((after.error_px[after.visible] < 1).float().mean() - (before.error_px[before.visible] < 1).float().mean())
+        float(
+            (after.error_px[after.visible] < 1).float().mean()
+            - (before.error_px[before.visible] < 1).float().mean()
+        )
         for before, after in zip(*matched, strict=True)
     ]
     typical = sorted(range(len(pairs)), key=change.__getitem__)[len(pairs) // 2]
@@ -313,27 +366,31 @@ def _measure(recording: Any, train_frames: int, matchers: Sequence[Any]) -> tupl
 def _report(run_dir: Path, figures: dict[str, Any], pictures: Any, title: str) -> None:
     from .evaluation.report import console_table, write_report
 
-    names = ("torch", "numpy", "pypose", "poselib", "rosbags", "ros-kilted-rclpy")
-    versions = {"imatching_ros": __version__, "python": sys.version.split()[0]}
+    names = ('torch', 'numpy', 'pypose', 'poselib', 'rosbags', 'ros-kilted-rclpy')
+    versions = {'imatching_ros': __version__, 'python': sys.version.split()[0]}
     for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    command = "imatching " + " ".join(sys.argv[1:])
-    path = write_report(run_dir, figures, pictures, title=title, command=command, versions=versions)
+    command = 'imatching ' + ' '.join(sys.argv[1:])
+    path = write_report(
+        run_dir, figures, pictures, title=title, command=command, versions=versions
+    )
     console.print(console_table(figures))
-    console.print(f"report: {path.resolve()}", soft_wrap=True)
+    console.print(f'report: {path.resolve()}', soft_wrap=True)
 
 
 def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: str) -> Any:
     from .evaluation.pictures import Event
 
-    return Event(step, "rollback" if rolled_back else "promoted" if promoted else "refused", version, reason)
+    return Event(
+        step, 'rollback' if rolled_back else 'promoted' if promoted else 'refused', version, reason
+    )
 
 
 def _verdict_text(promoted: bool, reason: str) -> str:
-    return f"[green]promoted[/], {reason}" if promoted else f"not promoted, {reason}"
+    return f'[green]promoted[/], {reason}' if promoted else f'not promoted, {reason}'
 
 
 def _median(values: list[float]) -> float | None:
@@ -354,7 +411,7 @@ class _First:
 
 
 def _run_dir(given: Path | None, command: str) -> Path:
-    path = given or Path("runs") / f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path = given or Path('runs') / f'{command}-{time.strftime("%Y%m%d-%H%M%S")}'
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -362,16 +419,17 @@ def _run_dir(given: Path | None, command: str) -> Path:
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0.0 <= value <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
     return value
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="imatching", description="Makes a feature matcher better on a robot's own video, without labels."
+        prog='imatching',
+        description="Makes a feature matcher better on a robot's own video, without labels.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.add_argument('--version', action='version', version=__version__)
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     def command(function, name: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
@@ -379,80 +437,124 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def topics(added: argparse.ArgumentParser) -> None:
-        added.add_argument("--image-topic", help="where the bag has several cameras")
-        added.add_argument("--camera-info-topic", help="where it does not lie beside the image topic")
+        added.add_argument('--image-topic', help='where the bag has several cameras')
+        added.add_argument(
+            '--camera-info-topic', help='where it does not lie beside the image topic'
+        )
 
     def learning(added: argparse.ArgumentParser, seconds: float) -> None:
-        added.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one in runs/)")
-        added.add_argument("--weights", type=Path, metavar="W", help="to start from (default: the shipped ones)")
-        added.add_argument("--no-learn", dest="learn", action="store_false", help="match and solve only")
         added.add_argument(
-            "--train-fraction", type=_fraction, default=0.7, help="of the images; the rest is measured (default: 0.7)"
+            '--out', type=Path, metavar='DIR', help='run folder (default: a new one in runs/)'
         )
         added.add_argument(
-            "--learn-seconds", type=float, default=seconds,
-            help=f"that the learner may go on after its part was played (default: {seconds:g})",
+            '--weights', type=Path, metavar='W', help='to start from (default: the shipped ones)'
+        )
+        added.add_argument(
+            '--no-learn', dest='learn', action='store_false', help='match and solve only'
+        )
+        added.add_argument(
+            '--train-fraction', type=_fraction, default=0.7,
+            help='of the images; the rest is measured (default: 0.7)',
+        )
+        added.add_argument(
+            '--learn-seconds', type=float, default=seconds,
+            help=f'that the learner may go on after its part was played (default: {seconds:g})',
         )  # fmt: skip
 
-    added = command(demo, "demo")
+    added = command(demo, 'demo')
     learning(added, 120.0)
-    added.add_argument("--seed", type=int, default=DEMO_SEED, help="of the scene, the path and the noise")
+    added.add_argument(
+        '--seed', type=int, default=DEMO_SEED, help='of the scene, the path and the noise'
+    )
 
-    added = command(replay, "replay")
-    added.add_argument("bag", type=Path, metavar="BAG", help="rosbag1, rosbag2 (sqlite3, MCAP), or its folder")
+    added = command(replay, 'replay')
+    added.add_argument(
+        'bag', type=Path, metavar='BAG', help='rosbag1, rosbag2 (sqlite3, MCAP), or its folder'
+    )
     topics(added)
     learning(added, 60.0)
 
-    added = command(tune, "tune")
-    added.add_argument("bag", type=Path, nargs="+", metavar="BAG", help="recording, video file or folder of pictures")
-    added.add_argument("--out", type=Path, required=True, metavar="W", help="weights file; if it exists, go on from it")
+    added = command(tune, 'tune')
     added.add_argument(
-        "--camera", type=float, nargs="+", metavar="X",
-        help="of a video or pictures: fx fy cx cy [k1 k2 p1 p2 [k3]], pixels (default: camera_info.yaml or "
-        "intrinsics.txt beside it)",
-    )  # fmt: skip
-    added.add_argument(
-        "--objective", choices=("imatching", "sgp"), default="imatching",
-        help="the bundle's reprojection error, or, to compare with, two-view geometry alone (default: imatching)",
-    )  # fmt: skip
-    added.add_argument("--weights", type=Path, metavar="W", help="to start from (default: --out, or the shipped)")
-    added.add_argument("--run-dir", type=Path, metavar="DIR", help="for the report (default: a new one in runs/)")
-    added.add_argument("--steps", type=int, default=400, help="gradient steps (default: 400)")
-    added.add_argument("--train-fraction", type=_fraction, default=0.7, help="of each bag's images (default: 0.7)")
-    added.add_argument("--seed", type=int, default=0)
-    topics(added)
-
-    added = command(evaluate, "evaluate")
-    added.add_argument("data", type=Path, metavar="DATA", help="a recording with ground truth")
-    added.add_argument("--weights", type=Path, nargs="+", metavar="W", help="default: the shipped ones")
-    added.add_argument(
-        "--first", type=_fraction, default=0.0, help="where to begin, as a share of the recording (default: 0)"
+        'bag',
+        type=Path,
+        nargs='+',
+        metavar='BAG',
+        help='recording, video file or folder of pictures',
     )
-    added.add_argument("--pairs", type=int, default=20, help="for each step of 5, 10 and 20 images (default: 20)")
+    added.add_argument(
+        '--out',
+        type=Path,
+        required=True,
+        metavar='W',
+        help='weights file; if it exists, go on from it',
+    )
+    added.add_argument(
+        '--camera', type=float, nargs='+', metavar='X',
+        help='of a video or pictures: fx fy cx cy [k1 k2 p1 p2 [k3]], pixels (default: '
+             'camera_info.yaml or '
+        'intrinsics.txt beside it)',
+    )  # fmt: skip
+    added.add_argument(
+        '--objective', choices=('imatching', 'sgp'), default='imatching',
+        help="the bundle's reprojection error, or, to compare with, two-view geometry alone "
+             '(default: imatching)',
+    )  # fmt: skip
+    added.add_argument(
+        '--weights', type=Path, metavar='W', help='to start from (default: --out, or the shipped)'
+    )
+    added.add_argument(
+        '--run-dir', type=Path, metavar='DIR', help='for the report (default: a new one in runs/)'
+    )
+    added.add_argument('--steps', type=int, default=400, help='gradient steps (default: 400)')
+    added.add_argument(
+        '--train-fraction', type=_fraction, default=0.7, help="of each bag's images (default: 0.7)"
+    )
+    added.add_argument('--seed', type=int, default=0)
     topics(added)
 
-    added = command(export, "export")
-    added.add_argument("bag", type=Path, metavar="BAG", help="rosbag1, rosbag2 (sqlite3, MCAP), or its folder")
-    added.add_argument("--colmap", type=Path, metavar="DIR", help="for images/, database.db and the model sparse/")
-    added.add_argument("--map", type=Path, metavar="DIR", help="for trajectory.txt and landmarks.ply")
-    added.add_argument("--weights", type=Path, metavar="W", help="default: the shipped ones")
+    added = command(evaluate, 'evaluate')
+    added.add_argument('data', type=Path, metavar='DATA', help='a recording with ground truth')
+    added.add_argument(
+        '--weights', type=Path, nargs='+', metavar='W', help='default: the shipped ones'
+    )
+    added.add_argument(
+        '--first', type=_fraction, default=0.0,
+        help='where to begin, as a share of the recording (default: 0)',
+    )
+    added.add_argument(
+        '--pairs', type=int, default=20, help='for each step of 5, 10 and 20 images (default: 20)'
+    )
+    topics(added)
+
+    added = command(export, 'export')
+    added.add_argument(
+        'bag', type=Path, metavar='BAG', help='rosbag1, rosbag2 (sqlite3, MCAP), or its folder'
+    )
+    added.add_argument(
+        '--colmap', type=Path, metavar='DIR', help='for images/, database.db and the model sparse/'
+    )
+    added.add_argument(
+        '--map', type=Path, metavar='DIR', help='for trajectory.txt and landmarks.ply'
+    )
+    added.add_argument('--weights', type=Path, metavar='W', help='default: the shipped ones')
     topics(added)
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Wrong input ends with one sentence and exit code 2."""
+    """Run the command line. Wrong input ends with one sentence and exit code 2."""
     options = _parser().parse_args(arguments)
     try:
         options.function(options)
     except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("IMATCHING_TRACEBACK"):
+        if os.environ.get('IMATCHING_TRACEBACK'):
             raise
-        print(f"imatching: {error}", file=sys.stderr)
+        print(f'imatching: {error}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -1,35 +1,49 @@
-"""What the tests of several rooms share: recordings that are rendered once, and the shipped matcher."""
+"""
+What the tests of several rooms share.
+
+Recordings that are rendered once, and the shipped matcher.
+"""
 
 from dataclasses import replace
 
+from imatching_ros.data.recording import open_recording
+from imatching_ros.data.synthetic import render_recording, Sensor
+from imatching_ros.matching import weights
 import pytest
 import torch
 
-from imatching_ros.data.recording import open_recording
-from imatching_ros.data.synthetic import Sensor, render_recording
-from imatching_ros.matching import weights
-
 SIZE = (320, 240)
-torch.set_num_threads(1)  # small tensors: on a busy machine, threads that wait for one another cost most of the time
+# small tensors: on a busy machine, threads that wait for one another cost most of the time
+torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def shipped():
-    """The shipped matcher and what its file says of itself. It is shared: copy it before changing it."""
+    """
+    Return the shipped matcher and what its file says of itself.
+
+    It is shared: copy it before changing it.
+    """
     return weights.load(weights.default_path())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def daylight(tmp_path_factory):
-    """The folder of a room seen for two seconds by a good camera."""
-    return render_recording(tmp_path_factory.mktemp("rendered") / "daylight", frames=40, size=SIZE, depth_every=5)
-
-
-@pytest.fixture(scope="session")
-def dusk(tmp_path_factory):
-    """The folder of a room seen for four seconds by a bad camera in dim light: there is something to learn."""
+    """Return the folder of a room seen for two seconds by a good camera."""
     return render_recording(
-        tmp_path_factory.mktemp("rendered") / "dusk",
+        tmp_path_factory.mktemp('rendered') / 'daylight', frames=40, size=SIZE, depth_every=5
+    )
+
+
+@pytest.fixture(scope='session')
+def dusk(tmp_path_factory):
+    """
+    Return the folder of a room seen for four seconds by a bad camera in dim light.
+
+    There is something to learn.
+    """
+    return render_recording(
+        tmp_path_factory.mktemp('rendered') / 'dusk',
         seed=1,
         frames=80,
         size=SIZE,
@@ -38,15 +52,15 @@ def dusk(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def day(daylight):
-    """The camera and the images (stamp, (H, W) uint8) of the daylight recording."""
+    """Return the camera and the images (stamp, (H, W) uint8) of the daylight recording."""
     recording = open_recording(daylight)
     return recording.camera, list(recording)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope='session')
 def night(dusk):
-    """The camera and the images (stamp, (H, W) uint8) of the recording in dim light."""
+    """Return the camera and the images (stamp, (H, W) uint8) of the recording in dim light."""
     recording = open_recording(dusk)
     return recording.camera, list(recording)

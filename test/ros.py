@@ -1,29 +1,32 @@
-"""What the tests of the nodes share: node processes in a ROS domain of their own, and pictures for them."""
+"""
+What the tests of the nodes share.
+
+Node processes in a ROS domain of their own, and pictures for them.
+"""
 
 import contextlib
 import os
+from pathlib import Path
 import signal
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import cv2
-import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
-from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState, GetState
-from rclpy.context import Context
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
-from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import Image
-
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.nodes import messages, parameters
 from imatching_ros.nodes.core_node import lossless
 from imatching_ros.nodes.replay import free_domain
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+import numpy as np
+import rclpy
+from rclpy.context import Context
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Image
 
 ROOT = Path(__file__).parents[1]
 CAMERA = Camera(160, 120, 130.0, 130.0, 79.5, 59.5)
@@ -39,17 +42,18 @@ class Ros:
         self.processes: dict[str, subprocess.Popen] = {}
         self.heard: dict[str, list] = {}
         self.changed = threading.Condition()
-        os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+        os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
         self.context = Context()
         rclpy.init(
-            args=[], context=self.context, domain_id=self.domain, signal_handler_options=SignalHandlerOptions.NO
+            args=[], context=self.context, domain_id=self.domain,
+            signal_handler_options=SignalHandlerOptions.NO,
         )
-        self.node = rclpy.create_node("tester", context=self.context)
+        self.node = rclpy.create_node('tester', context=self.context)
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
         self.thread = threading.Thread(target=self._spin)
         self.thread.start()
-        self.listen(DiagnosticArray, "/diagnostics", lossless())
+        self.listen(DiagnosticArray, '/diagnostics', lossless())
 
     def _spin(self) -> None:
         with contextlib.suppress(ExternalShutdownException):
@@ -70,14 +74,16 @@ class Ros:
         rclpy.shutdown(context=self.context)
 
     def start(self, role: str, **values) -> subprocess.Popen:
-        words = [w for k, v in values.items() for w in ("-p", f"{k}:={parameters.yaml_scalar(v)}")]
+        words = [w for k, v in values.items() for w in ('-p', f'{k}:={parameters.yaml_scalar(v)}')]
         environment = os.environ | {
-            "ROS_DOMAIN_ID": str(self.domain), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
+            'ROS_DOMAIN_ID': str(self.domain), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1',
+            'PYTHONUNBUFFERED': '1',
         }  # fmt: skip
-        with open(self.logs / f"{role}.log", "wb") as log:
+        with open(self.logs / f'{role}.log', 'wb') as log:
             self.processes[role] = subprocess.Popen(
-                [sys.executable, "-m", f"imatching_ros.nodes.{role}", "--ros-args", *words],
-                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True, cwd=self.logs,
+                [sys.executable, '-m', f'imatching_ros.nodes.{role}', '--ros-args', *words],
+                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+                cwd=self.logs,
             )  # fmt: skip
         return self.processes[role]
 
@@ -89,22 +95,22 @@ class Ros:
         self.forget(role)
 
     def kill(self, role: str) -> None:
-        """kill -9."""
+        """Send SIGKILL."""
         process = self.processes.pop(role)
         process.kill()
         process.wait(30)
         self.forget(role)
 
     def forget(self, role: str) -> None:
-        """What its diagnostics said so far."""
-        for array in self.heard["/diagnostics"]:
-            array.status = [status for status in array.status if status.name != f"/{role}"]
+        """Return what its diagnostics said so far."""
+        for array in self.heard['/diagnostics']:
+            array.status = [status for status in array.status if status.name != f'/{role}']
 
     def log(self, role: str) -> str:
-        return (self.logs / f"{role}.log").read_text()
+        return (self.logs / f'{role}.log').read_text()
 
     def listen(self, kind, topic, qos) -> list:
-        """What has come on a topic so far, and will."""
+        """Return what has come on a topic so far, and will."""
         heard = self.heard.setdefault(topic, [])
 
         def callback(message) -> None:
@@ -123,19 +129,23 @@ class Ros:
                     return result
                 self.changed.wait(0.1)
             for role, process in self.processes.items():
-                assert process.poll() is None, f"{role} ended with {process.returncode}: {self.log(role)}"
-        raise AssertionError(f"waited {timeout} s in vain; logs: {[self.log(role) for role in self.processes]}")
+                assert process.poll() is None, (
+                    f'{role} ended with {process.returncode}: {self.log(role)}'
+                )
+        raise AssertionError(
+            f'waited {timeout} s in vain; logs: {[self.log(role) for role in self.processes]}'
+        )
 
     def connect(self, publisher, subscribers=1) -> None:
         self.wait(lambda: publisher.get_subscription_count() >= subscribers)
 
     def says(self, role: str) -> dict[str, str]:
-        """The newest diagnostics of a node."""
-        for array in reversed(self.heard["/diagnostics"]):
+        """Return the newest diagnostics of a node."""
+        for array in reversed(self.heard['/diagnostics']):
             for status in array.status:
-                if status.name == f"/{role}":
+                if status.name == f'/{role}':
                     values = {pair.key: pair.value for pair in status.values}
-                    return values | {"level": status.level[0], "message": status.message}
+                    return values | {'level': status.level[0], 'message': status.message}
         return {}
 
     def call(self, kind, name, request=None):
@@ -149,14 +159,14 @@ class Ros:
     def change(self, role: str, transition: str) -> bool:
         """One transition of a node's life cycle, by its label; whether the node made it."""
         request = ChangeState.Request(transition=Transition(label=transition))
-        return self.call(ChangeState, f"{role}/change_state", request).success
+        return self.call(ChangeState, f'{role}/change_state', request).success
 
     def state(self, role: str) -> str:
-        return self.call(GetState, f"{role}/get_state").current_state.label
+        return self.call(GetState, f'{role}/get_state').current_state.label
 
 
 def picture(shift: float = 0.0) -> np.ndarray:
-    """A smooth random texture, moved to the left."""
+    """Return a smooth random texture, moved to the left."""
     coarse = np.random.default_rng(0).uniform(0, 255, (16, 60)).astype(np.float32)
     wide = cv2.resize(coarse, (480, 128), interpolation=cv2.INTER_CUBIC)
     move = np.array([[1, 0, -shift], [0, 1, 0]], np.float32)
@@ -164,4 +174,4 @@ def picture(shift: float = 0.0) -> np.ndarray:
 
 
 def image_message(stamp: int, image: np.ndarray) -> Image:
-    return messages.image_to_message(image, messages.header(stamp, "camera_optical"))
+    return messages.image_to_message(image, messages.header(stamp, 'camera_optical'))

@@ -1,26 +1,31 @@
-"""The gradients of the two levels (equations 4 and 7) against differences of solved problems, for each kernel."""
+"""
+The gradients of the two levels (equations 4 and 7) against differences of solved problems.
 
-import importlib.util
-import sys
+For each kernel.
+"""
+
 from dataclasses import replace
+import importlib.util
 from pathlib import Path
+import sys
 
-import pytest
-import torch
-
-from imatching_ros.bundle.adjust import AdjustOptions, adjust
+from imatching_ros.bundle.adjust import adjust, AdjustOptions
 from imatching_ros.bundle.problem import PosePrior, Problem, problem
 from imatching_ros.bundle.robust import Kernel
 from imatching_ros.geometry import lie, triangulation
 from imatching_ros.learning.adjoint import optimum
+import pytest
+import torch
 
-KERNELS = (Kernel("none", 1.0), Kernel("huber", 1.5), Kernel("cauchy", 2.0), Kernel("geman_mcclure", 3.0))
+KERNELS = (
+    Kernel('none', 1.0), Kernel('huber', 1.5), Kernel('cauchy', 2.0), Kernel('geman_mcclure', 3.0),
+)
 FOCAL = 400.0
 
 
 def benchmark():
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "gradient.py"
-    spec = importlib.util.spec_from_file_location("gradient", path)
+    path = Path(__file__).resolve().parents[1] / 'benchmarks' / 'gradient.py'
+    spec = importlib.util.spec_from_file_location('gradient', path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))
     try:
@@ -31,7 +36,11 @@ def benchmark():
 
 
 def window(kernel: Kernel) -> Problem:
-    """Four cameras and forty points, 0.7 px of noise of which a tenth is three times as large, at the optimum."""
+    """
+    Four cameras and forty points, 0.7 px of noise of which a tenth is three times as large.
+
+    At the optimum.
+    """
     g = torch.Generator().manual_seed(3)
 
     def normal(*shape):
@@ -42,28 +51,42 @@ def window(kernel: Kernel) -> Problem:
     T = lie.retract(T, 0.05 * normal(4, 6))
     p = torch.rand(40, 3, generator=g, dtype=torch.float64) * torch.tensor([3.0, 2.0, 4.0])
     p = p + torch.tensor([-0.8, -1.0, 3.0])
-    landmark, pose = (x.reshape(-1) for x in torch.meshgrid(torch.arange(40), torch.arange(4), indexing="ij"))
+    landmark, pose = (
+        x.reshape(-1) for x in torch.meshgrid(torch.arange(40), torch.arange(4), indexing='ij')
+    )
     xy, _ = triangulation.reproject(T[pose], p[landmark])
     spread = torch.where(torch.rand(len(xy), 1, generator=g) < 0.1, 2.1, 0.7)
     xy = xy + spread / FOCAL * normal(len(xy), 2)
-    cov = torch.stack((0.5 + torch.rand(len(xy), generator=g), 0.1 * normal(len(xy)), torch.ones(len(xy))), -1)
+    cov = torch.stack(
+        (0.5 + torch.rand(len(xy), generator=g), 0.1 * normal(len(xy)), torch.ones(len(xy))), -1
+    )
     posed = problem(T, p, pose, landmark, xy, cov, torch.tensor([FOCAL, 1.1 * FOCAL]))
     return solved(posed, kernel)
 
 
 def solved(posed: Problem, kernel: Kernel) -> Problem:
-    options = AdjustOptions(kernel, max_iterations=300, relative_decrease=1e-14, gradient=1e-9, backend="eager")
+    options = AdjustOptions(
+        kernel, max_iterations=300, relative_decrease=1e-14, gradient=1e-9, backend='eager'
+    )
     found = adjust(posed, options)
     assert found.gradient_norm < 1e-7
     return replace(posed, T_world_camera=found.T_world_camera, points=found.points)
 
 
 def other(posed: Problem) -> torch.Tensor:
-    """A loss that the bundle does not minimise: how far the cameras are from where someone says, and more."""
+    """
+    Return a loss that the bundle does not minimise.
+
+    How far the cameras are from where someone says, and more.
+    """
     g = torch.Generator().manual_seed(5)
     said = torch.randn(4, 3, generator=g, dtype=torch.float64)
     poses = (posed.T_world_camera[:, :3] - said).square().sum() + posed.T_world_camera[2, 4]
-    return poses + posed.points[::3].sin().sum() + 1e-2 * (posed.residual()[0].square() + 1).sqrt().sum()
+    return (
+        poses
+        + posed.points[::3].sin().sum()
+        + 1e-2 * (posed.residual()[0].square() + 1).sqrt().sum()
+    )
 
 
 def direction(posed: Problem, seed: int) -> torch.Tensor:
@@ -71,13 +94,17 @@ def direction(posed: Problem, seed: int) -> torch.Tensor:
     return torch.randn(posed.xy.shape, generator=g, dtype=torch.float64) / FOCAL
 
 
-def difference(posed: Problem, kernel: Kernel, loss, along: torch.Tensor, step: float = 1e-3) -> float:
+def difference(
+    posed: Problem, kernel: Kernel, loss, along: torch.Tensor, step: float = 1e-3
+) -> float:
     """Central difference of the loss, T* and p* solved again."""
-    values = [loss(solved(replace(posed, xy=posed.xy + x * along), kernel)).item() for x in (step, -step)]
+    values = [
+        loss(solved(replace(posed, xy=posed.xy + x * along), kernel)).item() for x in (step, -step)
+    ]
     return (values[0] - values[1]) / (2 * step)
 
 
-@pytest.fixture(scope="module", params=KERNELS, ids=lambda kernel: kernel.name)
+@pytest.fixture(scope='module', params=KERNELS, ids=lambda kernel: kernel.name)
 def case(request):
     return request.param, window(request.param)
 
@@ -107,7 +134,8 @@ def test_the_adjoint_gives_the_total_gradient_of_any_objective(case):
         along = direction(posed, seed)
         expected = difference(posed, kernel, other, along)
         assert (total * along).sum().item() == pytest.approx(expected, rel=1e-3)
-        assert abs((partial * along).sum().item() / expected - 1) > 0.1  # what is left out without it
+        # what is left out without it
+        assert abs((partial * along).sum().item() / expected - 1) > 0.1
     # and where both levels have one objective it adds nothing
     own = [by_matches(lambda p: p.cost(kernel), posed, state) for state in
            (lambda p: optimum(p, kernel), lambda p: (p.T_world_camera, p.points))]  # fmt: skip
@@ -137,17 +165,22 @@ def test_the_gauss_newton_system_repairs_most_of_it(case):
 def test_a_degenerate_bundle_has_no_gradient(case):
     kernel, posed = case
     unseen = posed.select(posed.pose != 3)
-    with pytest.raises(ValueError, match="singular at its optimum"):
+    with pytest.raises(ValueError, match='singular at its optimum'):
         by_matches(other, unseen, lambda p: optimum(p, kernel))
 
 
 def test_a_pose_prior_belongs_to_both_levels_or_needs_the_adjoint(case):
-    # The bundle minimises matches and prior together. Together they need nothing more; the matches alone do.
+    # The bundle minimises matches and prior together. Together they need nothing more; the matches
+    # alone do.
     kernel, posed = case
     g = torch.Generator().manual_seed(2)
     root = 300 * torch.randn(12, 12, generator=g, dtype=torch.float64)
-    T = lie.retract(posed.T_world_camera[[1, 3]], 0.01 * torch.randn(2, 6, generator=g, dtype=torch.float64))
-    prior = PosePrior(torch.tensor([1, 3]), T, root @ root.T, torch.zeros(12).double(), torch.zeros(()).double())
+    T = lie.retract(
+        posed.T_world_camera[[1, 3]], 0.01 * torch.randn(2, 6, generator=g, dtype=torch.float64)
+    )
+    prior = PosePrior(
+        torch.tensor([1, 3]), T, root @ root.T, torch.zeros(12).double(), torch.zeros(()).double()
+    )
     posed = solved(replace(posed, prior=prior), kernel)
     along = direction(posed, 0)
 
@@ -157,10 +190,14 @@ def test_a_pose_prior_belongs_to_both_levels_or_needs_the_adjoint(case):
     def matches(p):
         return replace(p, prior=None).cost(kernel)
 
-    held = [by_matches(loss, posed, lambda p: (p.T_world_camera, p.points)) for loss in (both, matches)]
+    held = [
+        by_matches(loss, posed, lambda p: (p.T_world_camera, p.points)) for loss in (both, matches)
+    ]
     moved = by_matches(matches, posed, lambda p: optimum(p, kernel))
     exact = difference(posed, kernel, matches, along)
-    assert (held[0] * along).sum().item() == pytest.approx(difference(posed, kernel, both, along), rel=1e-4)
+    assert (held[0] * along).sum().item() == pytest.approx(
+        difference(posed, kernel, both, along), rel=1e-4
+    )
     assert (moved * along).sum().item() == pytest.approx(exact, rel=2e-3)
     assert abs((held[1] * along).sum().item() / exact - 1) > 0.02
 

@@ -2,36 +2,42 @@
 
 from dataclasses import replace
 
-import numpy as np
-import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import least_squares
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from imatching_ros.bundle import adjust as module
-from imatching_ros.bundle.adjust import AdjustOptions, adjust, compiled, free_parameters
+from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled, free_parameters
 from imatching_ros.bundle.prior import marginalise
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, problem
-from imatching_ros.bundle.robust import KERNELS, Kernel
+from imatching_ros.bundle.robust import Kernel, KERNELS
 from imatching_ros.bundle.system import System
 from imatching_ros.geometry import lie, triangulation
+import numpy as np
+import pytest
+from scipy.optimize import least_squares
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 FOCAL = torch.tensor([500.0, 520.0], dtype=torch.float64)
-EXACT = dict(relative_decrease=1e-12, gradient=1e-7, max_iterations=200)
+EXACT = {'relative_decrease': 1e-12, 'gradient': 1e-7, 'max_iterations': 200}
 
 
-@pytest.fixture(params=["eager", "cpu"], scope="module")
+@pytest.fixture(params=['eager', 'cpu'], scope='module')
 def backend(request):
     """Everything below holds for each of the back ends."""
-    if request.param == "cpu" and not compiled():
-        pytest.skip("numba is not installed")
+    if request.param == 'cpu' and not compiled():
+        pytest.skip('numba is not installed')
     return request.param
 
 
-def window(keyframes=5, landmarks=30, seed=0, noise_px=0.5, outliers=0.0, missing=0.2, disturb=0.02, baseline=1.0):
-    """A problem whose state is off the truth by ``disturb``; also the true poses and points."""
+def window(
+    keyframes=5, landmarks=30, seed=0, noise_px=0.5, outliers=0.0, missing=0.2, disturb=0.02,
+    baseline=1.0,
+):
+    """
+    Return a problem whose state is off the truth by ``disturb``.
+
+    Also the true poses and points.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -41,9 +47,9 @@ def window(keyframes=5, landmarks=30, seed=0, noise_px=0.5, outliers=0.0, missin
     T[:, 0] = torch.linspace(0, 1.5, keyframes)
     T = lie.retract(T, 0.05 * normal(keyframes, 6))
     T[:, :3] *= baseline
-    p = torch.rand(landmarks, 3, generator=g, dtype=torch.float64) * torch.tensor([5.0, 3, 4]) + torch.tensor(
-        [-2.0, -1.5, 3]
-    )
+    p = torch.rand(landmarks, 3, generator=g, dtype=torch.float64) * torch.tensor(
+        [5.0, 3, 4]
+    ) + torch.tensor([-2.0, -1.5, 3])
     xy, _ = triangulation.reproject(T, p[:, None])
     xy = xy + noise_px / FOCAL * normal(*xy.shape)
     wrong = torch.rand(landmarks, keyframes, generator=g) < outliers
@@ -62,16 +68,22 @@ def window(keyframes=5, landmarks=30, seed=0, noise_px=0.5, outliers=0.0, missin
 
 
 def independent_optimum(posed, kernel):
-    """SciPy's trust region on all parameters, the gauge left free, derivatives by autograd."""
+    """
+    Return the optimum by SciPy's trust region on all parameters, the gauge left free.
+
+    Derivatives by autograd.
+    """
     K, L = len(posed.T_world_camera), len(posed.points)
     uu, uv, vv = posed.cov.unbind(-1)
     half = torch.linalg.cholesky(torch.stack((uu, uv, uv, vv), -1).unflatten(-1, (2, 2)))
 
     def residuals(x):
-        T = lie.retract(posed.T_world_camera, x[: 6 * K].view(K, 6))
-        points = posed.points + x[6 * K :].view(L, 3)
+        T = lie.retract(posed.T_world_camera, x[:6 * K].view(K, 6))
+        points = posed.points + x[6 * K:].view(L, 3)
         z, _ = triangulation.reproject(T[posed.pose], points[posed.landmark])
-        e = torch.linalg.solve_triangular(half, ((z - posed.xy) * FOCAL)[..., None], upper=False).squeeze(-1)
+        e = torch.linalg.solve_triangular(
+            half, ((z - posed.xy) * FOCAL)[..., None], upper=False
+        ).squeeze(-1)
         s = e.square().sum(-1)
         return (e * (kernel.rho(s) / s).sqrt()[:, None]).flatten()
 
@@ -83,26 +95,30 @@ def independent_optimum(posed, kernel):
     return result.cost
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize('name', KERNELS)
+@pytest.mark.parametrize('seed', [0, 1])
 def test_the_optimum_is_scipys(name, seed, backend):
     kernel = Kernel(name, 2.0)
-    posed, *_ = window(6, 15, seed, outliers=0.1, missing=0.0, disturb=0.02 if name in ("none", "huber") else 0.002)
+    posed, *_ = window(
+        6, 15, seed, outliers=0.1, missing=0.0,
+        disturb=0.02 if name in ('none', 'huber') else 0.002,
+    )
     solution = adjust(posed, AdjustOptions(kernel, **EXACT, backend=backend))
     assert solution.converged
-    if name in ("cauchy", "geman_mcclure"):
-        # These have many optima, and a last bit decides which one SciPy falls into: it must find no way down from ours.
+    if name in ('cauchy', 'geman_mcclure'):
+        # These have many optima, and a last bit decides which one SciPy falls into: it must find
+        # no way down from ours.
         posed = problem(solution.T_world_camera, solution.points, *_rest(posed)[1:])
     assert solution.cost == pytest.approx(independent_optimum(posed, kernel), rel=1e-8)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize('name', KERNELS)
 def test_kernels_are_their_own_derivatives(name):
     kernel = Kernel(name, 1.5)
     s = torch.tensor([0.0, 0.3, 2.0, 2.3, 9.0, 400.0], dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(kernel.rho(s).sum(), s, create_graph=True)
     torch.testing.assert_close(kernel.weight(s), slope)
-    if name != "none":
+    if name != 'none':
         (bend,) = torch.autograd.grad(slope.sum(), s)
         torch.testing.assert_close(kernel.radial(s), 1 + 2 * s * bend / slope)
     torch.testing.assert_close(kernel.rho(s)[0], torch.zeros((), dtype=torch.float64))
@@ -116,7 +132,9 @@ def test_exact_input_gives_the_truth(backend):
     assert solution.converged and solution.cost < 1e-12
     # One translation component is the scale's: compare shapes.
     scale = (p - T[0, :3]).norm() / (solution.points - T[0, :3]).norm()
-    torch.testing.assert_close(T[0, :3] + scale * (solution.points - T[0, :3]), p, rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        T[0, :3] + scale * (solution.points - T[0, :3]), p, rtol=0, atol=1e-7
+    )
 
 
 def _rest(posed):
@@ -127,13 +145,20 @@ def test_solution_says_how_it_ended(backend):
     posed, *_ = window(outliers=0.2)
     solution = adjust(posed, AdjustOptions(backend=backend))
     assert solution.converged
-    assert solution.relative_decrease < 1e-6 and solution.gradient_norm < 1e-3 and 1 < solution.iterations < 50
+    assert (
+        solution.relative_decrease < 1e-6
+        and solution.gradient_norm < 1e-3
+        and 1 < solution.iterations < 50
+    )
     assert not adjust(posed, AdjustOptions(max_iterations=1, backend=backend)).converged
-    again = adjust(problem(solution.T_world_camera, solution.points, *_rest(posed)[1:]), AdjustOptions(backend=backend))
+    again = adjust(
+        problem(solution.T_world_camera, solution.points, *_rest(posed)[1:]),
+        AdjustOptions(backend=backend),
+    )
     assert again.iterations <= 4 and again.cost <= solution.cost * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("name", ["none", "huber", "cauchy"])
+@pytest.mark.parametrize('name', ['none', 'huber', 'cauchy'])
 def test_partial_is_total_derivative_at_the_optimum(name, backend):
     """Equation 7: at T*, p* the observations' gradient needs no derivative of the solution."""
     kernel = Kernel(name, 2.0)
@@ -142,15 +167,24 @@ def test_partial_is_total_derivative_at_the_optimum(name, backend):
     best = adjust(posed, options)
 
     def at(xy):
-        return problem(best.T_world_camera, best.points, posed.pose, posed.landmark, xy, posed.cov, posed.focal)
+        return problem(
+            best.T_world_camera, best.points, posed.pose, posed.landmark, xy, posed.cov,
+            posed.focal,
+        )
 
     xy = posed.xy.clone().requires_grad_()
     (partial,) = torch.autograd.grad(at(xy).cost(kernel), xy)
     for seed in range(3):
-        direction = torch.randn(posed.xy.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        direction = torch.randn(
+            posed.xy.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         h = 1e-6
-        ahead, back = (adjust(at(posed.xy + sign * h * direction), options).cost for sign in (1, -1))
-        assert float((partial * direction).sum()) == pytest.approx((ahead - back) / (2 * h), rel=1e-4)
+        ahead, back = (
+            adjust(at(posed.xy + sign * h * direction), options).cost for sign in (1, -1)
+        )
+        assert float((partial * direction).sum()) == pytest.approx(
+            (ahead - back) / (2 * h), rel=1e-4
+        )
 
 
 def test_gauge(backend):
@@ -172,17 +206,23 @@ def test_held_poses_stay_and_landmarks_still_move(backend):
     assert solution.converged
     torch.testing.assert_close(solution.T_world_camera, T, rtol=0, atol=1e-15)
     assert (solution.points - p).norm(dim=-1).median() < 0.02
-    with pytest.raises(ValueError, match="at least one pose must be held"):
+    with pytest.raises(ValueError, match='at least one pose must be held'):
         adjust(posed, AdjustOptions(backend=backend), ~held)
 
 
 def test_landmarks_and_rows_that_are_no_use_do_no_harm(backend):
     posed, *_ = window(outliers=0.1)
     want = adjust(posed, AdjustOptions(backend=backend))
-    points = torch.cat((posed.points, torch.tensor([[torch.nan] * 3, [1.0, 2, 3], [torch.inf] * 3]).double()))
+    points = torch.cat(
+        (posed.points, torch.tensor([[torch.nan] * 3, [1.0, 2, 3], [torch.inf] * 3]).double())
+    )
     L = len(posed.points)
-    bad_xy = torch.tensor([[torch.nan, 0.0], [0.0, torch.inf], [0.0, 0], [0, 0], [0, 0]], dtype=torch.float64)
-    bad_cov = torch.tensor([[1.0, 0, 1], [1, 0, 1], [torch.nan, 0, 1], [1, 2, 1], [1, 0, 1]], dtype=torch.float64)
+    bad_xy = torch.tensor(
+        [[torch.nan, 0.0], [0.0, torch.inf], [0.0, 0], [0, 0], [0, 0]], dtype=torch.float64
+    )
+    bad_cov = torch.tensor(
+        [[1.0, 0, 1], [1, 0, 1], [torch.nan, 0, 1], [1, 2, 1], [1, 0, 1]], dtype=torch.float64
+    )
     spoilt = problem(
         posed.T_world_camera, points, torch.cat((posed.pose, torch.tensor([0, 1, 2, 3, 0]))),
         torch.cat((posed.landmark, torch.tensor([0, 1, 2, 3, L]))), torch.cat((posed.xy, bad_xy)),
@@ -198,7 +238,9 @@ def test_a_point_behind_a_camera_does_not_block_the_others(backend):
     posed, *_ = window()
     points = posed.points.clone()
     points[0, 2] = -4.0
-    solution = adjust(problem(posed.T_world_camera, points, *_rest(posed)[1:]), AdjustOptions(backend=backend))
+    solution = adjust(
+        problem(posed.T_world_camera, points, *_rest(posed)[1:]), AdjustOptions(backend=backend)
+    )
     want = adjust(posed, AdjustOptions(backend=backend))
     assert solution.points.isfinite().all()
     torch.testing.assert_close(solution.T_world_camera, want.T_world_camera, rtol=0, atol=5e-3)
@@ -206,27 +248,36 @@ def test_a_point_behind_a_camera_does_not_block_the_others(backend):
 
 def test_bad_shapes_are_named(backend):
     posed, *_ = window()
-    with pytest.raises(ValueError, match="as many pose and landmark indices"):
+    with pytest.raises(ValueError, match='as many pose and landmark indices'):
         problem(posed.T_world_camera, posed.points, posed.pose[1:], *_rest(posed)[2:])
-    with pytest.raises(ValueError, match="every pose of a bundle must be finite"):
+    with pytest.raises(ValueError, match='every pose of a bundle must be finite'):
         problem(posed.T_world_camera * torch.nan, *_rest(posed))
-    with pytest.raises(ValueError, match="no valid observation"):
-        adjust(posed.select(torch.zeros(len(posed.pose), dtype=torch.bool)), AdjustOptions(backend=backend))
+    with pytest.raises(ValueError, match='no valid observation'):
+        adjust(
+            posed.select(torch.zeros(len(posed.pose), dtype=torch.bool)),
+            AdjustOptions(backend=backend),
+        )
     with pytest.raises(ValueError, match="'l1' is not known"):
-        Kernel("l1")
-    with pytest.raises(ValueError, match="must be positive"):
-        Kernel("huber", 0.0)
+        Kernel('l1')
+    with pytest.raises(ValueError, match='must be positive'):
+        Kernel('huber', 0.0)
     with pytest.raises(ValueError, match="'gpu' is not known"):
-        AdjustOptions(backend="gpu")
+        AdjustOptions(backend='gpu')
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.integers(0, 10**6), st.integers(2, 12), st.floats(0, 0.6), st.floats(0, 0.7), st.floats(0, 0.1),
+    st.integers(0, 10**6), st.integers(2, 12), st.floats(0, 0.6), st.floats(0, 0.7),
+    st.floats(0, 0.1),
     st.sampled_from(KERNELS),
 )  # fmt: skip
 def test_any_window(backend, seed, keyframes, outliers, missing, spoilt, name):
-    """Cost never rises, everything stays finite, the gauge holds, and twice the same gives the same bits."""
+    """
+    Whatever it is given, it stays sound.
+
+    Cost never rises, everything stays finite, the gauge holds, and twice the same gives the same
+    bits.
+    """
     posed, *_ = window(keyframes, 40, seed, outliers=outliers, missing=missing)
     g = torch.Generator().manual_seed(seed)
     xy = torch.where(torch.rand(len(posed.xy), 1, generator=g) < spoilt, torch.nan, posed.xy)
@@ -237,7 +288,9 @@ def test_any_window(backend, seed, keyframes, outliers, missing, spoilt, name):
     )  # fmt: skip
     options = AdjustOptions(Kernel(name), backend=backend)
     one, two = adjust(posed, options), adjust(posed, options)
-    assert torch.equal(one.T_world_camera, two.T_world_camera) and torch.equal(one.points, two.points)
+    assert torch.equal(one.T_world_camera, two.T_world_camera) and torch.equal(
+        one.points, two.points
+    )
     assert one.cost <= float(posed.cost(options.kernel)) * (1 + 1e-12)
     assert one.T_world_camera.isfinite().all() and one.points.isfinite().all()
     assert torch.equal(one.T_world_camera[0], posed.T_world_camera[0])
@@ -245,21 +298,22 @@ def test_any_window(backend, seed, keyframes, outliers, missing, spoilt, name):
     assert float(after.cost(options.kernel)) == pytest.approx(one.cost, rel=1e-9, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize('name', KERNELS)
 def test_the_back_ends_take_the_same_steps(name):
     if not compiled():
-        pytest.skip("numba is not installed")
+        pytest.skip('numba is not installed')
     # More landmarks than stand side by side, spans of all kinds, and one row in three twice.
     posed, *_ = window(9, 150, 1, outliers=0.2, missing=0.5, disturb=0.005)
     double = torch.cat((torch.arange(len(posed.pose)), torch.arange(0, len(posed.pose), 3)))
     posed = problem(
-        posed.T_world_camera, posed.points, posed.pose[double], posed.landmark[double], posed.xy[double],
+        posed.T_world_camera, posed.points, posed.pose[double], posed.landmark[double],
+        posed.xy[double],
         posed.cov[double], posed.focal,
     )  # fmt: skip
     for steps in (0, 1, 4):
         one, two = (
             adjust(posed, AdjustOptions(Kernel(name), max_iterations=steps, backend=backend))
-            for backend in ("eager", "cpu")
+            for backend in ('eager', 'cpu')
         )
         assert one.iterations == two.iterations == steps
         assert two.cost == pytest.approx(one.cost, rel=1e-5 if steps else 1e-12)
@@ -268,16 +322,22 @@ def test_the_back_ends_take_the_same_steps(name):
 
 
 def test_a_long_path_is_solved_in_the_band_it_needs():
-    """Sixty keyframes, each seen together with a few neighbours only; one landmark is seen by all, one by none."""
+    """
+    Sixty keyframes, each seen together with a few neighbours only.
+
+    One landmark is seen by all, one by none.
+    """
     if not compiled():
-        pytest.skip("numba is not installed")
+        pytest.skip('numba is not installed')
     posed, *_ = window(60, 400, 2, missing=0.0, disturb=0.001)
     middle = (torch.arange(400) * 60) // 400
     near = (posed.pose - middle[posed.landmark]).abs() <= 4
     posed = posed.select((near | (posed.landmark == 0)) & (posed.landmark != 399))
     grids = [strip.E.numel() for strip in System(posed, Kernel(), torch.arange(360)).strips]
     assert len(grids) > 7 and sum(grids) < 60 * 400 * 18 / 3
-    one, two = (adjust(posed, AdjustOptions(**EXACT, backend=backend)) for backend in ("eager", "cpu"))
+    one, two = (
+        adjust(posed, AdjustOptions(**EXACT, backend=backend)) for backend in ('eager', 'cpu')
+    )
     assert one.converged and two.converged
     assert two.cost == pytest.approx(one.cost, rel=1e-9)
     torch.testing.assert_close(two.points, one.points, rtol=0, atol=1e-5)
@@ -289,22 +349,26 @@ def test_without_numba_torch_steps_in_and_says_so(monkeypatch, caplog):
         raise ImportError("No module named 'numba'")
 
     posed, *_ = window()
-    want = adjust(posed, AdjustOptions(backend="eager"))
-    monkeypatch.setattr(module.importlib, "import_module", absent)
+    want = adjust(posed, AdjustOptions(backend='eager'))
+    monkeypatch.setattr(module.importlib, 'import_module', absent)
     module.compiled.cache_clear()
     try:
         got = [adjust(posed) for _ in range(2)]
         assert all(torch.equal(one.points, want.points) for one in got)
         assert len(caplog.records) == 1 and "No module named 'numba'" in caplog.text
-        with pytest.raises(ValueError, match="wants tensors on the CPU and numba"):
-            adjust(posed, AdjustOptions(backend="cpu"))
+        with pytest.raises(ValueError, match='wants tensors on the CPU and numba'):
+            adjust(posed, AdjustOptions(backend='cpu'))
     finally:
         module.compiled.cache_clear()
 
 
 def ceres_optimum(posed, kernel, iterations=500):
-    """Ceres' cost from where the problem stands: the same residuals, one block each, the same gauge."""
-    pyceres = pytest.importorskip("pyceres", reason="pyceres is not installed")
+    """
+    Ceres' cost from where the problem stands.
+
+    The same residuals, one block each, the same gauge.
+    """
+    pyceres = pytest.importorskip('pyceres', reason='pyceres is not installed')
 
     def hat(v):
         return np.array([[0, -v[2], v[1]], [v[2], 0, -v[0]], [-v[1], v[0], 0]])
@@ -326,27 +390,43 @@ def ceres_optimum(posed, kernel, iterations=500):
             front = Z > MIN_DEPTH
             residuals[:] = self.whiten @ ((X / Z, Y / Z) - self.xy) if front else (BEHIND_PX, 0.0)
             if jacobians is not None:
-                A = self.whiten @ [[1 / Z, 0, -X / Z**2], [0, 1 / Z, -Y / Z**2]] if front else np.zeros((2, 3))
+                A = (
+                    self.whiten @ [[1 / Z, 0, -X / Z**2], [0, 1 / Z, -Y / Z**2]]
+                    if front
+                    else np.zeros((2, 3))
+                )
                 turned = 2 * w * hat(d) + 2 * (np.outer(v, d) + v @ d * np.eye(3) - np.outer(d, v))
-                parts = A @ np.column_stack((turned, 2 * w * d - 2 * hat(v) @ d)), -A @ R.T, A @ R.T
+                parts = (
+                    A @ np.column_stack((turned, 2 * w * d - 2 * hat(v) @ d)), -A @ R.T, A @ R.T,
+                )
                 for jacobian, part in zip(jacobians, parts, strict=True):
                     if jacobian is not None:
                         jacobian[:] = part.reshape(jacobian.shape)
             return True
 
-    loss = {"none": pyceres.TrivialLoss, "huber": pyceres.HuberLoss, "cauchy": pyceres.CauchyLoss}[kernel.name]
-    loss = loss() if kernel.name == "none" else loss(kernel.scale)
+    loss = {'none': pyceres.TrivialLoss, 'huber': pyceres.HuberLoss, 'cauchy': pyceres.CauchyLoss}[
+        kernel.name
+    ]
+    loss = loss() if kernel.name == 'none' else loss(kernel.scale)
     centre = posed.T_world_camera[0, :3]
     c, q, points = (
-        list(np.array(values, order="C"))
-        for values in (posed.T_world_camera[:, :3] - centre, posed.T_world_camera[:, 3:], posed.points - centre)
+        list(np.array(values, order='C'))
+        for values in (
+            posed.T_world_camera[:, :3] - centre,
+            posed.T_world_camera[:, 3:],
+            posed.points - centre,
+        )
     )
     uu, uv, vv = posed.cov.unbind(-1)
     half = torch.linalg.cholesky(torch.stack((uu, uv, uv, vv), -1).unflatten(-1, (2, 2)))
-    whiten = torch.linalg.solve_triangular(half, torch.diag(posed.focal).expand(len(half), 2, 2), upper=False).numpy()
+    whiten = torch.linalg.solve_triangular(
+        half, torch.diag(posed.focal).expand(len(half), 2, 2), upper=False
+    ).numpy()
     ceres = pyceres.Problem()
     for o, (k, m) in enumerate(zip(posed.pose.tolist(), posed.landmark.tolist(), strict=True)):
-        ceres.add_residual_block(Reprojection(posed.xy[o].numpy(), whiten[o]), loss, [q[k], c[k], points[m]])
+        ceres.add_residual_block(
+            Reprojection(posed.xy[o].numpy(), whiten[o]), loss, [q[k], c[k], points[m]]
+        )
     free = free_parameters(posed.T_world_camera, None).tolist()
     for k in posed.pose.unique().tolist():
         ceres.set_manifold(q[k], pyceres.EigenQuaternionManifold())
@@ -358,7 +438,9 @@ def ceres_optimum(posed, kernel, iterations=500):
             ceres.set_parameter_block_constant(q[k])
     options, summary = pyceres.SolverOptions(), pyceres.SolverSummary()
     options.linear_solver_type = pyceres.LinearSolverType.DENSE_SCHUR
-    options.function_tolerance, options.gradient_tolerance, options.parameter_tolerance = 1e-14, 1e-16, 1e-16
+    options.function_tolerance, options.gradient_tolerance, options.parameter_tolerance = (
+        1e-14, 1e-16, 1e-16,
+    )
     options.max_num_iterations, options.num_threads = iterations, 1
     options.logging_type = pyceres.LoggingType.SILENT
     pyceres.solve(options, ceres, summary)
@@ -370,8 +452,8 @@ def at(posed, solution):
     return replace(posed, T_world_camera=solution.T_world_camera, points=solution.points)
 
 
-@pytest.mark.parametrize("name", ["none", "huber"])
-@pytest.mark.parametrize("keyframes", [2, 6, 20])
+@pytest.mark.parametrize('name', ['none', 'huber'])
+@pytest.mark.parametrize('keyframes', [2, 6, 20])
 def test_the_optimum_is_ceres(name, keyframes, backend):
     """From the same start."""
     kernel = Kernel(name)
@@ -383,14 +465,22 @@ def test_the_optimum_is_ceres(name, keyframes, backend):
 
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(
-    st.integers(0, 10**6), st.integers(2, 20), st.floats(0, 0.6), st.floats(0, 0.7), st.floats(0.01, 1),
-    st.sampled_from(["none", "huber", "cauchy"]),
+    st.integers(0, 10**6), st.integers(2, 20), st.floats(0, 0.6), st.floats(0, 0.7),
+    st.floats(0.01, 1),
+    st.sampled_from(['none', 'huber', 'cauchy']),
 )  # fmt: skip
-def test_ceres_finds_nothing_better_nearby(backend, seed, keyframes, outliers, missing, baseline, name):
-    """Of many optima each solver has its own; but from ours, Ceres must not get away. Wrong, missing, doubled and
-    unreadable rows, points behind cameras, hardly any parallax, points as good as infinitely far and really so."""
+def test_ceres_finds_nothing_better_nearby(
+    backend, seed, keyframes, outliers, missing, baseline, name
+):
+    """
+    Of many optima each solver has its own; but from ours, Ceres must not get away.
+
+    Wrong, missing, doubled and unreadable rows, points behind cameras, hardly any parallax, points
+    as good as infinitely far and really so.
+    """
     posed, T, p = window(
-        keyframes, 16, seed, outliers=outliers, missing=missing, disturb=0.01 * baseline, baseline=baseline
+        keyframes, 16, seed, outliers=outliers, missing=missing, disturb=0.01 * baseline,
+        baseline=baseline,
     )
     g = torch.Generator().manual_seed(seed)
     points, xy, far = posed.points.clone(), posed.xy.clone(), posed.landmark == 1
@@ -399,21 +489,30 @@ def test_ceres_finds_nothing_better_nearby(backend, seed, keyframes, outliers, m
     xy[torch.rand(len(xy), generator=g) < 0.05] = torch.nan
     double = torch.cat((torch.arange(len(xy)), torch.arange(0, len(xy), 5)))
     posed = problem(
-        posed.T_world_camera, points, posed.pose[double], posed.landmark[double], xy[double], posed.cov[double], FOCAL
+        posed.T_world_camera, points, posed.pose[double], posed.landmark[double], xy[double],
+        posed.cov[double], FOCAL,
     )
     kernel = Kernel(name)
-    options = AdjustOptions(kernel, relative_decrease=1e-12, gradient=1e-7, max_iterations=1000, backend=backend)
+    options = AdjustOptions(
+        kernel, relative_decrease=1e-12, gradient=1e-7, max_iterations=1000, backend=backend
+    )
     solution = adjust(posed, options)
     assert solution.points[1:].isfinite().all() and solution.T_world_camera.isfinite().all()
     found = at(posed, solution)
-    behind = (found.squared() == BEHIND_PX**2).sum() * float(kernel.rho(torch.tensor(BEHIND_PX**2))) / 2
-    # In a valley as flat as that of two views a few millimetres apart, the steps end before the gradient does.
+    behind = (
+        (found.squared() == BEHIND_PX**2).sum() * float(kernel.rho(torch.tensor(BEHIND_PX**2))) / 2
+    )
+    # In a valley as flat as that of two views a few millimetres apart, the steps end before the
+    # gradient does.
     close = 1e-7 if solution.converged else 1e-4
-    assert ceres_optimum(found, kernel, 25) >= solution.cost - close * (solution.cost - behind) - 1e-13 * solution.cost
+    assert (
+        ceres_optimum(found, kernel, 25)
+        >= solution.cost - close * (solution.cost - behind) - 1e-13 * solution.cost
+    )
 
 
 class Asked(TorchDispatchMode):
-    """Writes down whatever would make the host wait for a GPU."""
+    """Write down whatever would make the host wait for a GPU."""
 
     def __init__(self, events):
         super().__init__()
@@ -421,39 +520,55 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (
-            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select,
+            torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero,
+            torch.ops.aten.masked_select,
             torch.ops.aten.is_nonzero, torch.ops.aten.equal,
         ):  # fmt: skip
-            self.events.append("asked")
-        if func.overloadpacket in (torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_):
+            self.events.append('asked')
+        if func.overloadpacket in (
+            torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_,
+        ):
             # A mask's result is as large as it has ones.
-            self.events += ["asked" for index in args[1] if index is not None and index.dtype == torch.bool]
+            self.events += [
+                'asked' for index in args[1] if index is not None and index.dtype == torch.bool
+            ]
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize('name', KERNELS)
 def test_the_loop_of_a_gpu_asks_nothing_for_seven_rounds_of_eight(name, monkeypatch):
-    """As it would run there, but here: rejected steps are undone elementwise, and the end is the same."""
+    """
+    As it would run there, but here.
+
+    Rejected steps are undone elementwise, and the end is the same.
+    """
     posed, *_ = window(8, 60, 4, outliers=0.2)
-    solution = adjust(posed, AdjustOptions(backend="eager"))
+    solution = adjust(posed, AdjustOptions(backend='eager'))
     posed = replace(posed, prior=leave_behind(at(posed, solution)))
     posed = posed.select(posed.landmark >= 20)
-    options = AdjustOptions(Kernel(name), **EXACT, backend="eager")
+    options = AdjustOptions(Kernel(name), **EXACT, backend='eager')
     want = adjust(posed, options)
     events = []
     linearise = System.linearise
-    monkeypatch.setattr(module, "_asking_is_free", lambda scalar: False)
-    monkeypatch.setattr(System, "linearise", lambda *args, **rest: (events.append("round"), linearise(*args, **rest)))
+    monkeypatch.setattr(module, '_asking_is_free', lambda scalar: False)
+    monkeypatch.setattr(
+        System, 'linearise',
+        lambda *args, **rest: (events.append('round'), linearise(*args, **rest)),
+    )
     with Asked(events):
         got = adjust(posed, options)
     assert (got.converged, got.iterations) == (want.converged, want.iterations)
-    assert torch.equal(got.T_world_camera, want.T_world_camera) and torch.equal(got.points, want.points)
-    rounds = [i for i, event in enumerate(events) if event == "round"]
+    assert torch.equal(got.T_world_camera, want.T_world_camera) and torch.equal(
+        got.points, want.points
+    )
+    rounds = [i for i, event in enumerate(events) if event == 'round']
     asked = [rounds[i + 1] - rounds[i] - 1 for i in range(len(rounds) - 1)]
     assert len(rounds) > want.iterations and all(n == (i % 8 == 0) for i, n in enumerate(asked))
 
 
 def leave_behind(posed):
-    """The prior of all but the first pose, from a third of the landmarks."""
+    """Return the prior of all but the first pose, from a third of the landmarks."""
     stamps = torch.arange(len(posed.T_world_camera))
-    return marginalise(posed, Kernel(), stamps, stamps == 0, torch.arange(len(posed.points)) < 20).on(stamps)
+    return marginalise(
+        posed, Kernel(), stamps, stamps == 0, torch.arange(len(posed.points)) < 20
+    ).on(stamps)

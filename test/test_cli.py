@@ -1,151 +1,178 @@
-"""The commands, on rendered recordings and on everything that can be wrong with what a user gives them."""
+"""
+The commands, on rendered recordings and on what is wrong.
+
+That is everything that can be wrong with what a user gives them.
+"""
 
 import json
 import os
+from pathlib import Path
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-
-import numpy as np
-import pytest
-from test_recording import SIZE, START, good, noise, writing
 
 from imatching_ros import cli
 from imatching_ros.data.recording import open_recording
 from imatching_ros.evaluation.matching import evaluate_matching, evaluation_pairs
 from imatching_ros.matching import weights
+import numpy as np
+import pytest
+from test_recording import good, noise, SIZE, START, writing
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ["demo", "replay", "tune", "evaluate", "export"]
+COMMANDS = ['demo', 'replay', 'tune', 'evaluate', 'export']
 
 
 def imatching(*arguments, folder):
-    """The command in a process of its own, in ``folder``."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "imatching_ros.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    """Return the command in a process of its own, in ``folder``."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'COLUMNS': '120', 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-m', 'imatching_ros.cli', *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 def one_sentence(text):
-    """What stderr says, less the program's name; fails where it is more or less than one line."""
+    """
+    Return what stderr says, less the program's name.
+
+    Fails where it is more or less than one line.
+    """
     lines = text.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("imatching: ") and "Traceback" not in text, text
-    return lines[0].removeprefix("imatching: ")
+    assert len(lines) == 1 and lines[0].startswith('imatching: ') and 'Traceback' not in text, text
+    return lines[0].removeprefix('imatching: ')
 
 
 def refused(capsys, *arguments):
-    """The sentence with which the command refuses."""
+    """Return the sentence with which the command refuses."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(argument) for argument in arguments])
     assert stop.value.code == 2
     return one_sentence(capsys.readouterr().err)
 
 
-# Bad input ------------------------------------------------------------------------------------------------------------
+# Bad input ---------------------------------------------------------------------------------------
 
 
 def missing(folder):
-    return folder / "nowhere"
+    return folder / 'nowhere'
 
 
 def empty_folder(folder):
-    (folder / "empty").mkdir()
-    return folder / "empty"
+    (folder / 'empty').mkdir()
+    return folder / 'empty'
 
 
 def not_a_bag(folder):
-    (folder / "notes.txt").write_text("hello")
-    return folder / "notes.txt"
+    (folder / 'notes.txt').write_text('hello')
+    return folder / 'notes.txt'
 
 
 def without_images(folder):
     with writing(folder) as pen:
-        pen.info("/cam/camera_info", START)
+        pen.info('/cam/camera_info', START)
     return pen.path
 
 
 def two_cameras(folder):
     with writing(folder) as pen:
-        for side in ("left", "right"):
-            pen.info(f"/{side}/camera_info", START)
-            pen.image(f"/{side}/image_raw", START, "mono8", noise(0, *SIZE).tobytes(), SIZE[1])
+        for side in ('left', 'right'):
+            pen.info(f'/{side}/camera_info', START)
+            pen.image(f'/{side}/image_raw', START, 'mono8', noise(0, *SIZE).tobytes(), SIZE[1])
     return pen.path
 
 
 def without_camera_info(folder):
     with writing(folder) as pen:
-        pen.image("/cam/image_raw", START, "mono8", noise(0, *SIZE).tobytes(), SIZE[1])
+        pen.image('/cam/image_raw', START, 'mono8', noise(0, *SIZE).tobytes(), SIZE[1])
     return pen.path
 
 
 def uncalibrated(folder):
     with writing(folder) as pen:
-        pen.info("/cam/camera_info", START, fx=0.0)
-        pen.image("/cam/image_raw", START, "mono8", noise(0, *SIZE).tobytes(), SIZE[1])
+        pen.info('/cam/camera_info', START, fx=0.0)
+        pen.image('/cam/image_raw', START, 'mono8', noise(0, *SIZE).tobytes(), SIZE[1])
     return pen.path
 
 
-def truncated(folder, kind="mcap"):
+def truncated(folder, kind='mcap'):
     path = good(folder, kind, count=40)
-    file = path if path.is_file() else next(path.glob("*.mcap"))
-    file.write_bytes(file.read_bytes()[: file.stat().st_size * 2 // 3])
+    file = path if path.is_file() else next(path.glob('*.mcap'))
+    file.write_bytes(file.read_bytes()[:file.stat().st_size * 2 // 3])
     return file
 
 
 def truncated_rosbag1(folder):
-    return truncated(folder, "rosbag1")
+    return truncated(folder, 'rosbag1')
 
 
 def of_another_size(folder):
     with writing(folder) as pen:
         for k in range(3):
-            pen.info("/cam/camera_info", START + k, size=(48, 64))
-            pen.image("/cam/image_raw", START + k, "mono8", noise(k, *SIZE).tobytes(), SIZE[1])
+            pen.info('/cam/camera_info', START + k, size=(48, 64))
+            pen.image('/cam/image_raw', START + k, 'mono8', noise(k, *SIZE).tobytes(), SIZE[1])
     return pen.path
 
 
 def of_unknown_encoding(folder):
     with writing(folder) as pen:
-        pen.info("/cam/camera_info", START)
-        pen.image("/cam/image_raw", START, "32FC1", noise(0, SIZE[0], 2 * SIZE[1]).tobytes(), 2 * SIZE[1])
+        pen.info('/cam/camera_info', START)
+        pen.image(
+            '/cam/image_raw', START, '32FC1', noise(0, SIZE[0], 2 * SIZE[1]).tobytes(), 2 * SIZE[1]
+        )
     return pen.path
 
 
 BAD_BAGS = [
-    (missing, "nowhere does not exist"),
-    (empty_folder, "holds no recording"),
-    (not_a_bag, "is not a recording"),
-    (without_images, "has no images"),
-    (two_cameras, "has 2 image topics; choose one with --image-topic: /left/image_raw, /right/image_raw"),
-    (without_camera_info, "has no camera_info"),
-    (uncalibrated, "fx is 0, it must be a positive number of pixels"),
-    (truncated, "is damaged or truncated"),
-    (truncated_rosbag1, "is damaged or truncated"),
+    (missing, 'nowhere does not exist'),
+    (empty_folder, 'holds no recording'),
+    (not_a_bag, 'is not a recording'),
+    (without_images, 'has no images'),
+    (
+        two_cameras,
+        'has 2 image topics; choose one with --image-topic: /left/image_raw, /right/image_raw',
+    ),
+    (without_camera_info, 'has no camera_info'),
+    (uncalibrated, 'fx is 0, it must be a positive number of pixels'),
+    (truncated, 'is damaged or truncated'),
+    (truncated_rosbag1, 'is damaged or truncated'),
 ]
 #: These show only when the images are read.
-BAD_IMAGES = [(of_another_size, "is 32x24, but .* is for 64x48"), (of_unknown_encoding, "encoding '32FC1'")]
+BAD_IMAGES = [
+    (of_another_size, 'is 32x24, but .* is for 64x48'),
+    (of_unknown_encoding, "encoding '32FC1'"),
+]
 
 
-@pytest.mark.parametrize("make, says", BAD_BAGS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize('make, says', BAD_BAGS, ids=lambda value: getattr(value, '__name__', ''))
 def test_a_bad_bag_is_one_sentence_in_every_command(tmp_path, monkeypatch, capsys, make, says):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bags").mkdir()
-    bag = make(tmp_path / "bags")
-    tune = ["tune", bag, "--out", "w.safetensors"]
-    for arguments in (["replay", bag], tune, ["evaluate", bag], ["export", bag, "--colmap", "c", "--map", "m"]):
+    (tmp_path / 'bags').mkdir()
+    bag = make(tmp_path / 'bags')
+    tune = ['tune', bag, '--out', 'w.safetensors']
+    for arguments in (
+        ['replay', bag],
+        tune,
+        ['evaluate', bag],
+        ['export', bag, '--colmap', 'c', '--map', 'm'],
+    ):
         assert says in refused(capsys, *arguments)
-    assert [path.name for path in tmp_path.iterdir()] == ["bags"]  # nothing is begun
+    assert [path.name for path in tmp_path.iterdir()] == ['bags']  # nothing is begun
 
 
-@pytest.mark.parametrize("make, says", BAD_IMAGES, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    'make, says', BAD_IMAGES, ids=lambda value: getattr(value, '__name__', '')
+)
 def test_a_bad_image_is_one_sentence(tmp_path, monkeypatch, capsys, make, says):
     monkeypatch.chdir(tmp_path)
     bag = make(tmp_path)
-    for arguments in (["tune", bag, "--out", "w.safetensors", "--train-fraction", "1"], ["evaluate", bag]):
+    for arguments in (
+        ['tune', bag, '--out', 'w.safetensors', '--train-fraction', '1'],
+        ['evaluate', bag],
+    ):
         assert re.search(says, refused(capsys, *arguments))
-    assert not (tmp_path / "w.safetensors").exists()
+    assert not (tmp_path / 'w.safetensors').exists()
 
 
 def foreign(path):
@@ -157,100 +184,115 @@ def cut_short(path):
 
 
 @pytest.mark.parametrize(
-    "make, says",
-    [(foreign, "not a safetensors file"), (cut_short, "cut short"), (lambda path: None, "there is no such weights")],
-    ids=["foreign", "cut short", "missing"],
+    'make, says',
+    [
+        (foreign, 'not a safetensors file'), (cut_short, 'cut short'),
+        (lambda path: None, 'there is no such weights'),
+    ],
+    ids=['foreign', 'cut short', 'missing'],
 )
 def test_bad_weights_are_one_sentence(tmp_path, monkeypatch, capsys, daylight, make, says):
     monkeypatch.chdir(tmp_path)
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / 'w.safetensors'
     make(path)
     before = path.read_bytes() if path.exists() else None
     for arguments in (
-        ["tune", daylight, "--out", tmp_path / "new.safetensors", "--weights", path],
-        ["evaluate", daylight, "--weights", path],
-        ["export", daylight, "--map", tmp_path / "map", "--weights", path],
+        ['tune', daylight, '--out', tmp_path / 'new.safetensors', '--weights', path],
+        ['evaluate', daylight, '--weights', path],
+        ['export', daylight, '--map', tmp_path / 'map', '--weights', path],
     ):
         sentence = refused(capsys, *arguments)
         assert says in sentence and str(path) in sentence
     if before:
-        assert says in refused(capsys, "tune", daylight, "--out", path)  # what is there is not written over
+        # what is there is not written over
+        assert says in refused(capsys, 'tune', daylight, '--out', path)
         assert path.read_bytes() == before
 
 
-def test_a_recording_too_short_to_learn_from_is_one_sentence(tmp_path, monkeypatch, capsys, daylight):
+def test_a_recording_too_short_to_learn_from_is_one_sentence(
+    tmp_path, monkeypatch, capsys, daylight
+):
     monkeypatch.chdir(tmp_path)
-    sentence = refused(capsys, "tune", daylight, "--out", "w.safetensors", "--train-fraction", "0.2")
-    assert "too few to learn from" in sentence and not (tmp_path / "w.safetensors").exists()
+    sentence = refused(
+        capsys, 'tune', daylight, '--out', 'w.safetensors', '--train-fraction', '0.2'
+    )
+    assert 'too few to learn from' in sentence and not (tmp_path / 'w.safetensors').exists()
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["fly"], ["tune", "bag"], ["tune", "bag", "--out", "w", "--train-fraction", "1.5"], ["evaluate"],
-     ["replay", "bag", "--train-fraction", "nan"], ["tune", "bag", "--out", "w", "--steps", "many"]],
-    ids=" ".join,
+    'arguments',
+    [[], ['fly'], ['tune', 'bag'], ['tune', 'bag', '--out', 'w', '--train-fraction', '1.5'],
+     ['evaluate'],
+     ['replay', 'bag', '--train-fraction', 'nan'],
+     ['tune', 'bag', '--out', 'w', '--steps', 'many']],
+    ids=' '.join,
 )  # fmt: skip
 def test_wrong_arguments_end_with_code_2_and_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("usage: imatching") and "Traceback" not in error
+    assert error.startswith('usage: imatching') and 'Traceback' not in error
 
 
 def test_a_traceback_is_had_where_it_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv("IMATCHING_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="does not exist"):
-        cli.main(["evaluate", str(tmp_path / "nowhere")])
+    monkeypatch.setenv('IMATCHING_TRACEBACK', '1')
+    with pytest.raises(ValueError, match='does not exist'):
+        cli.main(['evaluate', str(tmp_path / 'nowhere')])
 
 
 def test_refusals_of_the_real_process(tmp_path):
-    (tmp_path / "foreign.safetensors").write_text("not weights")
+    (tmp_path / 'foreign.safetensors').write_text('not weights')
     ended = [
-        imatching("evaluate", "nowhere", folder=tmp_path),
-        imatching("tune", "nowhere", "--out", "foreign.safetensors", folder=tmp_path),
+        imatching('evaluate', 'nowhere', folder=tmp_path),
+        imatching('tune', 'nowhere', '--out', 'foreign.safetensors', folder=tmp_path),
     ]
     assert [process.returncode for process in ended] == [2, 2]
-    assert "recording nowhere does not exist" in one_sentence(ended[0].stderr)
-    assert "not a safetensors file" in one_sentence(ended[1].stderr)
-    assert ended[0].stdout == ended[1].stdout == ""
+    assert 'recording nowhere does not exist' in one_sentence(ended[0].stderr)
+    assert 'not a safetensors file' in one_sentence(ended[1].stderr)
+    assert ended[0].stdout == ended[1].stdout == ''
 
 
-# Good input -----------------------------------------------------------------------------------------------------------
+# Good input --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize('command', COMMANDS)
 def test_help_says_what_a_command_does(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        cli.main([command, '--help'])
     assert stop.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith(f"usage: imatching {command}") and getattr(cli, command).__doc__ in text
+    text = ' '.join(capsys.readouterr().out.split())
+    assert text.startswith(f'usage: imatching {command}') and getattr(cli, command).__doc__ in text
 
 
 def test_help_and_version_of_the_program(tmp_path):
-    process = imatching("--help", folder=tmp_path)
+    process = imatching('--help', folder=tmp_path)
     assert process.returncode == 0 and all(command in process.stdout for command in COMMANDS)
-    assert imatching("--version", folder=tmp_path).stdout.strip() == cli.__version__
+    assert imatching('--version', folder=tmp_path).stdout.strip() == cli.__version__
 
 
 REPORT = {
-    "input": {"frames", "frames_matched", "keyframes", "dropped"},
-    "trajectory": {"ate_m", "path_m", "ate_percent"},
-    "learning": {"steps", "windows", "promotions", "rollbacks", "seconds", "model_version"},
-    "latency_ms": {"matcher_p50", "matcher_p95", "bundle_p50", "bundle_p95", "learner_step_p50"},
+    'input': {'frames', 'frames_matched', 'keyframes', 'dropped'},
+    'trajectory': {'ate_m', 'path_m', 'ate_percent'},
+    'learning': {'steps', 'windows', 'promotions', 'rollbacks', 'seconds', 'model_version'},
+    'latency_ms': {'matcher_p50', 'matcher_p95', 'bundle_p50', 'bundle_p95', 'learner_step_p50'},
 }
-ACCURACY = {"mma_1px", "mma_2px", "mma_5px", "auc_5", "auc_10", "auc_20"}
+ACCURACY = {'mma_1px', 'mma_2px', 'mma_5px', 'auc_5', 'auc_10', 'auc_20'}
 STEPS = 12
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def tuned(tmp_path_factory, dusk):
-    """The folder where `imatching tune` went on from weights that were there, and its process."""
-    folder = tmp_path_factory.mktemp("tuned")
-    shutil.copy(weights.default_path(), folder / "w.safetensors")
+    """
+    Return the folder where `imatching tune` went on, and its process.
+
+    It went on from weights that were there.
+    """
+    folder = tmp_path_factory.mktemp('tuned')
+    shutil.copy(weights.default_path(), folder / 'w.safetensors')
     process = imatching(
-        "tune", dusk, "--out", "w.safetensors", "--run-dir", "run", "--steps", STEPS, "--seed", 1, folder=folder
+        'tune', dusk, '--out', 'w.safetensors', '--run-dir', 'run', '--steps', STEPS, '--seed', 1,
+        folder=folder,
     )
     assert process.returncode == 0, process.stderr
     return folder, process
@@ -258,56 +300,72 @@ def tuned(tmp_path_factory, dusk):
 
 def test_tune_writes_weights_and_a_report(tuned, dusk, shipped):
     folder, process = tuned
-    assert process.stderr == "" and sorted(path.name for path in folder.iterdir()) == ["run", "w.safetensors"]
-    matcher, info = weights.load(folder / "w.safetensors")
-    assert "starting from w.safetensors, version 0" in process.stdout
-    assert f"weights, version {info.version}: w.safetensors" in process.stdout
-    report = json.loads((folder / "run" / "report.json").read_text())
+    assert process.stderr == '' and sorted(path.name for path in folder.iterdir()) == [
+        'run',
+        'w.safetensors',
+    ]
+    matcher, info = weights.load(folder / 'w.safetensors')
+    assert 'starting from w.safetensors, version 0' in process.stdout
+    assert f'weights, version {info.version}: w.safetensors' in process.stdout
+    report = json.loads((folder / 'run' / 'report.json').read_text())
     for key, names in REPORT.items():
         assert names <= report[key].keys()
-    assert all(ACCURACY <= report["matching"][when].keys() for when in ("before", "after"))
-    assert {"throughput_hz", "peak_memory_mb"} <= report.keys()
-    assert report["input"]["frames"] == 80 and report["input"]["frames_matched"] == 56
-    learning = report["learning"]
-    assert learning["steps"] == STEPS and learning["windows"] >= 4
-    assert learning["model_version"] == info.version == learning["promotions"]
-    assert report["trajectory"]["ate_m"] is None and report["throughput_hz"] is None  # not had, not invented
-    html = (folder / "run" / "report.html").read_text()
-    assert html.count("<img") + html.count("<svg") >= 2 and "http://" not in html.replace("http://www.w3.org", "")
-    assert str(folder / "run" / "report.html") in process.stdout.replace("\n", "")
+    assert all(ACCURACY <= report['matching'][when].keys() for when in ('before', 'after'))
+    assert {'throughput_hz', 'peak_memory_mb'} <= report.keys()
+    assert report['input']['frames'] == 80 and report['input']['frames_matched'] == 56
+    learning = report['learning']
+    assert learning['steps'] == STEPS and learning['windows'] >= 4
+    assert learning['model_version'] == info.version == learning['promotions']
+    # not had, not invented
+    assert report['trajectory']['ate_m'] is None and report['throughput_hz'] is None
+    html = (folder / 'run' / 'report.html').read_text()
+    assert html.count('<img') + html.count('<svg') >= 2 and 'http://' not in html.replace(
+        'http://www.w3.org', ''
+    )
+    assert str(folder / 'run' / 'report.html') in process.stdout.replace('\n', '')
 
 
 def test_what_tune_says_of_before_and_after_is_true(tuned, dusk, shipped):
     # Also where --out was gone on from: `before` is of the weights that were there.
     folder, _ = tuned
-    matching = json.loads((folder / "run" / "report.json").read_text())["matching"]
+    matching = json.loads((folder / 'run' / 'report.json').read_text())['matching']
     recording = open_recording(dusk)
     pairs = evaluation_pairs(recording, 56 + cli.GAP, len(recording) - 1)
-    matcher, info = weights.load(folder / "w.safetensors")
-    for when, one in (("before", shipped[0]), ("after", matcher)):
+    matcher, info = weights.load(folder / 'w.safetensors')
+    for when, one in (('before', shipped[0]), ('after', matcher)):
         accuracy = evaluate_matching(one, recording, pairs)
-        assert matching[when]["mma_1px"] == pytest.approx(accuracy.mma_1px, abs=0.5)
-    assert info.version > 0 and matching["after"]["mma_1px"] > matching["before"]["mma_1px"]
+        assert matching[when]['mma_1px'] == pytest.approx(accuracy.mma_1px, abs=0.5)
+    assert info.version > 0 and matching['after']['mma_1px'] > matching['before']['mma_1px']
 
 
 def test_evaluate_shows_weights_side_by_side(tuned, daylight, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    paths = [weights.default_path(), tuned[0] / "w.safetensors"]
-    cli.main(["evaluate", str(daylight), "--weights", *map(str, paths), "--first", "0.25", "--pairs", "2"])
+    monkeypatch.setenv('COLUMNS', '120')
+    paths = [weights.default_path(), tuned[0] / 'w.safetensors']
+    cli.main(
+        [
+            'evaluate', str(daylight), '--weights', *map(str, paths), '--first', '0.25', '--pairs',
+            '2',
+        ]
+    )
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert captured.err == ''
     text = captured.out
-    assert "expectation" in text and "version 0" in text and "images 10 to 39, 6 pairs" in text.replace("\n", " ")
-    rows = [line.replace("│", " ").split() for line in text.splitlines() if "│" in line]
-    numbers = [[word for word in row if word.replace(".", "").isdigit()] for row in rows]
-    table = [list(map(float, row[-2:])) for row in numbers if len(row) >= 2 and "." in row[-1]]
-    assert len(table) == 7 and np.isfinite(table).all()  # mma and auc thrice each, and the trajectory
+    assert (
+        'expectation' in text
+        and 'version 0' in text
+        and 'images 10 to 39, 6 pairs' in text.replace('\n', ' ')
+    )
+    rows = [line.replace('│', ' ').split() for line in text.splitlines() if '│' in line]
+    numbers = [[word for word in row if word.replace('.', '').isdigit()] for row in rows]
+    table = [list(map(float, row[-2:])) for row in numbers if len(row) >= 2 and '.' in row[-1]]
+    # mma and auc thrice each, and the trajectory
+    assert len(table) == 7 and np.isfinite(table).all()
     assert all(table[0][k] <= table[1][k] <= table[2][k] <= 100 for k in (0, 1))
     assert max(table[6]) < 5  # percent of the path
 
 
 def test_evaluate_without_ground_truth_invents_nothing(tmp_path, capsys):
     bag = two_cameras(tmp_path)
-    cli.main(["evaluate", str(bag), "--image-topic", "/left/image_raw"])
+    cli.main(['evaluate', str(bag), '--image-topic', '/left/image_raw'])
     out = capsys.readouterr().out
-    assert "0 pairs" in out.replace("\n", " ") and out.count("–") == 7
+    assert '0 pairs' in out.replace('\n', ' ') and out.count('–') == 7

@@ -2,30 +2,35 @@
 
 from dataclasses import replace
 
-import pytest
-import torch
-
 from imatching_ros.bundle import motion
 from imatching_ros.bundle.adjust import AdjustOptions, compiled
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.problem import problem
 from imatching_ros.bundle.registration import refine, register
-from imatching_ros.bundle.robust import KERNELS, Kernel
+from imatching_ros.bundle.robust import Kernel, KERNELS
 from imatching_ros.bundle.solve import _Solver
 from imatching_ros.geometry import lie, triangulation, two_view
+import pytest
+import torch
 
-pytestmark = pytest.mark.skipif(not compiled(), reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not compiled(), reason='numba is not installed')
 FOCAL = torch.tensor([500.0, 520.0], dtype=torch.float64)
 
 
 def scene(seed, poses=9, landmarks=300, twice=True):
-    """Noisy observations of random points, some far, a tenth of them wrong, some rows twice, in random order."""
+    """
+    Noisy observations of random points, some far, a tenth of them wrong, some rows twice.
+
+    In random order.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    T = lie.retract(lie.identity(poses), torch.cat((0.3 * normal(poses, 3), 0.1 * normal(poses, 3)), -1))
+    T = lie.retract(
+        lie.identity(poses), torch.cat((0.3 * normal(poses, 3), 0.1 * normal(poses, 3)), -1)
+    )
     p = normal(landmarks, 3) * torch.tensor([1.5, 1.0, 0.5]) + torch.tensor([0, 0, 4.0])
     p[::5] *= 30  # without parallax
     xy, depth = triangulation.reproject(T, p[:, None])
@@ -38,39 +43,57 @@ def scene(seed, poses=9, landmarks=300, twice=True):
     rows = torch.sort(torch.cat((torch.arange(len(pose)), again)), stable=True).values
     landmark, pose = landmark[rows], pose[rows]
     xy = xy[landmark, pose] + 0.3 * normal(len(rows), 2) / 500
-    cov = torch.stack((1 + normal(len(rows)).square(), 0.3 * normal(len(rows)).tanh(), 1 + normal(len(rows)) ** 2), -1)
+    cov = torch.stack(
+        (
+            1 + normal(len(rows)).square(), 0.3 * normal(len(rows)).tanh(),
+            1 + normal(len(rows)) ** 2,
+        ),
+        -1,
+    )
     return T, p, problem(T, p, pose, landmark, xy, cov, FOCAL)
 
 
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize('name', KERNELS)
+@pytest.mark.parametrize('seed', range(3))
 def test_registration(name, seed):
     T, p, posed = scene(seed)
     rows = posed.select(posed.pose == 1)
     points = p[rows.landmark]
-    guess = lie.retract(T[1], torch.tensor([0.02, -0.03, 0.01, 0.01, -0.01, 0.02], dtype=torch.float64))
+    guess = lie.retract(
+        T[1], torch.tensor([0.02, -0.03, 0.01, 0.01, -0.01, 0.02], dtype=torch.float64)
+    )
     same = points.clone()
     same[:3, 2] = -1.0  # behind
-    both = [refine(guess, same, rows.xy, rows.cov, FOCAL, Kernel(name), backend=b) for b in ("eager", "cpu")]
+    both = [
+        refine(guess, same, rows.xy, rows.cov, FOCAL, Kernel(name), backend=b)
+        for b in ('eager', 'cpu')
+    ]
     torch.testing.assert_close(*both, rtol=1e-7, atol=1e-9)
     for begin in (guess, None):
         both = [
-            register(points, rows.xy, rows.cov, FOCAL, begin, AdjustOptions(Kernel(name), backend=b), 3.0)
-            for b in ("eager", "cpu")
+            register(
+                points, rows.xy, rows.cov, FOCAL, begin, AdjustOptions(Kernel(name), backend=b),
+                3.0,
+            )
+            for b in ('eager', 'cpu')
         ]
-        torch.testing.assert_close(both[0].T_world_camera, both[1].T_world_camera, rtol=1e-7, atol=1e-9)
-        assert torch.equal(both[0].inliers, both[1].inliers) and both[0].inliers.float().mean() > 0.5
+        torch.testing.assert_close(
+            both[0].T_world_camera, both[1].T_world_camera, rtol=1e-7, atol=1e-9
+        )
+        assert (
+            torch.equal(both[0].inliers, both[1].inliers) and both[0].inliers.float().mean() > 0.5
+        )
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("known", ["nothing", "half", "all"])
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('known', ['nothing', 'half', 'all'])
 def test_triangulation_and_survivors(seed, known):
     T, p, posed = scene(seed)
     start = p.clone()
-    if known != "all":
-        start[:: 1 if known == "nothing" else 2] = torch.nan
+    if known != 'all':
+        start[:: 1 if known == 'nothing' else 2] = torch.nan
     points, kept = [], []
-    for backend in ("eager", "cpu"):
+    for backend in ('eager', 'cpu'):
         options = BundleOptions(adjust=AdjustOptions(backend=backend))
         solver = _Solver(replace(posed, T_world_camera=T), start, float(FOCAL.mean()), options, 6)
         solver.dropped[:5] = True
@@ -82,8 +105,8 @@ def test_triangulation_and_survivors(seed, known):
     assert 0.3 < kept[0].double().mean() < 0.95
 
 
-@pytest.mark.parametrize("size", [0, 1, 2, 3, 10, 500])
-@pytest.mark.parametrize("angle", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize('size', [0, 1, 2, 3, 10, 500])
+@pytest.mark.parametrize('angle', [0.0, 0.01, 0.3])
 def test_a_turn(size, angle):
     g = torch.Generator().manual_seed(size)
     axis = torch.tensor([0.0, 0, 0, 0.3, 1.0, -0.5], dtype=torch.float64)
@@ -93,10 +116,12 @@ def test_a_turn(size, angle):
     xy_j = xy_j + 1e-3 * torch.randn(size, 2, generator=g, dtype=torch.float64)
     xy_j[::4] += 0.05 * (size > 3)
     pair = motion.Pair(0, xy_i, xy_j, torch.ones(size, dtype=torch.float64))
-    found, expected = (motion._turn(pair, 6e-3, backend) for backend in ("cpu", "eager"))
+    found, expected = (motion._turn(pair, 6e-3, backend) for backend in ('cpu', 'eager'))
     if size < 2:
         assert found is expected is None
     else:
-        torch.testing.assert_close(lie.rotation(found[3:]), lie.rotation(expected[3:]), rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            lie.rotation(found[3:]), lie.rotation(expected[3:]), rtol=0, atol=1e-9
+        )
         error = two_view.transfer_error(lie.rotation(found[3:]), xy_i, xy_j)
         assert size < 10 or (error < 6e-3).double().mean() > 0.6

@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import cv2
-import numpy as np
-import pytest
-import torch
-
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording
 from imatching_ros.evaluation.matching import (
-    BORDER_PX,
-    Pair,
     accuracy,
+    BORDER_PX,
     evaluate_matching,
     evaluation_pairs,
     match_pairs,
+    Pair,
     pose_auc,
     true_matches,
 )
@@ -25,6 +21,9 @@ from imatching_ros.evaluation.trajectory import associate, trajectory_accuracy
 from imatching_ros.geometry import lie
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.matching.protocol import Matches
+import numpy as np
+import pytest
+import torch
 
 CAMERA = Camera(320, 240, 300.0, 300.0, 159.5, 119.5)
 FRAME_NS = 33_333_333
@@ -32,7 +31,11 @@ FRAME_NS = 33_333_333
 
 @dataclass
 class World:
-    """Ray-cast recording: a wall at z = 4 m behind a strip |x| < 0.3 m at z = 2 m; the camera's poses are given."""
+    """
+    Ray-cast recording: a wall at z = 4 m behind a strip |x| < 0.3 m at z = 2 m.
+
+    The camera's poses are given.
+    """
 
     T_world_camera: torch.Tensor
     strip: bool = True
@@ -43,7 +46,10 @@ class World:
     def __post_init__(self) -> None:
         self.stamps = np.arange(len(self.T_world_camera)) * FRAME_NS
         noise = np.random.default_rng(0).uniform(0, 255, (2, 1024, 1024)).astype(np.float32)
-        self._textures = [cv2.normalize(cv2.GaussianBlur(n, (0, 0), 3), None, 20, 235, cv2.NORM_MINMAX) for n in noise]
+        self._textures = [
+            cv2.normalize(cv2.GaussianBlur(n, (0, 0), 3), None, 20, 235, cv2.NORM_MINMAX)
+            for n in noise
+        ]
         self._frames = [self._render(T) for T in self.T_world_camera]
 
     @property
@@ -61,15 +67,17 @@ class World:
 
     def messages(self):
         for stamp in self.stamps.tolist():
-            yield stamp, "camera_info", "sensor_msgs/msg/CameraInfo", None
-            yield stamp, "image", "sensor_msgs/msg/Image", None
+            yield stamp, 'camera_info', 'sensor_msgs/msg/CameraInfo', None
+            yield stamp, 'image', 'sensor_msgs/msg/Image', None
 
     def depth(self, stamp: int):
         return self._frames[stamp // FRAME_NS][1] if self.with_depth else None
 
     def _render(self, T):
-        v, u = np.mgrid[: CAMERA.height, : CAMERA.width]
-        rays = np.stack(((u - CAMERA.cx) / CAMERA.fx, (v - CAMERA.cy) / CAMERA.fy, np.ones_like(u)), -1)
+        v, u = np.mgrid[:CAMERA.height, : CAMERA.width]
+        rays = np.stack(
+            ((u - CAMERA.cx) / CAMERA.fx, (v - CAMERA.cy) / CAMERA.fy, np.ones_like(u)), -1
+        )
         Rt = lie.matrix(T).numpy()
         directions, centre = rays @ Rt[:, :3].T, Rt[:, 3]
         image = depth = None
@@ -77,7 +85,8 @@ class World:
             t = (z - centre[2]) / directions[..., 2]
             x, y = (centre[k] + t * directions[..., k] for k in (0, 1))
             colour = cv2.remap(
-                texture, (x * 150 + 512).astype(np.float32), (y * 150 + 512).astype(np.float32), cv2.INTER_LINEAR
+                texture, (x * 150 + 512).astype(np.float32), (y * 150 + 512).astype(np.float32),
+                cv2.INTER_LINEAR,
             )
             if image is None:
                 image, depth = colour, t
@@ -93,7 +102,7 @@ class Oracle:
 
     world: World
     error: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
-    family = "oracle"
+    family = 'oracle'
 
     def encode(self, images):
         return round(images[0, 0, 0, 0].item() * 255)
@@ -113,19 +122,23 @@ class Oracle:
 
 
 class Klt:
-    family = "klt"
+    family = 'klt'
 
     def encode(self, images):
         return (images[0, 0] * 255).round().byte().numpy()
 
     def match(self, reference, target, queries):
-        uv, found, _ = cv2.calcOpticalFlowPyrLK(reference, target, queries[0].nan_to_num().numpy(), None, maxLevel=4)
+        uv, found, _ = cv2.calcOpticalFlowPyrLK(
+            reference, target, queries[0].nan_to_num().numpy(), None, maxLevel=4
+        )
         uv[found[:, 0] == 0] = np.nan
         return _matches(torch.as_tensor(uv))
 
 
 def _matches(uv):
-    return Matches(uv[None], uv[None], torch.ones(1, len(uv)), torch.eye(2).expand(1, len(uv), 2, 2))
+    return Matches(
+        uv[None], uv[None], torch.ones(1, len(uv)), torch.eye(2).expand(1, len(uv), 2, 2)
+    )
 
 
 def _poses(positions, turn=0.0):
@@ -143,12 +156,17 @@ def _sideways(frames, step=0.04):
 
 
 def test_known_errors_give_exactly_known_percentages():
-    world = World(_poses([[0.0, 0.0, 0.0], [0.2, 0.0, 0.0]]), strip=False)  # the whole image moves 15 px to the left
+    # the whole image moves 15 px to the left
+    world = World(_poses([[0.0, 0.0, 0.0], [0.2, 0.0, 0.0]]), strip=False)
     error = torch.tensor([0.5, 0.9, 0.0, 0.3, 1.5, 1.9, 1.2, 3.0, 4.0, 50.0])
     (match,) = match_pairs(Oracle(world, error), world, evaluation_pairs(world, 0, 1, steps=(1,)))
-    inside = (match.queries[:, 0] - 15 >= BORDER_PX) & (match.queries[:, 0] - 15 <= CAMERA.width - 1 - BORDER_PX)
+    inside = (match.queries[:, 0] - 15 >= BORDER_PX) & (
+        match.queries[:, 0] - 15 <= CAMERA.width - 1 - BORDER_PX
+    )
     assert torch.equal(match.visible, inside) and 0 < inside.sum() < len(inside)
-    assert torch.allclose(match.true_uv[inside], match.queries[inside] - torch.tensor([15.0, 0.0]), atol=1e-3)
+    assert torch.allclose(
+        match.true_uv[inside], match.queries[inside] - torch.tensor([15.0, 0.0]), atol=1e-3
+    )
     expected = error[torch.arange(len(inside)) % 10]
     assert torch.allclose(match.error_px[inside], expected[inside], atol=1e-3)
     assert match.error_px[~inside].isnan().all()
@@ -163,7 +181,9 @@ def test_accuracy_is_averaged_over_pairs_not_points():
     (match,) = match_pairs(Oracle(world), world, evaluation_pairs(world, 0, 1, steps=(1,)))
     few = torch.zeros_like(match.visible)
     few[match.visible.nonzero()[:20, 0]] = True
-    wrong = type(match)(**{**vars(match), "visible": few, "error_px": torch.full_like(match.error_px, torch.inf)})
+    wrong = type(match)(
+        **{**vars(match), 'visible': few, 'error_px': torch.full_like(match.error_px, torch.inf)}
+    )
     assert accuracy([match, wrong]).mma_5px == 50.0
 
 
@@ -172,9 +192,12 @@ def test_points_behind_the_strip_and_at_its_edge_are_not_counted():
     (pair,) = evaluation_pairs(world, 0, 1, steps=(1,))
     u, v = np.meshgrid(np.arange(10.0, 310.0, 3.0), np.arange(10.0, 230.0, 20.0))
     queries = torch.as_tensor(np.stack((u.ravel(), v.ravel()), -1), dtype=torch.float32)
-    uv, visible = true_matches(CAMERA, pair, queries, world.depth(pair.reference), world.depth(pair.target))
-    # Wall points move by 300 * 0.8 / 4 = 60 px to the left, strip points by 120 px; both cameras see the strip
-    # 0.6 m * 300 / 2 = 90 px wide, centred 60 px right of the first's axis and 60 px left of the second's.
+    uv, visible = true_matches(
+        CAMERA, pair, queries, world.depth(pair.reference), world.depth(pair.target)
+    )
+    # Wall points move by 300 * 0.8 / 4 = 60 px to the left, strip points by 120 px; both cameras
+    # see the strip 0.6 m * 300 / 2 = 90 px wide, centred 60 px right of the first's axis and 60 px
+    # left of the second's.
     centre = queries[:, 0] - CAMERA.cx
     on_strip = (centre - 60).abs() < 45
     hidden = (centre - 60 + 60).abs() < 45
@@ -212,20 +235,27 @@ def test_perfect_matches_of_a_rendered_recording_are_perfect():
 
 def test_a_real_tracker_is_good_but_not_perfect():
     world = World(_sideways(8))
-    figures = evaluate_matching(Klt(), world, evaluation_pairs(world, 0, 7, steps=(2, 5), per_step=3))
+    figures = evaluate_matching(
+        Klt(), world, evaluation_pairs(world, 0, 7, steps=(2, 5), per_step=3)
+    )
     assert 50.0 < figures.mma_1px <= figures.mma_2px <= figures.mma_5px < 100.0
     assert 30.0 < figures.auc_5 < figures.auc_20 < 100.0
 
 
 def test_a_real_tracker_on_a_recording_that_the_program_rendered(tmp_path):
-    recording = open_recording(render_recording(tmp_path / "recording", seed=1, frames=8, size=(320, 240)))
-    figures = evaluate_matching(Klt(), recording, evaluation_pairs(recording, 0, 7, steps=(2,), per_step=3))
+    recording = open_recording(
+        render_recording(tmp_path / 'recording', seed=1, frames=8, size=(320, 240))
+    )
+    figures = evaluate_matching(
+        Klt(), recording, evaluation_pairs(recording, 0, 7, steps=(2,), per_step=3)
+    )
     assert figures.pairs == 3 and figures.points > 300
     assert figures.mma_2px > 60.0
 
 
 def test_matches_that_are_nan_are_misses():
     class Blind(Klt):
+
         def match(self, reference, target, queries):
             return _matches(torch.full_like(queries[0], torch.nan))
 
@@ -239,7 +269,9 @@ def test_without_depth_only_the_pose_is_measured():
     world = World(_sideways(12), with_depth=False)
     truth = World(_sideways(12))
     figures = evaluate_matching(Oracle(truth), world, evaluation_pairs(world, 0, 11))
-    assert (figures.mma_1px, figures.mma_2px, figures.mma_5px, figures.points) == (None, None, None, 0)
+    assert (figures.mma_1px, figures.mma_2px, figures.mma_5px, figures.points) == (
+        None, None, None, 0,
+    )
     assert figures.auc_5 > 90.0
 
 
@@ -274,13 +306,17 @@ def test_the_same_pair_turned_round_is_the_inverse_motion():
     (pair,) = evaluation_pairs(world, 0, 5, steps=(5,))
     back = Pair(pair.target, pair.reference, lie.inverse(pair.T_target_reference), True)
     queries = torch.tensor([[60.0, 60.0], [250.0, 200.0]])
-    uv, visible = true_matches(CAMERA, pair, queries, world.depth(pair.reference), world.depth(pair.target))
-    again, _ = true_matches(CAMERA, back, uv, world.depth(pair.target), world.depth(pair.reference))
+    uv, visible = true_matches(
+        CAMERA, pair, queries, world.depth(pair.reference), world.depth(pair.target)
+    )
+    again, _ = true_matches(
+        CAMERA, back, uv, world.depth(pair.target), world.depth(pair.reference)
+    )
     assert visible.all() and torch.allclose(again, queries, atol=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("errors", "threshold", "percent"),
+    ('errors', 'threshold', 'percent'),
     [
         ([0.0, 0.0], 5, 100.0),
         ([np.inf, np.inf], 20, 0.0),
@@ -302,21 +338,30 @@ def _walk(count=50):
 
 def test_a_similarity_of_the_truth_has_no_error():
     stamps, truth = _walk()
-    turn = torch.nn.functional.normalize(torch.tensor([0.3, -0.5, 0.2, 0.7], dtype=torch.float64), dim=0)
+    turn = torch.nn.functional.normalize(
+        torch.tensor([0.3, -0.5, 0.2, 0.7], dtype=torch.float64), dim=0
+    )
     moved = torch.as_tensor(truth).clone()
-    moved[:, :3] = 0.37 * lie.rotate(turn.expand(50, 4), moved[:, :3]) + torch.tensor([5.0, -2.0, 9.0])
+    moved[:, :3] = 0.37 * lie.rotate(turn.expand(50, 4), moved[:, :3]) + torch.tensor(
+        [5.0, -2.0, 9.0]
+    )
     result = trajectory_accuracy(stamps, moved, (stamps, truth))
     assert result.ate_m == pytest.approx(0.0, abs=1e-9)
-    assert result.path_m == pytest.approx(np.linalg.norm(np.diff(truth[:, :3], axis=0), axis=1).sum())
+    assert result.path_m == pytest.approx(
+        np.linalg.norm(np.diff(truth[:, :3], axis=0), axis=1).sum()
+    )
     np.testing.assert_allclose(result.estimate, truth[:, :3], atol=1e-9)
 
 
 def test_known_noise_gives_the_expected_error():
-    # Out-of-plane noise +a -a ... on a circle of radius r is orthogonal to every rotation and shift; the best scale
-    # shrinks the estimate by r^2 / (r^2 + a^2), which leaves a mean square of r^2 a^2 / (r^2 + a^2).
+    # Out-of-plane noise +a -a ... on a circle of radius r is orthogonal to every rotation and
+    # shift; the best scale shrinks the estimate by r^2 / (r^2 + a^2), which leaves a mean square
+    # of r^2 a^2 / (r^2 + a^2).
     radius, noise, count = 2.0, 0.1, 40
     angle = 2 * np.pi * np.arange(count) / count
-    truth = _poses(np.stack((radius * np.cos(angle), radius * np.sin(angle), 0 * angle), -1)).numpy()
+    truth = _poses(
+        np.stack((radius * np.cos(angle), radius * np.sin(angle), 0 * angle), -1)
+    ).numpy()
     estimate = truth.copy()
     estimate[:, 2] = noise * (-1.0) ** np.arange(count)
     stamps = np.arange(count) * FRAME_NS

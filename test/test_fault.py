@@ -1,4 +1,8 @@
-"""Nodes that are killed, that hang, and whose disk is full: the others go on, and what comes back learns on."""
+"""
+Nodes that are killed, that hang, and whose disk is full.
+
+The others go on, and what comes back learns on.
+"""
 
 import itertools
 import resource
@@ -7,17 +11,16 @@ import time
 
 import pytest
 
-pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
+pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
+from imatching_ros.matching import weights  # noqa: E402,I100
+from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
-from ros import SECOND, START, Ros, image_message  # noqa: E402
+from ros import image_message, Ros, SECOND, START  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 from std_msgs.msg import UInt8MultiArray  # noqa: E402
 from std_srvs.srv import Trigger  # noqa: E402
-
-from imatching_ros.matching import weights  # noqa: E402
-from imatching_ros.nodes import messages, parameters  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 
 
 class Robot(Ros):
@@ -26,29 +29,31 @@ class Robot(Ros):
     def __init__(self, folder, camera, pictures) -> None:
         super().__init__(folder)
         self.given = {
-            "matcher": {"processing_mode": "all", "queries": 200},
-            "bundle": {},
-            "learner": {"weights_dir": str(folder / "weights")},
+            'matcher': {'processing_mode': 'all', 'queries': 200},
+            'bundle': {},
+            'learner': {'weights_dir': str(folder / 'weights')},
         }
-        self.folder, self.now = folder / "weights", START
+        self.folder, self.now = folder / 'weights', START
         self.order = itertools.cycle([*pictures, *pictures[-2:0:-1]])
-        self.info = messages.camera_to_info(camera, messages.header(0, "camera"))
-        self.images = self.node.create_publisher(Image, "image", lossless())
-        self.infos = self.node.create_publisher(CameraInfo, "camera_info", lossless())
-        self.matched = self.listen(PointCloud2, "correspondences", lossless())
-        self.odometry = self.listen(Odometry, "odometry", lossless())
-        self.weights = self.listen(UInt8MultiArray, "weights", latched())
+        self.info = messages.camera_to_info(camera, messages.header(0, 'camera'))
+        self.images = self.node.create_publisher(Image, 'image', lossless())
+        self.infos = self.node.create_publisher(CameraInfo, 'camera_info', lossless())
+        self.matched = self.listen(PointCloud2, 'correspondences', lossless())
+        self.odometry = self.listen(Odometry, 'odometry', lossless())
+        self.weights = self.listen(UInt8MultiArray, 'weights', latched())
         for role in parameters.NODES:
             self.begin(role)
 
     def begin(self, role: str) -> None:
-        """Starts a node, and waits until it takes part."""
-        self.heard["/diagnostics"].clear()
-        self.start(role, image_qos="keep_all", **self.given[role])
-        self.wait(lambda: self.says(role).get("lifecycle") == "active")
+        """Start a node, and wait until it takes part."""
+        self.heard['/diagnostics'].clear()
+        self.start(role, image_qos='keep_all', **self.given[role])
+        self.wait(lambda: self.says(role).get('lifecycle') == 'active')
         running = self.processes.keys()
         self.wait(lambda: self.infos.get_subscription_count() == len(running))
-        self.wait(lambda: self.images.get_subscription_count() == len(running & {"matcher", "learner"}))
+        self.wait(
+            lambda: self.images.get_subscription_count() == len(running & {'matcher', 'learner'})
+        )
         time.sleep(0.3)
 
     def kill(self, role: str) -> None:
@@ -57,12 +62,14 @@ class Robot(Ros):
         process.wait()
 
     def play(self, count: int) -> None:
-        """The next images, each of which the matcher must answer, whole."""
+        """Return the next images, each of which the matcher must answer, whole."""
         self.infos.publish(self.info)
         for _ in range(count):
             self.now += SECOND // 20
             self.images.publish(image_message(self.now, next(self.order)))
-            self.wait(lambda: self.matched and messages.to_ns(self.matched[-1].header.stamp) == self.now)
+            self.wait(
+                lambda: self.matched and messages.to_ns(self.matched[-1].header.stamp) == self.now
+            )
             messages.correspondences_from_cloud(self.matched[-1])
 
     def play_until_posed(self) -> None:
@@ -73,99 +80,118 @@ class Robot(Ros):
             time.sleep(0.2)
             if len(self.odometry) > before:
                 return
-        raise AssertionError(f"no pose in 200 images: {self.says('bundle')}")
+        raise AssertionError(f'no pose in 200 images: {self.says("bundle")}')
 
     def version(self, role: str) -> int:
-        return int(self.says(role).get("model_version", -1))
+        return int(self.says(role).get('model_version', -1))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def robot(tmp_path_factory, day):
     camera, images = day
-    robot = Robot(tmp_path_factory.mktemp("robot"), camera, [image for _, image in images])
+    robot = Robot(tmp_path_factory.mktemp('robot'), camera, [image for _, image in images])
     yield robot
     robot.close()
 
 
 def test_fault_learner_that_hangs_costs_the_matcher_no_image(robot):
     robot.play(10)
-    robot.processes["learner"].send_signal(signal.SIGSTOP)
+    robot.processes['learner'].send_signal(signal.SIGSTOP)
     try:
         before = len(robot.matched)
         robot.play(40)
         assert len(robot.matched) == before + 40
     finally:
-        robot.processes["learner"].send_signal(signal.SIGCONT)
-    robot.wait(lambda: robot.says("learner").get("waiting") == "0" and int(robot.says("learner")["received"]) >= 100)
-    assert robot.says("matcher")["dropped"] == robot.says("matcher")["refused"] == "0"
+        robot.processes['learner'].send_signal(signal.SIGCONT)
+    robot.wait(
+        lambda: (
+            robot.says('learner').get('waiting') == '0'
+            and int(robot.says('learner')['received']) >= 100
+        )
+    )
+    assert robot.says('matcher')['dropped'] == robot.says('matcher')['refused'] == '0'
 
 
 def test_fault_full_disk_keeps_no_weights_from_the_matcher(robot):
-    """The limit on a file's size stands for the disk's: either way the system refuses the write."""
-    learner = robot.processes["learner"]
-    robot.wait(lambda: robot.version("learner") >= 0)
-    before = robot.version("learner")
+    """
+    The limit on a file's size stands for the disk's.
+
+    Either way the system refuses the write.
+    """
+    learner = robot.processes['learner']
+    robot.wait(lambda: robot.version('learner') >= 0)
+    before = robot.version('learner')
     resource.prlimit(learner.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     try:
-        assert robot.call(Trigger, "learner/rollback").success
-        robot.wait(lambda: robot.version("matcher") == robot.version("learner") == before + 1)
-        assert "could not be written" in robot.says("learner")["last_error"]
-        refused = robot.call(Trigger, "learner/save_checkpoint")
-        assert not refused.success and "too large" in refused.message.lower()
-        assert not [path for path in robot.folder.rglob("*") if path.is_file()], "nothing half-written"
+        assert robot.call(Trigger, 'learner/rollback').success
+        robot.wait(lambda: robot.version('matcher') == robot.version('learner') == before + 1)
+        assert 'could not be written' in robot.says('learner')['last_error']
+        refused = robot.call(Trigger, 'learner/save_checkpoint')
+        assert not refused.success and 'too large' in refused.message.lower()
+        assert not [path for path in robot.folder.rglob('*') if path.is_file()], (
+            'nothing half-written'
+        )
     finally:
-        resource.prlimit(learner.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert robot.call(Trigger, "learner/save_checkpoint").success
-    assert [weights.load(path) for path in robot.folder.rglob("version_*.safetensors")]
+        resource.prlimit(
+            learner.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        )
+    assert robot.call(Trigger, 'learner/save_checkpoint').success
+    assert [weights.load(path) for path in robot.folder.rglob('version_*.safetensors')]
 
 
 def test_kill_learner_goes_on_from_its_last_checkpoint(robot):
-    before = robot.version("learner") + 1
-    assert robot.call(Trigger, "learner/rollback").success
-    assert robot.call(Trigger, "learner/save_checkpoint").success
-    robot.wait(lambda: robot.version("matcher") == robot.version("learner") == before)
-    robot.kill("learner")
+    before = robot.version('learner') + 1
+    assert robot.call(Trigger, 'learner/rollback').success
+    assert robot.call(Trigger, 'learner/save_checkpoint').success
+    robot.wait(lambda: robot.version('matcher') == robot.version('learner') == before)
+    robot.kill('learner')
     robot.play(10)
-    assert robot.version("matcher") == before
-    robot.begin("learner")
+    assert robot.version('matcher') == before
+    robot.begin('learner')
     robot.play(5)
-    robot.wait(lambda: robot.version("learner") == before)
-    assert robot.call(Trigger, "learner/rollback").success
-    robot.wait(lambda: robot.version("matcher") == before + 1)  # a version is never given twice
+    robot.wait(lambda: robot.version('learner') == before)
+    assert robot.call(Trigger, 'learner/rollback').success
+    robot.wait(lambda: robot.version('matcher') == before + 1)  # a version is never given twice
 
 
 def test_kill_bundle_begins_a_new_map_and_the_matcher_misses_nothing(robot):
-    robot.kill("bundle")
+    robot.kill('bundle')
     robot.play(10)
-    robot.begin("bundle")
+    robot.begin('bundle')
     robot.play_until_posed()
-    assert robot.says("matcher")["dropped"] == robot.says("matcher")["refused"] == "0"
+    assert robot.says('matcher')['dropped'] == robot.says('matcher')['refused'] == '0'
 
 
 def test_kill_matcher_comes_back_with_the_weights_that_were_in_use(robot):
-    version = robot.version("learner")
-    robot.kill("matcher")
-    robot.begin("matcher")
-    robot.wait(lambda: robot.version("matcher") == version)
+    version = robot.version('learner')
+    robot.kill('matcher')
+    robot.begin('matcher')
+    robot.wait(lambda: robot.version('matcher') == version)
     robot.play_until_posed()
 
 
 def test_fault_images_of_another_size_and_stamps_from_nowhere_reach_nobody(robot):
     """Two publishers: the second one's camera is another, and its clock is wrong."""
     robot.play(5)
-    robot.wait(lambda: robot.says("matcher").get("waiting") == "0")
-    before = {role: int(robot.says(role)["refused"]) for role in ("matcher", "learner")}
+    robot.wait(lambda: robot.says('matcher').get('waiting') == '0')
+    before = {role: int(robot.says(role)['refused']) for role in ('matcher', 'learner')}
     image = next(robot.order)
     for index in range(10):
         robot.images.publish(image_message(robot.now + (index - 5) * 1000 * SECOND, image[:100]))
         robot.play(1)
-        assert len(messages.correspondences_from_cloud(robot.matched[-1])), "tracking was not disturbed"
+        assert len(messages.correspondences_from_cloud(robot.matched[-1])), (
+            'tracking was not disturbed'
+        )
     for role in before:
-        robot.wait(lambda role=role: int(robot.says(role)["refused"]) == before[role] + 10)
-        assert "publish the camera_info that belongs to the image" in robot.says(role)["last_error"]
+        robot.wait(lambda role=role: int(robot.says(role)['refused']) == before[role] + 10)
+        assert (
+            'publish the camera_info that belongs to the image' in robot.says(role)['last_error']
+        )
 
 
 def test_fault_nothing_unforeseen_was_said(robot):
     """Runs last: of all that the tests above have done to the nodes."""
     for role in robot.processes:
-        assert "unexpected" not in robot.log(role) and "Traceback" not in robot.log(role), robot.log(role)
+        assert 'unexpected' not in robot.log(role) and 'Traceback' not in robot.log(role), (
+            robot.log(role)
+        )

@@ -1,23 +1,32 @@
-"""Rigid transforms against pypose; two-view, pose from points and triangulation on exact and on spoilt input."""
+"""
+Rigid transforms against pypose.
 
+Two-view, pose from points and triangulation on exact and on spoilt input.
+"""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from imatching_ros.geometry import lie, triangulation, two_view
 import pypose
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from imatching_ros.geometry import lie, triangulation, two_view
 
 FOCAL = 500.0
 
 
 def random_poses(n, seed=0, spread=1.0):
     g = torch.Generator().manual_seed(seed)
-    return lie.retract(lie.identity(n), spread * torch.randn(n, 6, generator=g, dtype=torch.float64))
+    return lie.retract(
+        lie.identity(n), spread * torch.randn(n, 6, generator=g, dtype=torch.float64)
+    )
 
 
 def scene(views=5, points=200, seed=0, noise_px=0.0):
-    """Cameras along x that look at a box of points 3 to 8 away: T_world_camera, points, xy (points, views, 2)."""
+    """
+    Cameras along x that look at a box of points 3 to 8 away.
+
+    T_world_camera, points, xy (points, views, 2).
+    """
     g = torch.Generator().manual_seed(seed)
     T = lie.identity(views)
     T[:, 0] = torch.linspace(0, 1.5, views)
@@ -48,7 +57,9 @@ def test_transforms_are_pyposes():
 def test_matrix_round_trip_and_inverse(seed, spread):
     T = random_poses(8, seed, spread)
     torch.testing.assert_close(lie.matrix(lie.from_matrix(lie.matrix(T))), lie.matrix(T))
-    torch.testing.assert_close(lie.matrix(lie.compose(T, lie.inverse(T))), lie.matrix(lie.identity(8)))
+    torch.testing.assert_close(
+        lie.matrix(lie.compose(T, lie.inverse(T))), lie.matrix(lie.identity(8))
+    )
 
 
 def test_half_turns_survive_the_matrix():
@@ -62,7 +73,9 @@ def test_retract_acts_in_the_world():
     w = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)
     moved = lie.retract(T, torch.cat((torch.tensor([1.0, 2, 3]).double(), w)))
     torch.testing.assert_close(moved[:3], T[:3] + torch.tensor([1.0, 2, 3]).double())
-    torch.testing.assert_close(lie.rotation(moved[3:]), pypose.so3(w).Exp().matrix() @ lie.rotation(T[3:]))
+    torch.testing.assert_close(
+        lie.rotation(moved[3:]), pypose.so3(w).Exp().matrix() @ lie.rotation(T[3:])
+    )
 
 
 def test_relative_pose_with_outliers_noise_and_nan():
@@ -75,7 +88,11 @@ def test_relative_pose_with_outliers_noise_and_nan():
     assert angle_deg(lie.compose(T_j_i, lie.inverse(want))) < 0.3
     direction = want[:3] / want[:3].norm()
     assert torch.rad2deg((T_j_i[:3] @ direction).clamp(-1, 1).acos()) < 3
-    assert inliers[~wrong].float().mean() > 0.95 and inliers[wrong].float().mean() < 0.15 and not inliers[5]
+    assert (
+        inliers[~wrong].float().mean() > 0.95
+        and inliers[wrong].float().mean() < 0.15
+        and not inliers[5]
+    )
 
 
 def test_absolute_pose_with_outliers_noise_and_nan():
@@ -94,7 +111,10 @@ def test_too_few_points_give_none():
     _, p, xy = scene(2, 5)
     assert two_view.relative_pose(xy[:, 0], xy[:, 1], 2.0, FOCAL) is None
     assert two_view.absolute_pose(p, xy[:, 0], 2.0, FOCAL) is None
-    assert two_view.relative_pose(torch.full((50, 2), torch.nan), torch.zeros(50, 2), 2.0, FOCAL) is None
+    assert (
+        two_view.relative_pose(torch.full((50, 2), torch.nan), torch.zeros(50, 2), 2.0, FOCAL)
+        is None
+    )
 
 
 def test_two_view_is_deterministic():
@@ -119,7 +139,9 @@ def test_triangulation_without_two_views_or_with_parallel_rays_is_nan():
     mask[0, 1:] = False
     mask[1] = False
     same = T[:1].expand(3, 7)
-    assert triangulation.triangulate(T, xy, mask).isnan().all(-1).tolist() == [True, True, False, False]
+    assert triangulation.triangulate(T, xy, mask).isnan().all(-1).tolist() == [
+        True, True, False, False,
+    ]
     assert triangulation.triangulate(same, xy[:, :1].expand(4, 3, 2), mask).isnan().all()
 
 
@@ -148,14 +170,17 @@ def test_robust_triangulation(seed, views, wrong, missing):
     g = torch.Generator().manual_seed(seed + 1)
     mask = torch.rand(100, views, generator=g) >= missing
     bad = (torch.rand(100, views, generator=g) < wrong) & mask
-    xy = torch.where(bad[..., None], xy + 0.3 * torch.randn(xy.shape, generator=g, dtype=torch.float64), xy)
+    xy = torch.where(
+        bad[..., None], xy + 0.3 * torch.randn(xy.shape, generator=g, dtype=torch.float64), xy
+    )
     xy = torch.where(mask[..., None], xy, torch.nan)
     point, agree = triangulation.triangulate_robust(T, xy, mask, 2.0 / FOCAL)
     assert not (agree & ~mask).any()
     found = point.isfinite().all(-1)
     assert torch.equal(found, agree.sum(-1) >= 2)
     right = mask & ~bad
-    # Three good views or more that outnumber the bad ones are found (a few of many may miss a noisy one).
+    # Three good views or more that outnumber the bad ones are found (a few of many may miss a
+    # noisy one).
     sure = (right.sum(-1) >= 3) & (right.sum(-1) > bad.sum(-1))
     if sure.sum() >= 10:
         assert (agree[sure].sum(-1) >= 3).float().mean() > 0.95
@@ -163,7 +188,7 @@ def test_robust_triangulation(seed, views, wrong, missing):
         assert (point - p).norm(dim=-1)[sure & found].median() < 0.2
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (4, 0)])
+@pytest.mark.parametrize('shape', [(0, 3), (4, 0)])
 def test_robust_triangulation_of_nothing(shape):
     L, V = shape
     point, agree = triangulation.triangulate_robust(

@@ -1,29 +1,34 @@
-"""The launch file and the package around it; with launch_ros and an installed package, the whole for real."""
+"""
+The launch file and the package around it.
+
+With launch_ros and an installed package, the whole for real.
+"""
 
 import ast
+from dataclasses import dataclass
 import json
 import os
+from pathlib import Path
 import re
 import signal
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass
-from pathlib import Path
-
-import pytest
 
 from imatching_ros.nodes import parameters
+import pytest
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / "launch" / "imatching.launch.py"
+LAUNCH = ROOT / 'launch' / 'imatching.launch.py'
 TREE = ast.parse(LAUNCH.read_text(), str(LAUNCH))
 
 
 def arguments() -> dict[str, str]:
     """Names and defaults."""
-    table = next(n.value for n in TREE.body if isinstance(n, ast.Assign) and n.targets[0].id == "ARGUMENTS")
+    table = next(
+        n.value for n in TREE.body if isinstance(n, ast.Assign) and n.targets[0].id == 'ARGUMENTS'
+    )
     return {name: default for name, default, _ in ast.literal_eval(table)}
 
 
@@ -35,92 +40,125 @@ def texts(kind: type, *children: str) -> set[str]:
             for child in children:
                 value = getattr(node, child)
                 values = value if isinstance(value, list) else [value]
-                found |= {v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)}
+                found |= {
+                    v.value
+                    for v in values
+                    if isinstance(v, ast.Constant) and isinstance(v.value, str)
+                }
     return found
 
 
 def console_scripts() -> set[str]:
-    return set(re.findall(r'"(\w+) = ', (ROOT / "setup.py").read_text().replace('f"', '"')))
+    return set(re.findall(r"'(\w+) = ", (ROOT / 'setup.py').read_text()))
 
 
 def test_launch_file_has_the_arguments_of_the_interface():
-    compile(TREE, str(LAUNCH), "exec")
+    compile(TREE, str(LAUNCH), 'exec')
     assert list(arguments()) == [
-        "namespace", "params_file", "image_topic", "camera_info_topic", "image_transport", "external_odometry",
-        "use_sim_time", "autostart", "learning", "composed", "device", "weights", "bag", "rate", "rviz",
+        'namespace', 'params_file', 'image_topic', 'camera_info_topic', 'image_transport',
+        'external_odometry',
+        'use_sim_time', 'autostart', 'learning', 'composed', 'device', 'weights', 'bag', 'rate',
+        'rviz',
     ]  # fmt: skip
-    assert arguments()["autostart"] == arguments()["learning"] == "true"
+    assert arguments()['autostart'] == arguments()['learning'] == 'true'
 
 
 def test_launch_file_starts_executables_that_are_installed():
-    roles = {"imatching", "player", *parameters.NODES}
-    assert roles <= texts(ast.Call, "args") | texts(ast.List, "elts")
-    assert {f"{role}_node" for role in roles} <= console_scripts()
+    roles = {'imatching', 'player', *parameters.NODES}
+    assert roles <= texts(ast.Call, 'args') | texts(ast.List, 'elts')
+    assert {f'{role}_node' for role in roles} <= console_scripts()
 
 
 def test_launch_file_sets_parameters_that_are_declared():
-    declared = {parameter.name for parameter in parameters.TABLE} | {"use_sim_time"}
-    given = texts(ast.Dict, "keys") | texts(ast.Subscript, "slice") & declared
-    assert {"use_sim_time", "autostart", "device", "weights", "image_transport", "bag", "rate", "clock"} <= given
+    declared = {parameter.name for parameter in parameters.TABLE} | {'use_sim_time'}
+    given = texts(ast.Dict, 'keys') | texts(ast.Subscript, 'slice') & declared
+    assert {
+        'use_sim_time', 'autostart', 'device', 'weights', 'image_transport', 'bag', 'rate',
+        'clock',
+    } <= given
     assert given <= declared
 
 
 def test_launch_file_remaps_topics_that_the_nodes_have():
     pairs = [n.elts for n in ast.walk(TREE) if isinstance(n, ast.Tuple) and len(n.elts) == 2]
-    sources = {first.value for first, second in pairs if isinstance(first, ast.Constant)} - {0, "raw", "true"}
-    assert sources == {"image", "image/compressed", "camera_info", "external_odometry", "/image"}
-    nodes = "".join(file.read_text() for file in (ROOT / "imatching_ros" / "nodes").glob("*.py"))
-    for topic in sources - {"/image"}:
-        assert f'"{topic}"' in nodes
+    sources = {first.value for first, second in pairs if isinstance(first, ast.Constant)} - {
+        0, 'raw', 'true',
+    }
+    assert sources == {'image', 'image/compressed', 'camera_info', 'external_odometry', '/image'}
+    nodes = ''.join(file.read_text() for file in (ROOT / 'imatching_ros' / 'nodes').glob('*.py'))
+    for topic in sources - {'/image'}:
+        assert repr(topic) in nodes
 
 
 def test_views_show_topics_that_the_nodes_have():
-    nodes = "".join(file.read_text() for file in (ROOT / "imatching_ros" / "nodes").glob("*.py"))
-    rviz = (ROOT / "config" / "imatching.rviz").read_text()
-    shown = set(re.findall(r"Value: /([\w/]+)$", rviz, re.MULTILINE))
-    assert {"image", "debug/matches", "landmarks", "keyframes", "odometry"} == shown
-    assert shown - {"image"} == texts(ast.Tuple, "elts") & shown - {"image"}  # each of them is remapped
-    foxglove = json.loads((ROOT / "config" / "foxglove.json").read_text())
-    panels = foxglove["configById"]
+    nodes = ''.join(file.read_text() for file in (ROOT / 'imatching_ros' / 'nodes').glob('*.py'))
+    rviz = (ROOT / 'config' / 'imatching.rviz').read_text()
+    shown = set(re.findall(r'Value: /([\w/]+)$', rviz, re.MULTILINE))
+    assert {'image', 'debug/matches', 'landmarks', 'keyframes', 'odometry'} == shown
+    # each of them is remapped
+    assert shown - {'image'} == texts(ast.Tuple, 'elts') & shown - {'image'}
+    foxglove = json.loads((ROOT / 'config' / 'foxglove.json').read_text())
+    panels = foxglove['configById']
 
     def leaves(layout) -> list[str]:
-        return [layout] if isinstance(layout, str) else leaves(layout["first"]) + leaves(layout["second"])
+        return (
+            [layout]
+            if isinstance(layout, str)
+            else leaves(layout['first']) + leaves(layout['second'])
+        )
 
-    assert sorted(leaves(foxglove["layout"])) == sorted(panels)
+    assert sorted(leaves(foxglove['layout'])) == sorted(panels)
     shown |= set(re.findall(r'"/([\w/]+)"', json.dumps(panels)))
-    assert shown == {"image", "debug/matches", "landmarks", "keyframes", "odometry", "learning", "diagnostics"}
+    assert shown == {
+        'image', 'debug/matches', 'landmarks', 'keyframes', 'odometry', 'learning', 'diagnostics',
+    }
     for topic in shown:
-        assert re.search(rf'"/?{topic}"', nodes), topic
+        assert re.search(rf"'/?{topic}'", nodes), topic
 
 
 def test_package_names_what_launch_and_nodes_import():
-    package = ElementTree.parse(ROOT / "package.xml").getroot()
-    assert package.get("format") == "3" and package.findtext("export/build_type") == "ament_python"
-    assert re.fullmatch(r"[^@\s]+@[^@\s]+\.[a-z]+", package.find("maintainer").get("email"))
-    depends = {element.text for element in package if element.tag.endswith("depend")}
+    package = ElementTree.parse(ROOT / 'package.xml').getroot()
+    assert package.get('format') == '3' and package.findtext('export/build_type') == 'ament_python'
+    assert re.fullmatch(r'[^@\s]+@[^@\s]+\.[a-z]+', package.find('maintainer').get('email'))
+    depends = {element.text for element in package if element.tag.endswith('depend')}
     imported = set()
-    for file in [LAUNCH, *(ROOT / "imatching_ros" / "nodes").glob("*.py")]:
-        imported |= set(re.findall(r"^\s*(?:from|import) (\w+)", file.read_text(), re.MULTILINE))
-    ros = {name for name in imported if name.endswith(("_msgs", "_srvs", "_interfaces", "_ros"))}
-    ros = (ros | {"rclpy", "launch", "ament_index_python"}) - {"imatching_ros"}
+    for file in [LAUNCH, *(ROOT / 'imatching_ros' / 'nodes').glob('*.py')]:
+        imported |= set(re.findall(r'^\s*(?:from|import) (\w+)', file.read_text(), re.MULTILINE))
+    ros = {name for name in imported if name.endswith(('_msgs', '_srvs', '_interfaces', '_ros'))}
+    ros = (ros | {'rclpy', 'launch', 'ament_index_python'}) - {'imatching_ros'}
     assert ros <= depends, ros - depends
-    version = re.search(r'__version__ = "(.+)"', (ROOT / "imatching_ros" / "__init__.py").read_text())[1]
-    assert package.findtext("version") == version and f'version="{version}"' in (ROOT / "setup.py").read_text()
+    version = re.search(
+        r"__version__ = '(.+)'", (ROOT / 'imatching_ros' / '__init__.py').read_text()
+    )[1]
+    assert (
+        package.findtext('version') == version
+        and f"version='{version}'" in (ROOT / 'setup.py').read_text()
+    )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-    """The installed package's launch file; its solver is compiled, which keeps a node busy once per installation."""
-    pytest.importorskip("launch_ros", reason="launch_ros is not installed (a ROS 2 installation has it)")
-    from ament_index_python.packages import PackageNotFoundError, get_package_share_directory
+    """
+    Return the installed package's launch file.
+
+    Its solver is compiled, which keeps a node busy once per installation.
+    """
+    pytest.importorskip(
+        'launch_ros', reason='launch_ros is not installed (a ROS 2 installation has it)'
+    )
+    from ament_index_python.packages import get_package_share_directory, PackageNotFoundError
 
     try:
-        share = Path(get_package_share_directory("imatching_ros"))
+        share = Path(get_package_share_directory('imatching_ros'))
     except PackageNotFoundError:
-        pytest.skip("the package is not in an ament prefix: colcon build, and source install/setup.bash")
-    warm = "from imatching_ros.bundle.adjust import compiled; compiled()"
-    subprocess.run([sys.executable, "-c", warm], cwd=tmp_path_factory.mktemp("elsewhere"), check=True)
-    return share / "launch" / "imatching.launch.py"
+        pytest.skip(
+            'the package is not in an ament prefix: colcon build, and source install/setup.bash'
+        )
+    warm = 'from imatching_ros.bundle.adjust import compiled; compiled()'
+    subprocess.run(
+        [sys.executable, '-c', warm], cwd=tmp_path_factory.mktemp('elsewhere'), check=True
+    )
+    return share / 'launch' / 'imatching.launch.py'
 
 
 RUN = """
@@ -131,28 +169,33 @@ from launch.launch_description_sources import PythonLaunchDescriptionSource
 given = [argument.split(":=") for argument in sys.argv[2:]]
 service = LaunchService(noninteractive=True)
 source = PythonLaunchDescriptionSource(sys.argv[1])
-service.include_launch_description(LaunchDescription([IncludeLaunchDescription(source, launch_arguments=given)]))
+service.include_launch_description(LaunchDescription([IncludeLaunchDescription(source,
+  launch_arguments=given)]))
 sys.exit(service.run())
 """
 
 
 @pytest.fixture
 def launched(installed, tmp_path):
-    """Starts the launch file with arguments, and ends what is left; the log is tmp_path / "log"."""
+    """Start the launch file with arguments, and end what is left; the log is tmp_path / "log"."""
     from imatching_ros.nodes.replay import free_domain
 
     processes = []
 
     def start(*given) -> Launched:
         domain = free_domain()
-        environment = os.environ | {"ROS_DOMAIN_ID": str(domain), "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}
-        with open(tmp_path / "log", "wb") as file:
+        environment = os.environ | {
+            'ROS_DOMAIN_ID': str(domain),
+            'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
+        }
+        with open(tmp_path / 'log', 'wb') as file:
             process = subprocess.Popen(
-                [sys.executable, "-c", RUN, str(installed), *given], stdout=file, stderr=subprocess.STDOUT,
+                [sys.executable, '-c', RUN, str(installed), *given], stdout=file,
+                stderr=subprocess.STDOUT,
                 env=environment, start_new_session=True,
             )  # fmt: skip
         processes.append(process)
-        return Launched(process, tmp_path / "log", domain)
+        return Launched(process, tmp_path / 'log', domain)
 
     yield start
     for process in processes:
@@ -168,7 +211,7 @@ class Launched:
     domain: int
 
     def until(self, pattern: str, count: int = 1) -> re.Match:
-        """Waits until the log has it so often, and gives the last."""
+        """Wait until the log has it so often, and give the last."""
         deadline = time.monotonic() + 120
         while len(found := list(re.finditer(pattern, text := self.log.read_text()))) < count:
             assert self.process.poll() is None and time.monotonic() < deadline, text
@@ -177,26 +220,27 @@ class Launched:
 
     def wait_for(self, state: str, *roles: str) -> None:
         """Until these nodes are in a state of their life cycle."""
-        import rclpy
         from lifecycle_msgs.srv import GetState
+        import rclpy
 
         context = rclpy.Context()
         rclpy.init(args=[], context=context, domain_id=self.domain)
         executor = rclpy.executors.SingleThreadedExecutor(context=context)
-        node = rclpy.create_node("manager", context=context)
+        node = rclpy.create_node('manager', context=context)
         deadline = time.monotonic() + 120
         for role in roles:
-            client, said = node.create_client(GetState, f"/{role}/get_state"), ""
+            client, said = node.create_client(GetState, f'/{role}/get_state'), ''
             while said != state:
-                assert time.monotonic() < deadline, f"{role} is {said}\n{self.log.read_text()}"
-                answer = client.call_async(GetState.Request())  # nobody answers for one that was killed
+                assert time.monotonic() < deadline, f'{role} is {said}\n{self.log.read_text()}'
+                # nobody answers for one that was killed
+                answer = client.call_async(GetState.Request())
                 rclpy.spin_until_future_complete(node, answer, executor, 2)
-                said = answer.result().current_state.label if answer.done() else ""
+                said = answer.result().current_state.label if answer.done() else ''
         node.destroy_node()
         rclpy.shutdown(context=context)
 
     def end(self) -> str:
-        """What Ctrl-C does; everything that was said."""
+        """Do what Ctrl-C does; return everything that was said."""
         self.process.send_signal(signal.SIGINT)
         self.process.wait(120)
         return self.log.read_text()
@@ -206,17 +250,17 @@ class Launched:
 def room(tmp_path):
     from imatching_ros.data.synthetic import render_recording
 
-    return render_recording(tmp_path / "room", frames=10, size=(160, 128), depth_every=10)
+    return render_recording(tmp_path / 'room', frames=10, size=(160, 128), depth_every=10)
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ('given', 'sentence'),
     [
-        ("params_file:=/missing.yaml", "params_file:=/missing.yaml does not exist"),
-        ("weights:=/missing.safetensors", "weights:=/missing.safetensors does not exist"),
-        ("bag:=/missing", "bag:=/missing does not exist"),
-        ("image_transport:=theora", "image_transport:=theora must be raw or compressed"),
-        ("learning:=maybe", "learning:=maybe must be true or false"),
+        ('params_file:=/missing.yaml', 'params_file:=/missing.yaml does not exist'),
+        ('weights:=/missing.safetensors', 'weights:=/missing.safetensors does not exist'),
+        ('bag:=/missing', 'bag:=/missing does not exist'),
+        ('image_transport:=theora', 'image_transport:=theora must be raw or compressed'),
+        ('learning:=maybe', 'learning:=maybe must be true or false'),
     ],
 )
 def test_launch_refuses_what_cannot_be(launched, given, sentence):
@@ -225,49 +269,49 @@ def test_launch_refuses_what_cannot_be(launched, given, sentence):
     assert sentence in launch.log.read_text()
 
 
-@pytest.mark.parametrize("composed", ["false", "true"])
+@pytest.mark.parametrize('composed', ['false', 'true'])
 def test_launch_plays_a_recording_and_ends_with_sigint(launched, room, composed):
     launch = launched(
-        "namespace:=robot", "image_topic:=/cam/image_raw", f"bag:={room}", f"composed:={composed}",
-        "use_sim_time:=true",
+        'namespace:=robot', 'image_topic:=/cam/image_raw', f'bag:={room}', f'composed:={composed}',
+        'use_sim_time:=true',
     )  # fmt: skip
-    launch.until("the recording has ended: 10 images")
-    launch.until(r"player_node-\d\]: process has finished cleanly")
-    assert "[robot.matcher]: weights of version" in launch.log.read_text()
+    launch.until('the recording has ended: 10 images')
+    launch.until(r'player_node-\d\]: process has finished cleanly')
+    assert '[robot.matcher]: weights of version' in launch.log.read_text()
     text = launch.end()
-    for executable in ["imatching"] if composed == "true" else parameters.NODES:
-        assert re.search(rf"{executable}_node-\d\]: process has finished cleanly", text), text
+    for executable in ['imatching'] if composed == 'true' else parameters.NODES:
+        assert re.search(rf'{executable}_node-\d\]: process has finished cleanly', text), text
 
 
 def test_launch_starts_each_killed_node_again(launched):
     launch = launched()
     for role in parameters.NODES:
-        launch.wait_for("active", role)
-        started = rf"{role}_node-\d\]: process started with pid \[(\d+)\]"
+        launch.wait_for('active', role)
+        started = rf'{role}_node-\d\]: process started with pid \[(\d+)\]'
         os.kill(int(launch.until(started)[1]), signal.SIGKILL)
         launch.until(started, 2)
-    launch.wait_for("active", *parameters.NODES)
+    launch.wait_for('active', *parameters.NODES)
     text = launch.end()
-    assert text.count("exit code -9") == 3
+    assert text.count('exit code -9') == 3
     for role in parameters.NODES:
-        assert len(re.findall(rf"{role}_node-\d\]: process started", text)) == 2
-        assert re.search(rf"{role}_node-\d\]: process has finished cleanly", text), text
+        assert len(re.findall(rf'{role}_node-\d\]: process started', text)) == 2
+        assert re.search(rf'{role}_node-\d\]: process has finished cleanly', text), text
 
 
 def test_launch_does_not_start_a_refused_node_again(launched, tmp_path):
-    wrong = tmp_path / "params.yaml"
-    wrong.write_text("/**/bundle:\n  ros__parameters:\n    prune_px: -1.0\n")
-    launch = launched(f"params_file:={wrong}")
-    launch.until(r"bundle_node-\d\]: process has died \[pid \d+, exit code 2")
-    launch.until("weights of version")
+    wrong = tmp_path / 'params.yaml'
+    wrong.write_text('/**/bundle:\n  ros__parameters:\n    prune_px: -1.0\n')
+    launch = launched(f'params_file:={wrong}')
+    launch.until(r'bundle_node-\d\]: process has died \[pid \d+, exit code 2')
+    launch.until('weights of version')
     text = launch.end()
     assert "parameter 'prune_px' is -1, it must lie in [0.1, 100]" in text
-    assert len(re.findall(r"bundle_node-\d\]: process started", text)) == 1
+    assert len(re.findall(r'bundle_node-\d\]: process started', text)) == 1
 
 
 def test_launch_leaves_the_lifecycle_to_a_manager(launched):
-    launch = launched("autostart:=false", "learning:=false", "device:=cpu")
-    launch.wait_for("unconfigured", "matcher", "bundle")
+    launch = launched('autostart:=false', 'learning:=false', 'device:=cpu')
+    launch.wait_for('unconfigured', 'matcher', 'bundle')
     text = launch.end()
-    assert "weights of version" not in text and "learner" not in text
-    assert len(re.findall("process has finished cleanly", text)) == 2
+    assert 'weights of version' not in text and 'learner' not in text
+    assert len(re.findall('process has finished cleanly', text)) == 2

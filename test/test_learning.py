@@ -1,15 +1,15 @@
-"""The upper level on rendered recordings: its gradient, what it learns from, and what the gate lets through."""
+"""
+The upper level on rendered recordings.
+
+Its gradient, what it learns from, and what the gate lets through.
+"""
 
 import copy
-import itertools
 from dataclasses import replace
+import itertools
 
 import cv2
-import numpy as np
-import pytest
-import torch
-
-from imatching_ros.bundle.adjust import AdjustOptions, adjust
+from imatching_ros.bundle.adjust import adjust, AdjustOptions
 from imatching_ros.bundle.bundle import Bundle
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.robust import Kernel
@@ -22,10 +22,10 @@ from imatching_ros.learning import learner as learner_module
 from imatching_ros.learning.learner import Learner, LearnerOptions
 from imatching_ros.learning.lesson import (
     Lesson,
-    Pair,
     make_lesson,
     match,
     objective,
+    Pair,
     rematch,
     resolve,
     select,
@@ -39,8 +39,12 @@ from imatching_ros.matching.expectation import ExpectationMatcher
 from imatching_ros.matching.protocol import Matches
 from imatching_ros.matching.tracker import Tracker, TrackerOptions
 from imatching_ros.matching.warps import apply_homography
+import numpy as np
+import pytest
+import torch
 
-TRAINED, MEASURED = 56, 60  # of the recording in dim light: images that train, and the first that is measured
+# of the recording in dim light: images that train, and the first that is measured
+TRAINED, MEASURED = 56, 60
 TIGHT = AdjustOptions(max_iterations=200, relative_decrease=1e-12, gradient=1e-7)
 
 
@@ -54,9 +58,9 @@ def recorded(matcher, camera, images, options=None):
     return events
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def events(shipped, night):
-    """What the nodes would say of the first part of the recording in dim light."""
+    """Return what the nodes would say of the first part of the recording in dim light."""
     return recorded(shipped[0], night[0], night[1][:TRAINED])
 
 
@@ -81,7 +85,7 @@ def same(one, two):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-# The gradient: equation 7 -----------------------------------------------------------------------------------------
+# The gradient: equation 7 ------------------------------------------------------------------------
 
 
 class InDouble(ExpectationMatcher):
@@ -97,7 +101,8 @@ class InDouble(ExpectationMatcher):
 
 
 class Upper:
-    """A window solved tightly for what the network says, and both levels over its fixed survivors.
+    """
+    A window solved tightly for what the network says, and both levels over its fixed survivors.
 
     Queries, covariances and survivors are held: they are constants of equation 3 on both levels.
     """
@@ -106,11 +111,14 @@ class Upper:
         self.matcher, self.kernel = InDouble(matcher), kernel
         self.options = BundleOptions(prune_px=2.0, adjust=replace(TIGHT, kernel=kernel))
         lesson = replace(lesson, messages=[
-            replace(m, uv=m.uv.double(), cov=m.cov.double(), score=m.score.double()) for m in lesson.messages
+            replace(m, uv=m.uv.double(), cov=m.cov.double(), score=m.score.double())
+            for m in lesson.messages
         ])  # fmt: skip
         lesson = rematch(self.matcher, lesson)
         camera = lesson.camera
-        lesson = replace(lesson, messages=[replace(m, xy=camera.normalise(m.uv)) for m in lesson.messages])
+        lesson = replace(
+            lesson, messages=[replace(m, xy=camera.normalise(m.uv)) for m in lesson.messages]
+        )
         self.lesson = resolve(lesson, self.options)
         self.survivors = survivors_of(self.lesson, self.options.prune_px)
 
@@ -118,7 +126,11 @@ class Upper:
         return match(matcher or self.matcher, self.lesson, self.lesson.pairs)
 
     def cost(self, uv, kernel=None, resolved=True):
-        """The objective of all survivors, the pairs' rows at the matches ``uv``, at T*, p* of these matches."""
+        """
+        Return the objective of all survivors, at T*, p* of these matches.
+
+        The pairs' rows are at the matches ``uv``.
+        """
         posed = self.survivors.problem
         xy = posed.xy.clone()
         for pair, found in zip(self.lesson.pairs, uv, strict=True):
@@ -137,7 +149,11 @@ class Upper:
             return (self.cost(moved(step), **how) - self.cost(moved(-step), **how)) / (2 * step)
 
     def along(self, direction):
-        """Matches of the network whose parameters are moved along a direction, one tensor per parameter."""
+        """
+        Return matches of the network whose parameters are moved along a direction.
+
+        One tensor per parameter.
+        """
 
         def moved(x):
             matcher = copy.deepcopy(self.matcher)
@@ -152,7 +168,9 @@ class Upper:
         fine, _, _ = objective(
             self.lesson, self.survivors, self.lesson.pairs, self.matches(), kernel or self.kernel
         )
-        gradients = torch.autograd.grad(fine, list(self.matcher.parameters()), materialize_grads=True)
+        gradients = torch.autograd.grad(
+            fine, list(self.matcher.parameters()), materialize_grads=True
+        )
         return [gradient.detach() for gradient in gradients]
 
 
@@ -165,7 +183,8 @@ def random_direction(matcher, seed):
     """Each parameter moves about as much as it is large."""
     g = torch.Generator().manual_seed(seed)
     return unit([
-        p.detach().abs().mean() * torch.randn(p.shape, generator=g, dtype=p.dtype) for p in matcher.parameters()
+        p.detach().abs().mean() * torch.randn(p.shape, generator=g, dtype=p.dtype)
+        for p in matcher.parameters()
     ])  # fmt: skip
 
 
@@ -173,25 +192,33 @@ def inner(a, b):
     return sum((x * y).sum() for x, y in zip(a, b, strict=True)).item()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def small_lesson(shipped, night):
-    """A window of few tracks, in which noise makes the kernel matter."""
+    """Return a window of few tracks, in which noise makes the kernel matter."""
     camera, images = night
     events = recorded(shipped[0], camera, images[:40], TrackerOptions(queries=150))
     window = [e[3] for e in events if e[3]][-1]
-    lesson = make_lesson(window, {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events}, camera)
+    lesson = make_lesson(
+        window, {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events},
+        camera,
+    )
     assert len(window.stamps) > 4 and len(lesson.pairs) > 5
     return lesson
 
 
-@pytest.fixture(scope="module", params=[Kernel(), Kernel("cauchy", 1.5)], ids=lambda kernel: kernel.name)
+@pytest.fixture(
+    scope='module', params=[Kernel(), Kernel('cauchy', 1.5)], ids=lambda kernel: kernel.name
+)
 def upper(request, shipped, small_lesson):
     return Upper(shipped[0], small_lesson, request.param)
 
 
 def test_the_objective_is_the_bundles_own(upper):
-    # At the matches that the bundle solved for, the learner's sum is the part of the bundle's cost that rows make.
-    fine, _, rows = objective(upper.lesson, upper.survivors, upper.lesson.pairs, upper.matches(), upper.kernel)
+    # At the matches that the bundle solved for, the learner's sum is the part of the bundle's cost
+    # that rows make.
+    fine, _, rows = objective(
+        upper.lesson, upper.survivors, upper.lesson.pairs, upper.matches(), upper.kernel
+    )
     places = torch.cat([upper.survivors.of(pair)[0] for pair in upper.lesson.pairs])
     mask = torch.zeros(len(upper.survivors.observed), dtype=torch.bool)
     mask[places] = True
@@ -202,63 +229,87 @@ def test_the_objective_is_the_bundles_own(upper):
     assert 0.02 < (s > upper.kernel.scale**2).double().mean() < 0.5  # the kernel is at work
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize('seed', range(3))
 def test_gradient_by_the_matches_is_the_total_one(upper, seed):
     uv = [m.uv[0].detach().requires_grad_() for m in upper.matches()]
     matches = [replace(m, uv=x[None]) for m, x in zip(upper.matches(), uv, strict=True)]
-    fine, _, _ = objective(upper.lesson, upper.survivors, upper.lesson.pairs, matches, upper.kernel)
+    fine, _, _ = objective(
+        upper.lesson, upper.survivors, upper.lesson.pairs, matches, upper.kernel
+    )
     gradient = torch.autograd.grad(fine, uv)
     g = torch.Generator().manual_seed(seed)
     direction = [torch.randn(x.shape, generator=g, dtype=x.dtype) for x in uv]
-    difference = upper.difference(lambda x: [u + x * d for u, d in zip(uv, direction, strict=True)], 1e-5)
+    difference = upper.difference(
+        lambda x: [u + x * d for u, d in zip(uv, direction, strict=True)], 1e-5
+    )
     assert difference == pytest.approx(inner(gradient, direction), rel=1e-4)
 
 
 def test_gradient_by_the_parameters_is_the_total_one(upper):
     # Central differences of the solved lower level: matched again, T* and p* solved again.
     gradient = upper.gradient()
-    for direction in (unit(gradient), random_direction(upper.matcher, 0), random_direction(upper.matcher, 1)):
+    for direction in (
+        unit(gradient), random_direction(upper.matcher, 0), random_direction(upper.matcher, 1),
+    ):
         difference = upper.difference(upper.along(direction), 1e-6)
         assert difference == pytest.approx(inner(gradient, direction), rel=1e-4)
 
 
 def test_another_upper_objective_would_need_the_bundles_own_gradient(upper):
-    # What shows that the tests above can fail: T* and p* do move, by enough to be seen in any other objective.
-    other = Kernel("geman_mcclure", 2.0)
+    # What shows that the tests above can fail: T* and p* do move, by enough to be seen in any
+    # other objective.
+    other = Kernel('geman_mcclure', 2.0)
     gradient = upper.gradient(other)
     direction = unit(gradient)
     exact = inner(gradient, direction)
     moved = upper.along(direction)
-    assert upper.difference(moved, 1e-6, kernel=other, resolved=False) == pytest.approx(exact, rel=1e-4)
+    assert upper.difference(moved, 1e-6, kernel=other, resolved=False) == pytest.approx(
+        exact, rel=1e-4
+    )
     assert abs(upper.difference(moved, 1e-6, kernel=other) / exact - 1) > 1e-2
 
 
 def test_where_the_window_is_not_solved_the_gradient_is_not_the_total_one(upper):
-    # The bundle's window as it was, and other matches since: not a stationary point, hence `resolve` before a step.
+    # The bundle's window as it was, and other matches since: not a stationary point, hence
+    # `resolve` before a step.
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        uv = [m.uv[0] + 0.5 * torch.randn(m.uv[0].shape, generator=g, dtype=torch.float64) for m in upper.matches()]
+        uv = [
+            m.uv[0] + 0.5 * torch.randn(m.uv[0].shape, generator=g, dtype=torch.float64)
+            for m in upper.matches()
+        ]
     leaves = [x.clone().requires_grad_() for x in uv]
     matches = [replace(m, uv=x[None]) for m, x in zip(upper.matches(), leaves, strict=True)]
-    fine, _, _ = objective(upper.lesson, upper.survivors, upper.lesson.pairs, matches, upper.kernel)
+    fine, _, _ = objective(
+        upper.lesson, upper.survivors, upper.lesson.pairs, matches, upper.kernel
+    )
     gradient = torch.autograd.grad(fine, leaves)
     direction = unit(gradient)
-    difference = upper.difference(lambda x: [u + x * d for u, d in zip(uv, direction, strict=True)], 1e-5)
+    difference = upper.difference(
+        lambda x: [u + x * d for u, d in zip(uv, direction, strict=True)], 1e-5
+    )
     assert abs(difference / inner(gradient, direction) - 1) > 1e-2
 
 
 def test_the_covariance_gets_no_gradient_and_the_coarse_head_its_own(upper):
-    fine, coarse, _ = objective(upper.lesson, upper.survivors, upper.lesson.pairs, upper.matches(), upper.kernel)
+    fine, coarse, _ = objective(
+        upper.lesson, upper.survivors, upper.lesson.pairs, upper.matches(), upper.kernel
+    )
     matcher = upper.matcher
     of_fine = torch.autograd.grad(
-        fine, [matcher.log_cov, matcher.log_scale_coarse, matcher.log_scale_fine], retain_graph=True, allow_unused=True
+        fine,
+        [matcher.log_cov, matcher.log_scale_coarse, matcher.log_scale_fine],
+        retain_graph=True,
+        allow_unused=True,
     )
     assert of_fine[0] is None and of_fine[1] is None and of_fine[2].abs() > 0
-    of_coarse = torch.autograd.grad(coarse, [matcher.log_scale_coarse, matcher.log_scale_fine], allow_unused=True)
+    of_coarse = torch.autograd.grad(
+        coarse, [matcher.log_scale_coarse, matcher.log_scale_fine], allow_unused=True
+    )
     assert of_coarse[0].abs() > 0 and of_coarse[1] is None
 
 
-# Lessons --------------------------------------------------------------------------------------------------------------
+# Lessons -----------------------------------------------------------------------------------------
 
 
 def test_only_survivors_count(upper):
@@ -299,7 +350,10 @@ def test_a_sum_over_pairs_is_the_sum_of_pairs(upper):
 def test_a_lesson_is_joined_by_stamp_and_complete_or_not_at_all(night, events):
     camera = night[0]
     window = [e[3] for e in events if e[3]][3]
-    messages, images = {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events}
+    messages, images = (
+        {e[0]: e[2] for e in events},
+        {e[0]: torch.tensor(e[1])[None] for e in events},
+    )
     lesson = make_lesson(window, messages, images, camera)
     for pair in lesson.pairs:
         message = lesson.messages[pair.target]
@@ -312,14 +366,20 @@ def test_a_lesson_is_joined_by_stamp_and_complete_or_not_at_all(night, events):
         less = {stamp: value for stamp, value in without.items() if stamp != int(window.stamps[1])}
         joined = (less, images) if without is messages else (messages, less)
         assert make_lesson(window, *joined, camera) is None
-    empty = {stamp: select(message, torch.zeros(len(message), dtype=torch.bool)) for stamp, message in messages.items()}
+    empty = {
+        stamp: select(message, torch.zeros(len(message), dtype=torch.bool))
+        for stamp, message in messages.items()
+    }
     assert make_lesson(window, empty, images, camera) is None
 
 
 def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
     camera = night[0]
     window = [e[3] for e in events if e[3]][3]
-    messages, images = {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events}
+    messages, images = (
+        {e[0]: e[2] for e in events},
+        {e[0]: torch.tensor(e[1])[None] for e in events},
+    )
     lesson = make_lesson(window, messages, images, camera)
     again = rematch(shipped[0], lesson)
     for one, two in zip(lesson.messages, again.messages, strict=True):
@@ -330,11 +390,14 @@ def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
     posed = survivors_of(solved, BundleOptions().prune_px).problem
     assert adjust(posed).cost == pytest.approx(posed.cost(AdjustOptions().kernel).item(), rel=1e-5)
     # A matcher that finds nothing leaves no window.
-    broken = [replace(m, xy=torch.rand(m.xy.shape, generator=torch.Generator().manual_seed(0))) for m in again.messages]
+    broken = [
+        replace(m, xy=torch.rand(m.xy.shape, generator=torch.Generator().manual_seed(0)))
+        for m in again.messages
+    ]
     assert resolve(replace(again, messages=broken), BundleOptions(min_landmarks=100)) is None
 
 
-# The probe ------------------------------------------------------------------------------------------------------------
+# The probe ---------------------------------------------------------------------------------------
 
 
 def test_the_truth_of_a_probe_is_where_the_scene_went(day):
@@ -346,13 +409,15 @@ def test_the_truth_of_a_probe_is_where_the_scene_went(day):
     queries, truth = probe.queries.numpy(), probe.truth.numpy()
     H = cv2.findHomography(queries, truth)[0]
     assert np.abs(apply_homography(H, queries) - truth).max() < 1e-3
-    # Carried back by the truth, the second image lies on the first: KLT, begun there, stays but for the noise.
+    # Carried back by the truth, the second image lies on the first: KLT, begun there, stays but
+    # for the noise.
     one, two = (np.rint(255 * image[0].numpy()).astype(np.uint8) for image in probe.images)
 
     def offset(H):
         back = cv2.warpPerspective(two, np.linalg.inv(H), (320, 240))
         flags = cv2.OPTFLOW_USE_INITIAL_FLOW
-        found, ok, _ = cv2.calcOpticalFlowPyrLK(one, back, queries, queries.copy(), winSize=(15, 15), maxLevel=0,
+        found, ok, _ = cv2.calcOpticalFlowPyrLK(one, back, queries, queries.copy(),
+                                                winSize=(15, 15), maxLevel=0,
                                                 flags=flags)  # fmt: skip
         return np.median((found - queries)[ok.ravel() == 1], 0)
 
@@ -370,12 +435,14 @@ def test_a_probe_tells_a_good_matcher_from_a_bad_one(shipped, day):
 
 
 def test_the_noise_of_a_probe_stays_with_the_pixels():
-    # A smooth scene seen by a sensor with a fixed pattern: in the warped image the pattern is where it was.
+    # A smooth scene seen by a sensor with a fixed pattern: in the warped image the pattern is
+    # where it was.
     rng = np.random.default_rng(0)
     scene = cv2.GaussianBlur(rng.uniform(0, 1, (240, 320)).astype(np.float32), (0, 0), 12)
     scene = 60 + 130 * (scene - scene.min()) / np.ptp(scene)
     pattern = rng.normal(0, 8, (240, 320)).astype(np.float32)
-    images = [np.clip(np.roll(scene, 20 * k, 1) + pattern + rng.normal(0, 3, scene.shape), 0, 255).astype(np.uint8)
+    images = [np.clip(np.roll(scene, 20 * k, 1) + pattern + rng.normal(0, 3, scene.shape), 0,
+                      255).astype(np.uint8)
               for k in range(6)]  # fmt: skip
     probe = make_probe(images[0], images, 1)
     first, second = (image[0].numpy() * 255 for image in probe.images)
@@ -389,7 +456,7 @@ def test_the_noise_of_a_probe_stays_with_the_pixels():
     assert abs(np.corrcoef(high[inside], carried[inside])[0, 1]) < 0.1
 
 
-# The learner ----------------------------------------------------------------------------------------------------------
+# The learner -------------------------------------------------------------------------------------
 
 
 def test_windows_become_lessons_and_one_is_held_out(shipped, night, events):
@@ -408,7 +475,11 @@ def sum_of_lessons(learner):
 def test_a_window_without_its_images_is_not_remembered(shipped, night, events):
     windows = [e[3] for e in events if e[3]]
     learner = Learner(*shipped, night[0])
-    assert not learner.add_window(windows[0]) and learner.step() is None and learner.verdict(now=True) is None
+    assert (
+        not learner.add_window(windows[0])
+        and learner.step() is None
+        and learner.verdict(now=True) is None
+    )
     for _, _, correspondences, _ in events:
         learner.add_correspondences(correspondences)
     assert not learner.add_window(windows[0]) and learner.windows == 0
@@ -448,27 +519,35 @@ def test_the_callers_image_may_change_afterwards(shipped, night, events):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The stamps of the images that steps train on, and of those that the gate measures on, as they happen."""
-    used = {"trained": set(), "measured": set()}
+    """
+    Return the stamps of the images that steps train on and that the gate measures on.
+
+    They come as they happen.
+    """
+    used = {'trained': set(), 'measured': set()}
 
     def watched(module, name):
         real = module.match
 
         def match(matcher, lesson, pairs, *more):
             stamps = lesson.window.stamps.tolist()
-            used[name] |= {stamps[index] for pair in pairs for index in (pair.reference, pair.target)}
+            used[name] |= {
+                stamps[index] for pair in pairs for index in (pair.reference, pair.target)
+            }
             return real(matcher, lesson, pairs, *more)
 
-        monkeypatch.setattr(module, "match", match)
+        monkeypatch.setattr(module, 'match', match)
 
-    watched(learner_module, "trained")
-    watched(gate, "measured")
+    watched(learner_module, 'trained')
+    watched(gate, 'measured')
     return used
 
 
 def test_what_is_measured_never_trains(shipped, night, events, seen):
     # As online: windows that overlap come while the learner trains.
-    learner = Learner(*shipped, night[0], LearnerOptions(held_out=4, new_keyframes=1, verdict_every=4))
+    learner = Learner(
+        *shipped, night[0], LearnerOptions(held_out=4, new_keyframes=1, verdict_every=4)
+    )
     verdicts = 0
     for event in events:
         teach(learner, [event])
@@ -476,10 +555,12 @@ def test_what_is_measured_never_trains(shipped, night, events, seen):
             for _ in range(3):
                 learner.step()
                 verdicts += learner.verdict() is not None
-    assert verdicts >= 2 and len(seen["trained"]) > 3 and len(seen["measured"]) > 3
-    assert not seen["trained"] & seen["measured"]
+    assert verdicts >= 2 and len(seen['trained']) > 3 and len(seen['measured']) > 3
+    assert not seen['trained'] & seen['measured']
     # nor do the probes' images
-    trained = [torch.tensor(image) / 255 for stamp, image, *_ in events if stamp in seen["trained"]]
+    trained = [
+        torch.tensor(image) / 255 for stamp, image, *_ in events if stamp in seen['trained']
+    ]
     probes = [probe for held in learner._held_out for probe in held.probes]
     assert probes
     for probe, image in itertools.product(probes, trained):
@@ -501,9 +582,9 @@ def test_a_gradient_that_is_not_finite_is_skipped(shipped, night, events):
     assert not same(after, before) and all(value.isfinite().all() for value in after.values())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def promoted(shipped, night, events):
-    """A learner whose first candidate was promoted, and the verdict."""
+    """Return a learner whose first candidate was promoted, and the verdict."""
     learner = taught(shipped, night, events, verdict_every=12)
     steps = [learner.step() for _ in range(12)]
     return learner, learner.verdict(), steps
@@ -513,10 +594,12 @@ def test_what_is_learned_is_promoted_and_explains_unseen_windows_better(shipped,
     learner, verdict, steps = promoted
     assert verdict.promoted and not verdict.rolled_back and verdict.step == 12
     assert verdict.version == learner.version == 1 and learner.promotions == 1
-    assert verdict.figures["epipolar_px"] < 0.9 * verdict.figures["epipolar_px_before"]
-    assert "better" in verdict.reason and "\n" not in verdict.reason
+    assert verdict.figures['epipolar_px'] < 0.9 * verdict.figures['epipolar_px_before']
+    assert 'better' in verdict.reason and '\n' not in verdict.reason
     matcher, info = weights.loads(learner.weights())
-    assert (info.version, info.parent) == (1, 0) and not same(matcher.state_dict(), shipped[0].state_dict())
+    assert (info.version, info.parent) == (1, 0) and not same(
+        matcher.state_dict(), shipped[0].state_dict()
+    )
     assert [step.step for step in steps] == list(range(1, 13))
     assert all(np.isfinite(step.loss) and step.loss > 0 and step.rows > 100 for step in steps)
 
@@ -542,15 +625,17 @@ def test_a_spoilt_candidate_is_refused_and_goes_back(shipped, night, events):
             assert not same(learner._candidate.state_dict(), shipped[0].state_dict())
     assert [v.promoted for v in verdicts] == [False] * 3
     assert [v.rolled_back for v in verdicts] == [False, False, True]
-    assert "worse" in verdicts[0].reason and "goes back" in verdicts[2].reason
-    assert verdicts[-1].figures["probe_1px"] < verdicts[-1].figures["probe_1px_before"] - 10
+    assert 'worse' in verdicts[0].reason and 'goes back' in verdicts[2].reason
+    assert verdicts[-1].figures['probe_1px'] < verdicts[-1].figures['probe_1px_before'] - 10
     assert (learner.version, learner.rollbacks, learner.promotions) == (0, 1, 0)
     assert same(learner._candidate.state_dict(), shipped[0].state_dict())
     assert same(state(learner.weights()), shipped[0].state_dict())
 
 
 def test_a_candidate_under_which_every_window_falls_apart_starts_again(shipped, night, events):
-    learner = taught(shipped, night, events, rate=1.0, steps_per_solve=1, verdict_every=1000, lessons=1)
+    learner = taught(
+        shipped, night, events, rate=1.0, steps_per_solve=1, verdict_every=1000, lessons=1
+    )
     learner.bundle = BundleOptions(min_landmarks=300)
     for _ in range(40):
         learner.step()
@@ -576,12 +661,16 @@ def test_rollback_and_reset_restore_bit_by_bit_and_the_version_grows(shipped, ni
     assert len(kept) == 2 and versions == sorted(set(versions))
     version = learner.rollback()
     assert version == versions[-1] + 1 == learner.version
-    assert same(state(learner.weights()), state(kept[-2])) and not same(state(kept[-1]), state(kept[-2]))
+    assert same(state(learner.weights()), state(kept[-2])) and not same(
+        state(kept[-1]), state(kept[-2])
+    )
     assert weights.loads(learner.weights())[1].version == version
     # Judged from now on against what is in use now: no better than itself.
     learner.step()
     verdict = learner.verdict(now=True)
-    assert verdict.figures["epipolar_px_before"] == pytest.approx(measured(learner, kept[-2]), abs=1e-4)
+    assert verdict.figures['epipolar_px_before'] == pytest.approx(
+        measured(learner, kept[-2]), abs=1e-4
+    )
     version = learner.reset()
     assert version > versions[-1] + 1 and learner.version == version
     assert same(state(learner.weights()), shipped[0].state_dict())
@@ -608,37 +697,57 @@ def test_the_gate_decides_by_certainty():
         return torch.rand(n, generator=torch.Generator().manual_seed(seed))
 
     def evidence(epipolar, probe, n=600, images=600):
-        errors = (noise(1, n) + torch.randn(n, generator=g) * 0.3 + shift for shift in (epipolar, probe))
+        errors = (
+            noise(1, n) + torch.randn(n, generator=g) * 0.3 + shift for shift in (epipolar, probe)
+        )
         return gate.Evidence(noise(1, n), *errors, *2 * [torch.arange(n) % images])
 
     assert gate.judge(evidence(-0.1, 0), evidence(0, 0.0))[0] == 1
     assert gate.judge(evidence(0.1, 0), evidence(0, 0.0))[0] == -1
-    assert gate.judge(evidence(-0.1, 0.2), evidence(0, 0.0))[0] == -1  # better in the windows, worse at matching
+    # better in the windows, worse at matching
+    assert gate.judge(evidence(-0.1, 0.2), evidence(0, 0.0))[0] == -1
     assert gate.judge(evidence(0.0, 0), evidence(0, 0.0))[0] == 0
     assert gate.judge(evidence(-0.1, 0, n=3), evidence(0, 0.0, n=3))[0] == 0  # too little to tell
     # A little worse at every known warp, though as many are matched within a pixel
     better, worse = evidence(-0.1, 0), evidence(0, 0.0)
-    assert gate.judge(replace(better, probe=0.3 * noise(2) + 0.05), replace(worse, probe=0.3 * noise(2)))[0] == -1
-    # Points of one image err together: four images that all say so by chance are not six hundred witnesses.
+    assert (
+        gate.judge(
+            replace(better, probe=0.3 * noise(2) + 0.05), replace(worse, probe=0.3 * noise(2))
+        )[0]
+        == -1
+    )
+    # Points of one image err together: four images that all say so by chance are not six hundred
+    # witnesses.
     shared = torch.tensor([-1.0, 1.0, -1.0, 0.6]).repeat(150)
-    noisy, four = replace(worse, epipolar=worse.epipolar - 0.06 + 0.1 * shared), torch.arange(600) % 4
+    noisy, four = (
+        replace(worse, epipolar=worse.epipolar - 0.06 + 0.1 * shared),
+        torch.arange(600) % 4,
+    )
     assert gate.judge(noisy, worse)[0] == 1
     assert gate.judge(replace(noisy, target=four), replace(worse, target=four))[0] == 0
-    # Better in the windows with certainty, fewer known warps within a pixel, though not with certainty: not yet
+    # Better in the windows with certainty, fewer known warps within a pixel, though not with
+    # certainty: not yet
     probe = torch.where(torch.arange(600) < 300, 0.9, 1.3)
     fewer = probe.clone()
     fewer[:25], fewer[300:315] = 1.05, 0.95
     mark, reason, _ = gate.judge(replace(better, probe=fewer), replace(worse, probe=probe))
-    assert mark == 0 and reason.startswith("1.7 points fewer of the known warps are within 1 px")
-    # Better by less than a margin that matters, however certain; or better at known warps alone: not a reason
+    assert mark == 0 and reason.startswith('1.7 points fewer of the known warps are within 1 px')
+    # Better by less than a margin that matters, however certain; or better at known warps alone:
+    # not a reason
     assert gate.judge(replace(worse, epipolar=worse.epipolar - 0.005), worse)[0] == 0
     assert gate.judge(replace(worse, probe=worse.probe - 0.1), worse)[0] == 0
     mark, reason, figures = gate.judge(evidence(0, 0), evidence(0, 0))
-    assert mark < 1 and set(figures) >= {"epipolar_px", "epipolar_px_before", "probe_1px", "probe_1px_before"}
+    assert mark < 1 and set(figures) >= {
+        'epipolar_px', 'epipolar_px_before', 'probe_1px', 'probe_1px_before',
+    }
 
 
 class Identity(torch.nn.Module):
-    """Finds everything where it was: between two images of one window it has no error to be learned from."""
+    """
+    Find everything where it was.
+
+    Between two images of one window it has no error to be learned from.
+    """
 
     def __init__(self):
         super().__init__()
@@ -648,22 +757,24 @@ class Identity(torch.nn.Module):
         return images
 
     def match(self, reference, target, queries):
-        return Matches(queries, queries, torch.ones(queries.shape[:2]), torch.eye(2).expand(*queries.shape, 2))
+        return Matches(
+            queries, queries, torch.ones(queries.shape[:2]), torch.eye(2).expand(*queries.shape, 2)
+        )
 
 
 def test_what_matches_everything_to_itself_is_refused(shipped, night, events):
     learner = taught(shipped, night, events)
     mark, reason, figures = gate.judge(learner._gather(Identity()), learner._gather(shipped[0]))
-    assert mark == -1 and "known warps are matched worse" in reason
-    assert figures["probe_1px"] < 5 and figures["epipolar_1px"] < figures["epipolar_1px_before"]
+    assert mark == -1 and 'known warps are matched worse' in reason
+    assert figures['probe_1px'] < 5 and figures['epipolar_1px'] < figures['epipolar_1px_before']
 
 
-# Without bundle adjustment, to compare with: SGP ----------------------------------------------------------------------
+# Without bundle adjustment, to compare with: SGP -------------------------------------------------
 
 
 @pytest.fixture
 def sgp_learner(shipped, night, events):
-    return taught(shipped, night, events, objective="sgp")
+    return taught(shipped, night, events, objective='sgp')
 
 
 def test_epipolar_distance_is_in_pixels():
@@ -693,12 +804,20 @@ def test_the_teacher_finds_the_true_poses_and_believes_no_noise(shipped, dusk, s
     assert len(labels.T) >= len(lesson.pairs) / 2
     rotation, direction = [], []
     for (i, j), T in labels.T.items():
-        true_i, true_j = (poses[(stamps == lesson.window.stamps[k]).nonzero().item()] for k in (i, j))
+        true_i, true_j = (
+            poses[(stamps == lesson.window.stamps[k]).nonzero().item()] for k in (i, j)
+        )
         truth = lie.compose(lie.inverse(true_j), true_i)
-        rotation.append(2 * torch.acos((T[3:] * truth[3:]).sum().abs().clamp(max=1)).rad2deg().item())
-        direction.append(torch.acos((T[:3] @ truth[:3] / truth[:3].norm()).clamp(-1, 1)).rad2deg().item())
+        rotation.append(
+            2 * torch.acos((T[3:] * truth[3:]).sum().abs().clamp(max=1)).rad2deg().item()
+        )
+        direction.append(
+            torch.acos((T[:3] @ truth[:3] / truth[:3].norm()).clamp(-1, 1)).rad2deg().item()
+        )
     assert np.median(rotation) < 1.0 and np.median(direction) < 20.0
-    noise = torch.randint(0, 255, (2, 1, 240, 320), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    noise = torch.randint(0, 255, (2, 1, 240, 320), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
     pair = Pair(0, 1, torch.arange(5))
     empty = Lesson(lesson.camera, noise, lesson.messages, lesson.window, [pair])
     assert sgp.teach(shipped[0], empty, [pair]).T == {}
@@ -730,10 +849,10 @@ def test_it_is_an_objective_of_the_same_trainer(shipped, night, events, sgp_lear
     assert step.step == 1 and step.rows > 100 and np.isfinite(step.loss)
     assert sgp_learner._candidate.log_scale_fine.item() != before
     verdict = sgp_learner.verdict(now=True)
-    assert {"epipolar_px", "probe_px"} <= verdict.figures.keys()
+    assert {'epipolar_px', 'probe_px'} <= verdict.figures.keys()
 
 
-# Limits and memory ----------------------------------------------------------------------------------------------------
+# Limits and memory -------------------------------------------------------------------------------
 
 
 def test_memory_is_of_all_times():
@@ -766,38 +885,42 @@ def test_duty_is_the_share_of_time_that_steps_take(shipped, night, events, monke
     learner = taught(shipped, night, events, duty=0.25)
     assert learner.rest() == 0
     now = [100.0]
-    monkeypatch.setattr(learner_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(learner_module.time, 'monotonic', lambda: now[0])
     real = learner_module.match
 
     def slow(*arguments):
         now[0] += 2.0
         return real(*arguments)
 
-    monkeypatch.setattr(learner_module, "match", slow)
+    monkeypatch.setattr(learner_module, 'match', slow)
     assert learner.step().seconds == pytest.approx(2.0)
     assert learner.rest() == pytest.approx(6.0)  # two of eight seconds are a quarter
     now[0] += 5.0
     assert learner.rest() == pytest.approx(1.0)
     now[0] += 5.0
     assert learner.rest() == 0
-    for wrong in ({"duty": 0.0}, {"duty": 1.5}, {"objective": "luck"}):
+    for wrong in ({'duty': 0.0}, {'duty': 1.5}, {'objective': 'luck'}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LearnerOptions(**wrong)
 
 
-# Tuning a recording ---------------------------------------------------------------------------------------------------
+# Tuning a recording ------------------------------------------------------------------------------
 
 
-def test_a_tune_that_was_interrupted_goes_on_to_the_same_bits(shipped, night, tmp_path, monkeypatch):
-    monkeypatch.setattr("imatching_ros.learning.tune.VALIDATION", 0.0)
+def test_a_tune_that_was_interrupted_goes_on_to_the_same_bits(
+    shipped, night, tmp_path, monkeypatch
+):
+    monkeypatch.setattr('imatching_ros.learning.tune.VALIDATION', 0.0)
     camera, images = night
     options = LearnerOptions(verdict_every=6, steps_per_solve=2, seed=3)
 
     def run(folder, on_step=lambda *_: None):
         recordings = [(camera, images[:TRAINED])]
-        return tune(*shipped, recordings, 8, epochs=2, options=options, folder=folder, on_step=on_step)
+        return tune(
+            *shipped, recordings, 8, epochs=2, options=options, folder=folder, on_step=on_step
+        )
 
-    whole, all_of_it = run(tmp_path / "whole")
+    whole, all_of_it = run(tmp_path / 'whole')
 
     def interrupt(at):
         def on_step(learner, step, verdict):
@@ -805,10 +928,10 @@ def test_a_tune_that_was_interrupted_goes_on_to_the_same_bits(shipped, night, tm
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "parts", on_step)
+            run(tmp_path / 'parts', on_step)
 
     interrupt(7)  # in the second epoch, after a checkpoint at 6
-    resumed, parts = run(tmp_path / "parts")
+    resumed, parts = run(tmp_path / 'parts')
     assert parts.resumed == 6 and all_of_it.resumed == 0 and parts.refused == []
     assert resumed.weights() == whole.weights() and resumed.step_count == whole.step_count == 8
     for one, two in zip(resumed.state()[0].values(), whole.state()[0].values(), strict=True):
@@ -816,36 +939,48 @@ def test_a_tune_that_was_interrupted_goes_on_to_the_same_bits(shipped, night, tm
     assert [(s.step, s.loss) for s in parts.steps] == [(s.step, s.loss) for s in all_of_it.steps]
     assert [v.figures for v in parts.verdicts] == [v.figures for v in all_of_it.verdicts]
     # What another call has left is not mixed with this one.
-    with pytest.raises(ValueError, match="parts was left by a run with other images or options"):
-        tune(*shipped, [(camera, images[:TRAINED])], 9, options=options, folder=tmp_path / "parts")
+    with pytest.raises(ValueError, match='parts was left by a run with other images or options'):
+        tune(*shipped, [(camera, images[:TRAINED])], 9, options=options, folder=tmp_path / 'parts')
 
 
 def test_the_last_images_judge_and_the_gate_may_end_it(shipped, night, seen, monkeypatch):
-    monkeypatch.setattr("imatching_ros.learning.tune.PATIENCE", 2)
-    monkeypatch.setattr("imatching_ros.learning.tune.VALIDATION", 0.4)
+    monkeypatch.setattr('imatching_ros.learning.tune.PATIENCE', 2)
+    monkeypatch.setattr('imatching_ros.learning.tune.VALIDATION', 0.4)
     camera, images = night
     options = LearnerOptions(rate=1e-8, verdict_every=1)  # it learns nothing
     learner, history = tune(*shipped, [(camera, images)], 50, epochs=1, options=options)
-    assert learner.step_count == 2 and len(history.verdicts) == 2 and "2 verdicts in a row" in history.stopped
+    assert (
+        learner.step_count == 2
+        and len(history.verdicts) == 2
+        and '2 verdicts in a row' in history.stopped
+    )
     stamps = [stamp for stamp, _ in images]
-    assert max(map(stamps.index, seen["trained"])) < 48 - 5 and min(map(stamps.index, seen["measured"])) >= 48
+    assert (
+        max(map(stamps.index, seen['trained'])) < 48 - 5
+        and min(map(stamps.index, seen['measured'])) >= 48
+    )
 
 
 def test_tuning_twice_gives_the_same_bits(shipped, night):
     camera, images = night
     options = LearnerOptions(verdict_every=3, seed=3)
     (one, first), (two, second) = (
-        tune(*shipped, [(camera, images[:TRAINED])], 3, epochs=1, options=options) for _ in range(2)
+        tune(*shipped, [(camera, images[:TRAINED])], 3, epochs=1, options=options)
+        for _ in range(2)
     )
     assert one.weights() == two.weights() and one.step_count == 3 and len(first.verdicts) == 1
     assert same(one._candidate.state_dict(), two._candidate.state_dict())
-    assert [(s.step, s.loss, s.rows) for s in first.steps] == [(s.step, s.loss, s.rows) for s in second.steps]
+    assert [(s.step, s.loss, s.rows) for s in first.steps] == [
+        (s.step, s.loss, s.rows) for s in second.steps
+    ]
     assert [v.figures for v in first.verdicts] == [v.figures for v in second.verdicts]
 
 
 def test_a_recording_that_teaches_nothing_is_named(shipped, night):
     camera, images = night
     still = [(stamp, images[0][1]) for stamp, _ in images[:12]]
-    for frames, count in ((images[:12], r"\d"), (still, "0"), ([], "0")):
-        with pytest.raises(ValueError, match=rf"^the recordings gave {count} solved windows, too few .*$"):
+    for frames, count in ((images[:12], r'\d'), (still, '0'), ([], '0')):
+        with pytest.raises(
+            ValueError, match=rf'^the recordings gave {count} solved windows, too few .*$'
+        ):
             tune(*shipped, [(camera, frames)], 5)

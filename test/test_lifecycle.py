@@ -1,31 +1,34 @@
-"""The life cycle of the nodes: managed from outside, refusing what is wrong, leaving nothing behind."""
+"""
+The life cycle of the nodes.
 
+Managed from outside, refusing what is wrong, leaving nothing behind.
+"""
+
+from functools import partial
 import signal
 import time
-from functools import partial
 
 import pytest
 import torch
 
-rclpy = pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
+rclpy = pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
-from rcl_interfaces.srv import SetParameters  # noqa: E402
-from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
-from ros import CAMERA, SECOND, START, Ros, image_message, picture  # noqa: E402
-from rosgraph_msgs.msg import Clock  # noqa: E402
-from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
-
-from imatching_ros.bundle.window import Window  # noqa: E402
+from imatching_ros.bundle.window import Window  # noqa: E402,I100
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.nodes import bundle, matcher, messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
 from imatching_ros.nodes.core_node import lossless  # noqa: E402
-from imatching_ros.nodes.matcher import MatcherNode, draw  # noqa: E402
+from imatching_ros.nodes.matcher import draw, MatcherNode  # noqa: E402
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
+from rcl_interfaces.srv import SetParameters  # noqa: E402
+from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
+from ros import CAMERA, image_message, picture, Ros, SECOND, START  # noqa: E402
+from rosgraph_msgs.msg import Clock  # noqa: E402
+from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 
 BEST_EFFORT = ReliabilityPolicy.BEST_EFFORT
-TOPICS = {"matcher": "/correspondences", "bundle": "/odometry", "learner": "/weights"}
+TOPICS = {'matcher': '/correspondences', 'bundle': '/odometry', 'learner': '/weights'}
 
 
 @pytest.fixture
@@ -37,19 +40,21 @@ def ros(tmp_path):
 
 def inside(process) -> tuple[int, float]:
     """Threads of a process, and its resident memory in MB."""
-    lines = dict(line.split(":", 1) for line in open(f"/proc/{process.pid}/status") if ":" in line)
-    return int(lines["Threads"]), int(lines["VmRSS"].split()[0]) / 1024
+    lines = dict(line.split(':', 1) for line in open(f'/proc/{process.pid}/status') if ':' in line)
+    return int(lines['Threads']), int(lines['VmRSS'].split()[0]) / 1024
 
 
 def test_lifecycle_five_cycles_leave_nothing_behind(ros):
     """configure, activate, deactivate, cleanup, with images coming all the time."""
     for role in parameters.NODES:
-        values = {"queries": 50, "processing_mode": "all"} if role == "matcher" else {}
-        ros.start(role, autostart=False, image_qos="keep_all", **values)
-    images = ros.node.create_publisher(Image, "image", lossless())
-    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    matched = ros.listen(PointCloud2, "correspondences", lossless())
-    ros.wait(lambda: all(ros.says(role).get("lifecycle") == "unconfigured" for role in parameters.NODES))
+        values = {'queries': 50, 'processing_mode': 'all'} if role == 'matcher' else {}
+        ros.start(role, autostart=False, image_qos='keep_all', **values)
+    images = ros.node.create_publisher(Image, 'image', lossless())
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    matched = ros.listen(PointCloud2, 'correspondences', lossless())
+    ros.wait(
+        lambda: all(ros.says(role).get('lifecycle') == 'unconfigured' for role in parameters.NODES)
+    )
     assert not any(ros.node.count_publishers(topic) for topic in TOPICS.values())
     now, seen = START, []
 
@@ -61,14 +66,16 @@ def test_lifecycle_five_cycles_leave_nothing_behind(ros):
 
     for cycle in range(5):
         for role in parameters.NODES:
-            assert ros.change(role, "configure"), ros.log(role)
+            assert ros.change(role, 'configure'), ros.log(role)
         ros.wait(lambda: all(ros.node.count_publishers(topic) for topic in TOPICS.values()))
-        ros.wait(lambda: images.get_subscription_count() == 2 and infos.get_subscription_count() == 3)
+        ros.wait(
+            lambda: images.get_subscription_count() == 2 and infos.get_subscription_count() == 3
+        )
         time.sleep(0.3)
-        infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera")))
+        infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
         play()  # inactive: neither answered nor kept
         for role in reversed(parameters.NODES):
-            assert ros.change(role, "activate"), ros.log(role)
+            assert ros.change(role, 'activate'), ros.log(role)
         before = len(matched)
         play()
         ros.wait(lambda before=before: len(matched) == before + 3)
@@ -76,64 +83,73 @@ def test_lifecycle_five_cycles_leave_nothing_behind(ros):
             now - 2 * SECOND // 20, now - SECOND // 20, now
         ]  # fmt: skip
         for role in parameters.NODES:
-            assert ros.change(role, "deactivate"), ros.log(role)
-            assert ros.state(role) == "inactive"
+            assert ros.change(role, 'deactivate'), ros.log(role)
+            assert ros.state(role) == 'inactive'
         play()
         for role in parameters.NODES:
-            assert ros.change(role, "cleanup"), ros.log(role)
-            assert ros.state(role) == "unconfigured"
+            assert ros.change(role, 'cleanup'), ros.log(role)
+            assert ros.state(role) == 'unconfigured'
         ros.wait(lambda: not any(ros.node.count_publishers(topic) for topic in TOPICS.values()))
         assert len(matched) == 3 * (cycle + 1)
         seen.append({role: inside(process) for role, process in ros.processes.items()})
     for role in parameters.NODES:
         (threads, memory), (threads_then, memory_then) = seen[4][role], seen[1][role]
         assert threads <= threads_then and memory < memory_then + 10, (role, seen)
-        assert ros.change(role, "shutdown")
-        assert ros.state(role) == "finalized"
-        assert "Traceback" not in ros.log(role)
+        assert ros.change(role, 'shutdown')
+        assert ros.state(role) == 'finalized'
+        assert 'Traceback' not in ros.log(role)
 
 
 def test_lifecycle_a_managed_node_refuses_configuration_and_lives_on(ros, tmp_path):
-    missing = tmp_path / "missing.safetensors"
-    ros.start("matcher", autostart=False, weights=str(missing))
-    ros.start("bundle", autostart=False, prune_px=-1.0, kernel="cubic")
+    missing = tmp_path / 'missing.safetensors'
+    ros.start('matcher', autostart=False, weights=str(missing))
+    ros.start('bundle', autostart=False, prune_px=-1.0, kernel='cubic')
     for role, reasons in {
-        "matcher": [f"{missing}: there is no such weights file"],
-        "bundle": ["parameter 'prune_px' is -1, it must lie in [0.1, 100]", "parameter 'kernel' is 'cubic'"],
+        'matcher': [f'{missing}: there is no such weights file'],
+        'bundle': [
+            "parameter 'prune_px' is -1, it must lie in [0.1, 100]",
+            "parameter 'kernel' is 'cubic'",
+        ],
     }.items():
-        assert not ros.change(role, "configure")
-        assert ros.state(role) == "unconfigured"
+        assert not ros.change(role, 'configure')
+        assert ros.state(role) == 'unconfigured'
         for reason in reasons:
-            ros.wait(lambda role=role, reason=reason: reason in ros.says(role).get("message", ""))
+            ros.wait(lambda role=role, reason=reason: reason in ros.says(role).get('message', ''))
             assert reason in ros.log(role)
-        assert ros.says(role)["level"] == 2 and "Traceback" not in ros.log(role)
+        assert ros.says(role)['level'] == 2 and 'Traceback' not in ros.log(role)
 
-    text = ParameterValue(type=ParameterType.PARAMETER_STRING, string_value=str(weights.default_path()))
-    request = SetParameters.Request(parameters=[Parameter(name="weights", value=text)])
-    assert ros.call(SetParameters, "matcher/set_parameters", request).results[0].successful
-    assert ros.change("matcher", "configure") and ros.change("matcher", "activate")
-    ros.wait(lambda: ros.says("matcher").get("lifecycle") == "active")
-    ros.wait(lambda: "no usable camera_info has come" in ros.says("matcher")["message"])
+    text = ParameterValue(
+        type=ParameterType.PARAMETER_STRING, string_value=str(weights.default_path())
+    )
+    request = SetParameters.Request(parameters=[Parameter(name='weights', value=text)])
+    assert ros.call(SetParameters, 'matcher/set_parameters', request).results[0].successful
+    assert ros.change('matcher', 'configure') and ros.change('matcher', 'activate')
+    ros.wait(lambda: ros.says('matcher').get('lifecycle') == 'active')
+    ros.wait(lambda: 'no usable camera_info has come' in ros.says('matcher')['message'])
 
 
 @pytest.mark.parametrize(
-    ("topic", "rectified", "focal"),
+    ('topic', 'rectified', 'focal'),
     [
-        ("/cam/image_raw", "auto", 130.0), ("/cam/image_rect", "auto", 99.0), ("/image_rect_color", "auto", 99.0),
-        ("/cam/image_rect/compressed", "auto", 99.0), ("/cam/image_rect", "never", 130.0), ("/image", "always", 99.0),
+        ('/cam/image_raw', 'auto', 130.0), ('/cam/image_rect', 'auto', 99.0),
+        ('/image_rect_color', 'auto', 99.0),
+        ('/cam/image_rect/compressed', 'auto', 99.0), ('/cam/image_rect', 'never', 130.0),
+        ('/image', 'always', 99.0),
     ],
 )  # fmt: skip
-def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(ros, topic, rectified, focal):
-    end = "image/compressed" if topic.endswith("compressed") else "image"
+def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(
+    ros, topic, rectified, focal
+):
+    end = 'image/compressed' if topic.endswith('compressed') else 'image'
     node = BundleNode(
-        context=ros.context, cli_args=["--ros-args", "-r", f"{end}:={topic}"],
-        parameter_overrides=[rclpy.Parameter("rectified", value=rectified)],
+        context=ros.context, cli_args=['--ros-args', '-r', f'{end}:={topic}'],
+        parameter_overrides=[rclpy.Parameter('rectified', value=rectified)],
     )  # fmt: skip
     node.start()
-    info = messages.camera_to_info(CAMERA, messages.header(0, "camera"))
+    info = messages.camera_to_info(CAMERA, messages.header(0, 'camera'))
     info.p[0] = info.p[5] = 99.0
     ros.executor.add_node(node)
-    publisher = ros.node.create_publisher(CameraInfo, "camera_info", 10)
+    publisher = ros.node.create_publisher(CameraInfo, 'camera_info', 10)
     ros.connect(publisher)
     ros.wait(lambda: publisher.publish(info) or node.camera)
     assert (node.camera.fx, node.camera.fy) == (focal, focal)
@@ -143,50 +159,57 @@ def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(ros, to
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "sentence"),
+    ('name', 'value', 'sentence'),
     [
-        ("device", "tpu9", "parameter 'device' is 'tpu9', which torch cannot use"),
-        ("qos_overrides./correspondences.publisher.reliability", "certain", "Unexpected QoS override"),
-        ("weights", "/", "there is no such weights file"),
-        ("queries", 10**6, "parameter 'queries' is 1e+06, it must lie in [8, 20000]"),
+        ('device', 'tpu9', "parameter 'device' is 'tpu9', which torch cannot use"),
+        (
+            'qos_overrides./correspondences.publisher.reliability', 'certain',
+            'Unexpected QoS override',
+        ),
+        ('weights', '/', 'there is no such weights file'),
+        ('queries', 10**6, "parameter 'queries' is 1e+06, it must lie in [8, 20000]"),
     ],
 )
 def test_lifecycle_configuration_is_refused_with_one_sentence(ros, name, value, sentence):
-    node = MatcherNode(context=ros.context, parameter_overrides=[rclpy.Parameter(name, value=value)])
+    node = MatcherNode(
+        context=ros.context, parameter_overrides=[rclpy.Parameter(name, value=value)]
+    )
     for _ in range(2):
         with pytest.raises(ValueError) as caught:
             node.start()
         assert sentence in str(caught.value) and len(str(caught.value).splitlines()) == 1
-    assert node.state == "unconfigured"
-    assert not ros.node.count_subscribers("/image")  # what had been made before the refusal is gone
+    assert node.state == 'unconfigured'
+    # what had been made before the refusal is gone
+    assert not ros.node.count_subscribers('/image')
     node.destroy_node()
 
 
 def test_an_active_matcher_draws_only_while_someone_looks(ros, monkeypatch):
     drawn = []
-    monkeypatch.setattr(matcher, "draw", lambda *pair: drawn.append(pair) or draw(*pair))
-    values = {"image_qos": "keep_all", "processing_mode": "all", "queries": 50}
+    monkeypatch.setattr(matcher, 'draw', lambda *pair: drawn.append(pair) or draw(*pair))
+    values = {'image_qos': 'keep_all', 'processing_mode': 'all', 'queries': 50}
     node = MatcherNode(
-        context=ros.context, parameter_overrides=[rclpy.Parameter(name, value=value) for name, value in values.items()]
+        context=ros.context,
+        parameter_overrides=[rclpy.Parameter(name, value=value) for name, value in values.items()],
     )
     node.start()
     ros.executor.add_node(node)
-    images = ros.node.create_publisher(Image, "image", lossless())
-    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    matched = ros.listen(PointCloud2, "correspondences", lossless())
+    images = ros.node.create_publisher(Image, 'image', lossless())
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    matched = ros.listen(PointCloud2, 'correspondences', lossless())
     ros.connect(images)
     ros.connect(infos)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera")))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
     for index in range(3):
         images.publish(image_message(START + index * SECOND // 20, picture(2.0 * index)))
     ros.wait(lambda: len(matched) == 3)
     assert matched[-1].width and not drawn
-    looked = ros.listen(Image, "debug/matches", 1)
+    looked = ros.listen(Image, 'debug/matches', 1)
     ros.wait(node._debug.get_subscription_count)
     images.publish(image_message(START + SECOND, picture(8.0)))
     ros.wait(lambda: looked)
     assert len(drawn) == 1
-    assert (looked[0].encoding, looked[0].width, looked[0].height) == ("rgb8", 160, 120)
+    assert (looked[0].encoding, looked[0].width, looked[0].height) == ('rgb8', 160, 120)
     assert messages.to_ns(looked[0].header.stamp) == START + SECOND
     ros.executor.remove_node(node)
     assert node.close()
@@ -194,7 +217,7 @@ def test_an_active_matcher_draws_only_while_someone_looks(ros, monkeypatch):
 
 
 def test_a_bundle_node_remembers_a_bounded_number_of_landmarks(ros, monkeypatch):
-    monkeypatch.setattr(bundle, "LANDMARKS", 100)
+    monkeypatch.setattr(bundle, 'LANDMARKS', 100)
     node = BundleNode(context=ros.context)
     for first in (0, 60, 120, 30):
         track = torch.arange(first, first + 60)
@@ -206,56 +229,75 @@ def test_a_bundle_node_remembers_a_bounded_number_of_landmarks(ros, monkeypatch)
 
 
 def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
-    """Also: QoS is overridden the ROS way, a clock that jumps back starts all three afresh, silence is said."""
+    """
+    What a graph changes while it runs is followed.
+
+    QoS is overridden the ROS way, a clock that jumps back starts all three afresh, silence is
+    said.
+    """
     process = ros.start(
-        "composed", image_qos="keep_all", processing_mode="all", queries=50, use_sim_time=True,
-        **{"qos_overrides./correspondences.publisher.reliability": "best_effort"},
+        'composed', image_qos='keep_all', processing_mode='all', queries=50, use_sim_time=True,
+        **{'qos_overrides./correspondences.publisher.reliability': 'best_effort'},
     )  # fmt: skip
-    images = ros.node.create_publisher(Image, "image", lossless())
-    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    clock = ros.node.create_publisher(Clock, "/clock", 10)
-    matched = ros.listen(PointCloud2, "correspondences", QoSProfile(depth=100, reliability=BEST_EFFORT))
+    images = ros.node.create_publisher(Image, 'image', lossless())
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    clock = ros.node.create_publisher(Clock, '/clock', 10)
+    matched = ros.listen(
+        PointCloud2, 'correspondences', QoSProfile(depth=100, reliability=BEST_EFFORT)
+    )
     for publisher, ends in ((images, 2), (infos, 3), (clock, 3)):
         ros.connect(publisher, ends)
-    infos_of = partial(ros.node.get_publishers_info_by_topic, "/correspondences")
-    ros.wait(lambda: [i.qos_profile.reliability for i in infos_of() if i.node_name == "matcher"] == [BEST_EFFORT])
-    ros.wait(lambda: ros.node.count_publishers("/weights"))
+    infos_of = partial(ros.node.get_publishers_info_by_topic, '/correspondences')
+    ros.wait(
+        lambda: (
+            [i.qos_profile.reliability for i in infos_of() if i.node_name == 'matcher']
+            == [BEST_EFFORT]
+        )
+    )
+    ros.wait(lambda: ros.node.count_publishers('/weights'))
     time.sleep(0.5)
     clock.publish(Clock(clock=messages.to_stamp(START + 100 * SECOND)))
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera")))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
     before = len(matched)
     for index in range(4):
-        images.publish(image_message(START + 100 * SECOND + index * SECOND // 20, picture(2.0 * index)))
+        images.publish(
+            image_message(START + 100 * SECOND + index * SECOND // 20, picture(2.0 * index))
+        )
     ros.wait(lambda: len(matched) >= before + 4)
     assert matched[-1].width > 10 and matched[before].width == 0
     for role in parameters.NODES:
-        ros.wait(lambda role=role: f"nothing has come on /{'image' if role != 'bundle' else 'correspondences'} for"
-                 in ros.says(role).get("message", ""))  # fmt: skip
-    assert {ros.says(role)["lifecycle"] for role in parameters.NODES} == {"active"}
-    assert len({ros.says(role)["peak_memory_mb"] for role in parameters.NODES}) <= 3
-    assert "went forward" not in ros.log("composed")  # the first /clock sets the clock
+        ros.wait(lambda role=role: 'nothing has come on '
+                                   f"/{'image' if role != 'bundle' else 'correspondences'} for"
+                 in ros.says(role).get('message', ''))  # fmt: skip
+    assert {ros.says(role)['lifecycle'] for role in parameters.NODES} == {'active'}
+    assert len({ros.says(role)['peak_memory_mb'] for role in parameters.NODES}) <= 3
+    assert 'went forward' not in ros.log('composed')  # the first /clock sets the clock
 
     clock.publish(Clock(clock=messages.to_stamp(START)))
     for role in parameters.NODES:
-        ros.wait(lambda role=role: "clock on /clock went back by 100.000 s" in ros.says(role)["last_error"])
+        ros.wait(
+            lambda role=role: (
+                'clock on /clock went back by 100.000 s' in ros.says(role)['last_error']
+            )
+        )
     images.publish(image_message(START + SECOND, picture(0.0)))
     images.publish(image_message(START + SECOND + SECOND // 20, picture(2.0)))
     ros.wait(lambda: len(matched) >= before + 6)
     assert (matched[-2].width, matched[-1].width > 10) == (0, True)
-    says = ros.wait(lambda: (s := ros.says("matcher"))["processed"] == "6" and s)
-    assert (says["refused"], says["dropped"]) == ("0", "0")
+    says = ros.wait(lambda: (s := ros.says('matcher'))['processed'] == '6' and s)
+    assert (says['refused'], says['dropped']) == ('0', '0')
     process.send_signal(signal.SIGINT)
-    del ros.processes["composed"]
+    del ros.processes['composed']
     assert process.wait(30) == 0
-    assert "Traceback" not in ros.log("composed") and "terminate called" not in ros.log("composed")
+    assert 'Traceback' not in ros.log('composed') and 'terminate called' not in ros.log('composed')
 
 
 def test_composed_nodes_read_a_weights_file_once(shipped, tmp_path):
-    path, shared = tmp_path / "w.safetensors", SharedWeights()
+    path, shared = tmp_path / 'w.safetensors', SharedWeights()
     weights.save(path, shipped[0], 3, 3)
-    one, other = shared.load(path, "cpu"), shared.load(path, "cpu")
+    one, other = shared.load(path, 'cpu'), shared.load(path, 'cpu')
     assert one[0] is other[0]
     weights.save(path, one[0], 9, 3)
-    assert shared.load(path, "cpu")[1].version == 9
+    assert shared.load(path, 'cpu')[1].version == 9
     with pytest.raises(FileNotFoundError):
-        shared.load(tmp_path / "missing.safetensors", "cpu")
+        shared.load(tmp_path / 'missing.safetensors', 'cpu')

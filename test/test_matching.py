@@ -1,33 +1,45 @@
-"""The matcher, the detector, the tracker and the weights file, on rendered images and with the shipped weights."""
+"""
+The matcher, the detector, the tracker and the weights file.
+
+On rendered images and with the shipped weights.
+"""
 
 import copy
+from dataclasses import replace
 import json
 import os
 import struct
 import threading
-from dataclasses import replace
 
 import cv2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.matching import weights
+from imatching_ros.matching.detector import BORDER, detect, SPACING
+from imatching_ros.matching.expectation import (
+    COARSE,
+    ExpectationMatcher,
+    Features,
+    FINE,
+    FINE_RADIUS,
+)
+from imatching_ros.matching.tracker import round_trip, Tracker, TrackerOptions
+from imatching_ros.matching.warps import apply_homography, in_frame, random_homography
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.matching import weights
-from imatching_ros.matching.detector import BORDER, SPACING, detect
-from imatching_ros.matching.expectation import COARSE, FINE, FINE_RADIUS, ExpectationMatcher, Features
-from imatching_ros.matching.tracker import Tracker, TrackerOptions, round_trip
-from imatching_ros.matching.warps import apply_homography, in_frame, random_homography
-
-SIZES = [((320, 240), 1), ((640, 368), 2), ((1241, 376), 1), ((101, 77), 3), ((49, 33), 1), ((20, 9), 2)]
+SIZES = [
+    ((320, 240), 1), ((640, 368), 2), ((1241, 376), 1), ((101, 77), 3), ((49, 33), 1),
+    ((20, 9), 2),
+]
 WINDOW = 2 * FINE_RADIUS + 1
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def matcher(shipped):
     return shipped[0]
 
@@ -42,15 +54,17 @@ def corners(image, count=300):
 
 
 def found(matcher, reference, target, queries):
-    """uv (N, 2) of queries (N, 2)."""
+    """Return uv (N, 2) of queries (N, 2)."""
     with torch.no_grad():
-        return matcher.match(encoded(matcher, reference), encoded(matcher, target), queries[None]).uv[0]
+        return matcher.match(
+            encoded(matcher, reference), encoded(matcher, target), queries[None]
+        ).uv[0]
 
 
-# The network ----------------------------------------------------------------------------------------------------------
+# The network -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size, batch", SIZES)
+@pytest.mark.parametrize('size, batch', SIZES)
 def test_any_image_size_and_any_batch_has_features_and_matches(matcher, day, size, batch):
     images = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for _, image in day[1][:batch]]
     features = encoded(matcher, *images)
@@ -58,12 +72,18 @@ def test_any_image_size_and_any_batch_has_features_and_matches(matcher, day, siz
     assert features.coarse.shape == (batch, 64, cells[0] // COARSE, cells[1] // COARSE)
     assert features.fine.shape == (batch, cells[0] // FINE, cells[1] // FINE, 32)
     assert features.size == size[::-1]
-    torch.testing.assert_close(features.coarse.norm(dim=1), torch.ones(batch, *features.coarse.shape[2:]))
-    queries = torch.rand(batch, 7, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(size)
+    torch.testing.assert_close(
+        features.coarse.norm(dim=1), torch.ones(batch, *features.coarse.shape[2:])
+    )
+    queries = torch.rand(batch, 7, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        size
+    )
     matches = matcher.match(features, features, queries)
     assert matches.uv.shape == matches.coarse_uv.shape == (batch, 7, 2)
     assert matches.score.shape == (batch, 7) and matches.cov.shape == (batch, 7, 2, 2)
-    assert all(getattr(matches, name).isfinite().all() for name in ("uv", "coarse_uv", "score", "cov"))
+    assert all(
+        getattr(matches, name).isfinite().all() for name in ('uv', 'coarse_uv', 'score', 'cov')
+    )
     assert ((matches.score >= 0) & (matches.score <= 1)).all()
     assert matcher.match(features, features, queries[:, :0]).uv.shape == (batch, 0, 2)
 
@@ -73,14 +93,15 @@ def test_a_batch_gives_what_its_images_give_one_by_one(matcher, day):
     together = encoded(matcher, *images)
     queries = torch.stack([corners(image, 100)[:60] for image in images])
     with torch.no_grad():
-        matches = matcher.match(together, Features(*(torch.roll(x, 1, 0) for x in (together.coarse, together.fine)),
+        matches = matcher.match(together, Features(*(torch.roll(x, 1, 0)
+                                                     for x in (together.coarse, together.fine)),
                                                    together.size), queries)  # fmt: skip
     for k, image in enumerate(images):
         alone = encoded(matcher, image)
-        torch.testing.assert_close(together[k : k + 1].coarse, alone.coarse, atol=1e-4, rtol=0)
-        torch.testing.assert_close(together[k : k + 1].fine, alone.fine, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together[k:k + 1].coarse, alone.coarse, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together[k:k + 1].fine, alone.fine, atol=1e-4, rtol=0)
         with torch.no_grad():
-            one = matcher.match(alone, encoded(matcher, images[k - 1]), queries[k : k + 1])
+            one = matcher.match(alone, encoded(matcher, images[k - 1]), queries[k:k + 1])
         close = (one.uv[0] - matches.uv[k]).norm(dim=-1) < 1e-2
         assert close.float().mean() > 0.95  # where two cells are as similar, rounding may choose
 
@@ -89,13 +110,22 @@ def test_brightness_and_contrast_do_not_matter(matcher, day):
     image = day[1][0][1].astype(np.float32)
     queries = corners(day[1][0][1])
     with torch.no_grad():
-        plain, dim = (matcher.encode(torch.tensor(x)[None, None] / 255) for x in (image, 0.5 * image + 20))
-        one, two = matcher.match(plain, plain, queries[None]).uv, matcher.match(plain, dim, queries[None]).uv
+        plain, dim = (
+            matcher.encode(torch.tensor(x)[None, None] / 255) for x in (image, 0.5 * image + 20)
+        )
+        one, two = (
+            matcher.match(plain, plain, queries[None]).uv,
+            matcher.match(plain, dim, queries[None]).uv,
+        )
     assert (one - two).norm(dim=-1).quantile(0.95) < 0.1
 
 
 def random_features(seed=0, batch=1, height=12, width=14, dtype=torch.float32):
-    """Features of no image: unit descriptors, each its own, in which only a cell itself is like the cell."""
+    """
+    Return features of no image.
+
+    Unit descriptors, each its own, in which only a cell itself is like the cell.
+    """
     g = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch, 64, height, width, generator=g, dtype=dtype)
     fine = torch.randn(batch, 4 * height, 4 * width, 32, generator=g, dtype=dtype)
@@ -106,14 +136,16 @@ def random_features(seed=0, batch=1, height=12, width=14, dtype=torch.float32):
 def test_each_head_gets_the_gradient_of_its_own_result():
     matcher = ExpectationMatcher()
     queries = torch.tensor([[[30.2, 41.7], [100.0, 7.0]]])
-    for name, own in (("uv", "fine"), ("coarse_uv", "coarse")):
+    for name, own in (('uv', 'fine'), ('coarse_uv', 'coarse')):
         features = [random_features(seed) for seed in (0, 1)]
         for each in features:
             each.coarse.requires_grad_()
             each.fine.requires_grad_()
-        (getattr(matcher.match(*features, queries), name) * torch.tensor([1.0, 2.0])).sum().backward()
+        (
+            getattr(matcher.match(*features, queries), name) * torch.tensor([1.0, 2.0])
+        ).sum().backward()
         for each in features:
-            for head in ("coarse", "fine"):
+            for head in ('coarse', 'fine'):
                 gradient = getattr(each, head).grad
                 if head == own:
                     assert gradient.abs().sum() > 0
@@ -138,25 +170,27 @@ def test_no_gradient_leaves_the_windows():
 
 
 def test_the_expectation_is_exact_up_to_the_corners():
-    # With a sharp similarity the mean is the one cell that is alike: pixel centres, strides and windows all show.
+    # With a sharp similarity the mean is the one cell that is alike: pixel centres, strides and
+    # windows all show.
     matcher = ExpectationMatcher()
     with torch.no_grad():
         matcher.log_scale_coarse.fill_(6.0)
         matcher.log_scale_fine.fill_(7.0)
         features = random_features()
-        v, u = torch.meshgrid(torch.arange(48), torch.arange(56), indexing="ij")
+        v, u = torch.meshgrid(torch.arange(48), torch.arange(56), indexing='ij')
         queries = torch.stack((u, v), -1).flatten(0, 1)[None] * FINE + (FINE - 1) / 2
         matches = matcher.match(features, features, queries)
         assert (matches.uv - queries).abs().max() < 1e-3
         # A coarse query at a cell's centre is that cell.
-        v, u = torch.meshgrid(torch.arange(12), torch.arange(14), indexing="ij")
+        v, u = torch.meshgrid(torch.arange(12), torch.arange(14), indexing='ij')
         queries = torch.stack((u, v), -1).flatten(0, 1)[None] * COARSE + (COARSE - 1) / 2
         matches = matcher.match(features, features, queries)
         assert (matches.coarse_uv - queries).abs().max() < 1e-3 and matches.score.min() > 0.999
 
 
 def test_equation_5_in_closed_form():
-    # Two alike cells in one window: the mean lies between them, and the covariance along the line that joins them.
+    # Two alike cells in one window: the mean lies between them, and the covariance along the line
+    # that joins them.
     matcher = ExpectationMatcher()
     with torch.no_grad():
         matcher.log_scale_fine.fill_(7.0)
@@ -208,7 +242,7 @@ def test_folding_away_batch_norm_changes_nothing(day):
     assert torch.equal(trained.log_cov, folded.log_cov)
 
 
-# The shipped weights --------------------------------------------------------------------------------------------------
+# The shipped weights -----------------------------------------------------------------------------
 
 
 def test_a_point_is_found_where_it_is_in_the_same_image(matcher, day):
@@ -218,10 +252,12 @@ def test_a_point_is_found_where_it_is_in_the_same_image(matcher, day):
         assert error.median() < 0.45 and (error < 1).float().mean() > 0.97
 
 
-@pytest.mark.parametrize("size", [(333, 211), (101, 77)])
+@pytest.mark.parametrize('size', [(333, 211), (101, 77)])
 def test_padding_does_not_show_at_the_border(matcher, day, size):
     image = cv2.resize(day[1][0][1], size, interpolation=cv2.INTER_AREA)
-    grid = np.stack(np.meshgrid(np.arange(0, size[0], 5.0), np.arange(0, size[1], 5.0)), -1).reshape(-1, 2)
+    grid = np.stack(
+        np.meshgrid(np.arange(0, size[0], 5.0), np.arange(0, size[1], 5.0)), -1
+    ).reshape(-1, 2)
     queries = torch.from_numpy(grid).float()
     error = (found(matcher, image, image, queries) - queries).norm(dim=-1)
     far = torch.tensor(size) - 1
@@ -238,7 +274,9 @@ def test_a_known_homography_is_found(matcher, day):
         queries = corners(image)
         truth = apply_homography(H, queries.numpy())
         seen = torch.from_numpy(in_frame(truth, image.shape[::-1]))
-        error = (found(matcher, image, warped, queries) - torch.from_numpy(truth).float()).norm(dim=-1)[seen]
+        error = (found(matcher, image, warped, queries) - torch.from_numpy(truth).float()).norm(
+            dim=-1
+        )[seen]
         shares.append((error < 1).float().mean().item())
     assert min(shares) > 0.75 and np.mean(shares) > 0.9
 
@@ -247,18 +285,22 @@ def test_the_covariance_knows_which_matches_are_less_certain(matcher, day):
     reference, target = day[1][0][1], day[1][4][1]
     queries = corners(reference)
     H = random_homography(np.random.default_rng(1), reference.shape[::-1], 0.5)
-    target = cv2.GaussianBlur(cv2.warpPerspective(reference, H, reference.shape[::-1]), (0, 0), 1.5)
+    target = cv2.GaussianBlur(
+        cv2.warpPerspective(reference, H, reference.shape[::-1]), (0, 0), 1.5
+    )
     truth = apply_homography(H, queries.numpy())
     seen = torch.from_numpy(in_frame(truth, reference.shape[::-1]))
     with torch.no_grad():
-        matches = matcher.match(encoded(matcher, reference), encoded(matcher, target), queries[None])
+        matches = matcher.match(
+            encoded(matcher, reference), encoded(matcher, target), queries[None]
+        )
     error = (matches.uv[0] - torch.from_numpy(truth).float()).norm(dim=-1)[seen]
     certain = matches.cov[0].diagonal(dim1=-2, dim2=-1).sum(-1)[seen].argsort()
     half = len(certain) // 2
     assert error[certain[:half]].mean() < error[certain[half:]].mean()
 
 
-# Warps ----------------------------------------------------------------------------------------------------------------
+# Warps -------------------------------------------------------------------------------------------
 
 
 def test_a_warp_of_no_strength_is_the_identity():
@@ -266,7 +308,7 @@ def test_a_warp_of_no_strength_is_the_identity():
     np.testing.assert_allclose(H / H[2, 2], np.eye(3), atol=1e-9)
 
 
-# The detector ---------------------------------------------------------------------------------------------------------
+# The detector ------------------------------------------------------------------------------------
 
 
 def test_corners_keep_away_from_one_another_and_from_the_border(day):
@@ -280,7 +322,9 @@ def test_corners_keep_away_from_one_another_and_from_the_border(day):
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(st.tuples(st.floats(-10, 330), st.floats(-10, 250)), max_size=40), st.integers(1, 200))
+@given(
+    st.lists(st.tuples(st.floats(-10, 330), st.floats(-10, 250)), max_size=40), st.integers(1, 200)
+)
 def test_corners_keep_away_from_what_is_occupied(day, occupied, count):
     occupied = np.array(occupied, np.float32).reshape(-1, 2)
     points = detect(day[1][7][1], count, occupied)
@@ -298,12 +342,16 @@ def test_dim_and_empty_images(day):
         assert points.shape == (0, 2) and points.dtype == np.float32
 
 
-# The tracker ----------------------------------------------------------------------------------------------------------
+# The tracker -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def tracked(shipped, day):
-    """Correspondences of the daylight recording, and the keyframes that each image was matched with."""
+    """
+    Correspondences of the daylight recording, and of which keyframes.
+
+    These are the ones that each image was matched with.
+    """
     return track(shipped[0], *day)
 
 
@@ -323,9 +371,11 @@ def test_the_first_image_is_a_keyframe_without_rows(tracked, day):
     assert [message.stamp for message in messages] == [stamp for stamp, _ in day[1]]
 
 
-@pytest.mark.parametrize("references", [1, 2, 3])
+@pytest.mark.parametrize('references', [1, 2, 3])
 def test_every_image_is_matched_with_its_past_keyframes(shipped, day, references):
-    messages, keyframes = track(shipped[0], day[0], day[1][:24], TrackerOptions(references=references))
+    messages, keyframes = track(
+        shipped[0], day[0], day[1][:24], TrackerOptions(references=references)
+    )
     seen = []
     for message, past in zip(messages[1:], keyframes[1:], strict=True):
         seen += [stamp for stamp in past if stamp not in seen]
@@ -344,8 +394,11 @@ def test_rows_are_in_frame_and_undistorted_by_the_camera(tracked, day):
         assert ((message.score >= 0) & (message.score <= 1)).all()
         uu, uv, vv = message.cov.unbind(-1)
         assert (uu > 0).all() and (uu * vv > uv * uv).all()
-        dtypes = [getattr(message, name).dtype for name in ("uv", "xy", "ref_uv", "score", "cov")]
-        assert dtypes == [torch.float32] * 5 and message.track.dtype == message.ref_stamp.dtype == torch.int64
+        dtypes = [getattr(message, name).dtype for name in ('uv', 'xy', 'ref_uv', 'score', 'cov')]
+        assert (
+            dtypes == [torch.float32] * 5
+            and message.track.dtype == message.ref_stamp.dtype == torch.int64
+        )
 
 
 def test_a_track_is_one_point_of_each_keyframe_and_lives_on(tracked):
@@ -365,14 +418,22 @@ def test_a_track_is_one_point_of_each_keyframe_and_lives_on(tracked):
 def test_new_points_are_born_between_the_old_ones(tracked, day):
     at = {}  # keyframe: its points
     for message in tracked[0]:
-        for stamp, uv, name in zip(message.ref_stamp.tolist(), message.ref_uv, message.track.tolist(), strict=True):
+        for stamp, uv, name in zip(
+            message.ref_stamp.tolist(), message.ref_uv, message.track.tolist(), strict=True
+        ):
             at.setdefault(stamp, {})[name] = uv
     first = sorted(at)[0]
     for stamp in sorted(at)[1:]:
-        new = [name for name in at[stamp] if all(name not in at[other] for other in at if other < stamp)]
+        new = [
+            name
+            for name in at[stamp]
+            if all(name not in at[other] for other in at if other < stamp)
+        ]
         old = [name for name in at[stamp] if name in at[first]]
         if new and old:
-            distance = torch.cdist(torch.stack([at[stamp][k] for k in new]), torch.stack([at[stamp][k] for k in old]))
+            distance = torch.cdist(
+                torch.stack([at[stamp][k] for k in new]), torch.stack([at[stamp][k] for k in old])
+            )
             assert distance.min() > SPACING - 1
         assert len(at[stamp]) <= TrackerOptions.queries
 
@@ -387,7 +448,9 @@ def test_rows_come_back_to_where_they_started_and_references_agree(matcher, trac
             mine = message.ref_stamp == stamp
             queries = message.ref_uv[mine][None]
             with torch.no_grad():
-                matches, distance = round_trip(matcher, encoded(matcher, images[stamp]), features, queries)
+                matches, distance = round_trip(
+                    matcher, encoded(matcher, images[stamp]), features, queries
+                )
             assert distance.max() < options.round_trip_px + 1e-2
             close = (matches.uv[0] - message.uv[mine]).norm(dim=-1) < 1e-2
             assert close.float().mean() > 0.95
@@ -399,11 +462,15 @@ def test_rows_come_back_to_where_they_started_and_references_agree(matcher, trac
 
 def test_bounds_of_the_options_are_kept(shipped, day):
     loose, _ = track(shipped[0], day[0], day[1][:8])
-    strict, _ = track(shipped[0], day[0], day[1][:8], TrackerOptions(round_trip_px=0.2, queries=150))
+    strict, _ = track(
+        shipped[0], day[0], day[1][:8], TrackerOptions(round_trip_px=0.2, queries=150)
+    )
     assert 0 < len(strict[-1]) < 0.5 * len(loose[-1])
     agreeing, _ = track(shipped[0], day[0], day[1][:12], TrackerOptions(agreement_px=0.2))
     apart = [
-        (message.uv[message.track == name][:1] - message.uv[message.track == name]).norm(dim=-1).max()
+        (message.uv[message.track == name][:1] - message.uv[message.track == name])
+        .norm(dim=-1)
+        .max()
         for message in agreeing[-2:]
         for name in message.track.unique()
     ]
@@ -461,10 +528,12 @@ def test_after_a_reset_no_id_is_given_twice(shipped, day):
     assert max(int(m.track.max()) for m in first[1:]) < min(int(m.track.min()) for m in second[1:])
 
 
-@pytest.mark.parametrize("shape", [(240, 319), (480, 640), (320, 240), (240, 320, 3)])
+@pytest.mark.parametrize('shape', [(240, 319), (480, 640), (320, 240), (240, 320, 3)])
 def test_an_image_that_is_not_the_cameras_is_named(shipped, day, shape):
     tracker = Tracker(shipped[0], 0, day[0])
-    with pytest.raises(ValueError, match=r"^the image is \d+x\d+.*, camera_info says 320x240; publish .*$"):
+    with pytest.raises(
+        ValueError, match=r'^the image is \d+x\d+.*, camera_info says 320x240; publish .*$'
+    ):
         tracker.track(0, np.zeros(shape, np.uint8))
     assert len(tracker.track(1, day[1][0][1])) == 0 and tracker.keyframes == [1]
 
@@ -472,7 +541,10 @@ def test_an_image_that_is_not_the_cameras_is_named(shipped, day, shape):
 def test_dark_and_empty_images_give_no_false_rows_and_the_tracker_goes_on(shipped, day):
     camera, images = day
     black, grey = np.zeros((240, 320), np.uint8), np.full((240, 320), 128, np.uint8)
-    stream = [black, images[0][1], images[1][1], black, grey, black, images[2][1], images[3][1], images[4][1]]
+    stream = [
+        black, images[0][1], images[1][1], black, grey, black, images[2][1], images[3][1],
+        images[4][1],
+    ]
     tracker = Tracker(shipped[0], 0, camera)
     messages = [tracker.track(k, image) for k, image in enumerate(stream)]
     for message in messages:
@@ -488,7 +560,7 @@ def test_noise_is_not_taken_for_a_match(shipped):
     assert max(map(len, messages)) < 0.15 * TrackerOptions.queries * TrackerOptions.references
 
 
-# Weights --------------------------------------------------------------------------------------------------------------
+# Weights -----------------------------------------------------------------------------------------
 
 
 def same_weights(one, two):
@@ -497,13 +569,13 @@ def same_weights(one, two):
 
 
 def test_weights_come_back_as_they_were_written(tmp_path, shipped, day):
-    info = weights.save(tmp_path / "new" / "w.safetensors", shipped[0], 7, 6)
-    assert (info.version, info.parent, info.family) == (7, 6, "expectation")
-    matcher, read = weights.load(tmp_path / "new" / "w.safetensors")
+    info = weights.save(tmp_path / 'new' / 'w.safetensors', shipped[0], 7, 6)
+    assert (info.version, info.parent, info.family) == (7, 6, 'expectation')
+    matcher, read = weights.load(tmp_path / 'new' / 'w.safetensors')
     assert read == info and same_weights(matcher, shipped[0])
     assert not matcher.training and all(p.requires_grad for p in matcher.parameters())
     assert info.sha256 == shipped[1].sha256  # of the tensors, whatever the version
-    assert [p.name for p in (tmp_path / "new").iterdir()] == ["w.safetensors"]
+    assert [p.name for p in (tmp_path / 'new').iterdir()] == ['w.safetensors']
     data, info = weights.dumps(matcher, 8, 7)
     assert weights.loads(data)[1] == info
     image = day[1][0][1]
@@ -512,23 +584,27 @@ def test_weights_come_back_as_they_were_written(tmp_path, shipped, day):
 
 
 def test_shipped_weights_say_what_they_are(shipped):
-    assert shipped[1].version == 0 and shipped[1].family == "expectation"
+    assert shipped[1].version == 0 and shipped[1].family == 'expectation'
     assert weights.default_path().stat().st_size < 10e6
 
 
 def test_missing_weights_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^.*none\.safetensors: there is no such weights file$"):
-        weights.load(tmp_path / "none.safetensors")
-    with pytest.raises(FileNotFoundError, match="models/roma.safetensors were not found"):
-        weights.default_path("roma")
+    with pytest.raises(
+        FileNotFoundError, match=r'^.*none\.safetensors: there is no such weights file$'
+    ):
+        weights.load(tmp_path / 'none.safetensors')
+    with pytest.raises(FileNotFoundError, match='models/roma.safetensors were not found'):
+        weights.default_path('roma')
 
 
 def rewritten(data, **changes):
-    """A weights file with other metadata; None takes an entry away."""
+    """Return a weights file with other metadata; None takes an entry away."""
     tensors = safetensors.torch.load(data)
-    (length,) = struct.unpack("<Q", data[:8])
-    metadata = {**json.loads(data[8 : 8 + length])["__metadata__"], **changes}
-    return safetensors.torch.save(tensors, {name: value for name, value in metadata.items() if value is not None})
+    (length,) = struct.unpack('<Q', data[:8])
+    metadata = {**json.loads(data[8:8 + length])['__metadata__'], **changes}
+    return safetensors.torch.save(
+        tensors, {name: value for name, value in metadata.items() if value is not None}
+    )
 
 
 def not_finite(matcher):
@@ -539,9 +615,9 @@ def not_finite(matcher):
 
 
 def smaller(matcher):
-    """A network of this family by name only."""
+    """Return a network of this family by name only."""
     stranger = torch.nn.Linear(3, 3)
-    stranger.family = "expectation"
+    stranger.family = 'expectation'
     return weights.dumps(stranger, 1, 0)[0]
 
 
@@ -550,61 +626,78 @@ def flipped(data):
 
 
 BAD = {
-    "empty": (lambda m, data: b"", "not a safetensors file, or cut short"),
-    "foreign": (lambda m, data: b"PK\x03\x04 a pickle of something" * 100, "not a safetensors file"),
-    "text": (lambda m, data: b"{}", "not a safetensors file"),
-    "truncated": (lambda m, data: data[:-1000], "cut short"),
-    "half a header": (lambda m, data: data[:100], "cut short"),
-    "another project's": (lambda m, data: safetensors.torch.save({"a": torch.zeros(3)}), "family 'None'"),
-    "another family": (lambda m, data: rewritten(data, family="roma"), "family 'roma', this package knows expectation"),
-    "no version": (lambda m, data: rewritten(data, version=None), "lack version, parent or sha256"),
-    "version in words": (lambda m, data: rewritten(data, version="two"), "lack version, parent or sha256"),
-    "wrong sha": (lambda m, data: rewritten(data, sha256="0" * 64), "do not have the sha256"),
-    "one bit": (lambda m, data: flipped(data), "do not have the sha256"),
-    "not finite": (lambda m, data: not_finite(m), "some weights are not finite"),
-    "another network": (lambda m, data: smaller(m), "do not fit the expectation network"),
+    'empty': (lambda m, data: b'', 'not a safetensors file, or cut short'),
+    'foreign': (
+        lambda m, data: b'PK\x03\x04 a pickle of something' * 100,
+        'not a safetensors file',
+    ),
+    'text': (lambda m, data: b'{}', 'not a safetensors file'),
+    'truncated': (lambda m, data: data[:-1000], 'cut short'),
+    'half a header': (lambda m, data: data[:100], 'cut short'),
+    "another project's": (
+        lambda m, data: safetensors.torch.save({'a': torch.zeros(3)}),
+        "family 'None'",
+    ),
+    'another family': (
+        lambda m, data: rewritten(data, family='roma'),
+        "family 'roma', this package knows expectation",
+    ),
+    'no version': (
+        lambda m, data: rewritten(data, version=None),
+        'lack version, parent or sha256',
+    ),
+    'version in words': (
+        lambda m, data: rewritten(data, version='two'),
+        'lack version, parent or sha256',
+    ),
+    'wrong sha': (lambda m, data: rewritten(data, sha256='0' * 64), 'do not have the sha256'),
+    'one bit': (lambda m, data: flipped(data), 'do not have the sha256'),
+    'not finite': (lambda m, data: not_finite(m), 'some weights are not finite'),
+    'another network': (lambda m, data: smaller(m), 'do not fit the expectation network'),
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize('kind', BAD)
 def test_bad_weights_are_one_sentence(tmp_path, shipped, kind):
     make, says = BAD[kind]
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / 'w.safetensors'
     path.write_bytes(make(shipped[0], weights.dumps(shipped[0], 1, 0)[0]))
     with pytest.raises(ValueError, match=says) as error:
         weights.load(path)
-    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert str(error.value).startswith(f'{path}: ') and '\n' not in str(error.value)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.data())
 def test_whatever_is_damaged_the_weights_are_whole_or_refused(shipped, data):
     whole, _ = weights.dumps(shipped[0], 1, 0)
-    kind = data.draw(st.sampled_from(["cut", "flip", "grow"]))
+    kind = data.draw(st.sampled_from(['cut', 'flip', 'grow']))
     at = data.draw(st.one_of(st.integers(0, 3000), st.integers(0, len(whole) - 1)))
-    if kind == "cut":
+    if kind == 'cut':
         damaged = whole[:at]
-    elif kind == "flip":
-        damaged = whole[:at] + bytes([whole[at] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[at + 1 :]
+    elif kind == 'flip':
+        damaged = (
+            whole[:at] + bytes([whole[at] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[at + 1:]
+        )
     else:
-        damaged = whole + b"\0"
+        damaged = whole + b'\0'
     try:
         matcher, _ = weights.loads(damaged)
     except ValueError as error:
-        assert "\n" not in str(error)
+        assert '\n' not in str(error)
     else:  # a flip within the header's blanks, or in the version's digits
         assert same_weights(matcher, shipped[0])
 
 
 def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path, shipped, monkeypatch):
-    path = tmp_path / "w.safetensors"
+    path = tmp_path / 'w.safetensors'
     weights.save(path, shipped[0], 1, 0)
     before = path.read_bytes()
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    for step in ("fsync", "replace"):
+    for step in ('fsync', 'replace'):
         with monkeypatch.context() as patch:
             patch.setattr(os, step, killed)
             with pytest.raises(KeyboardInterrupt):
@@ -614,7 +707,7 @@ def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path, shipped, monke
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
-    path = tmp_path / "w"
+    path = tmp_path / 'w'
     files = [bytes([k]) * size for k, size in ((1, 3_000_000), (2, 10), (3, 1_000_000))]
     weights.write(path, files[0])
     done = threading.Event()
@@ -638,9 +731,9 @@ def test_a_reader_never_sees_half_a_file(tmp_path):
 def test_fault_tracker_of_a_wide_lens_gives_no_row_that_its_model_cannot_place(shipped, day):
     matcher, _ = shipped
     camera, images = day
-    wide = replace(camera, distortion_model="plumb_bob", distortion=(-0.9, 0.0, 0.0, 0.0, 0.0))
+    wide = replace(camera, distortion_model='plumb_bob', distortion=(-0.9, 0.0, 0.0, 0.0, 0.0))
     corners = torch.tensor([[0.0, 0.0], [camera.width - 1.0, camera.height - 1.0]])
-    assert wide.normalise(corners.double()).isnan().all(), "the lens is meant to be wide"
+    assert wide.normalise(corners.double()).isnan().all(), 'the lens is meant to be wide'
     tracker = Tracker(matcher, 0, wide)
     rows = [tracker.track(stamp, image) for stamp, image in images[:3]][-1]
     assert len(rows) > 20 and rows.xy.isfinite().all()
@@ -651,6 +744,9 @@ def test_kill_tracker_that_starts_anew_gives_no_id_that_was_given_before(shipped
     camera, images = day
     before, after = (
         torch.cat([tracker.track(stamp, image).track for stamp, image in part])
-        for tracker, part in ((Tracker(matcher, 0, camera), images[:6]), (Tracker(matcher, 0, camera), images[6:12]))
+        for tracker, part in (
+            (Tracker(matcher, 0, camera), images[:6]),
+            (Tracker(matcher, 0, camera), images[6:12]),
+        )
     )
     assert len(before) and len(after) and int(before.max()) < int(after.min())

@@ -1,27 +1,22 @@
-"""The nodes as a robot meets them: real processes, real topics, good and bad input, a clean end."""
+"""
+The nodes as a robot meets them.
+
+Real processes, real topics, good and bad input, a clean end.
+"""
 
 import json
+from pathlib import Path
 import signal
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-rclpy = pytest.importorskip("rclpy", reason="ROS 2's rclpy is not installed")
+rclpy = pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
-from nav_msgs.msg import Odometry  # noqa: E402
-from nav_msgs.msg import Path as PathMessage  # noqa: E402
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
-from rcl_interfaces.srv import GetParameters, SetParametersAtomically  # noqa: E402
-from ros import CAMERA, SECOND, START, Ros, image_message, picture  # noqa: E402
-from sensor_msgs.msg import CameraInfo, Image, PointCloud, PointCloud2  # noqa: E402
-from std_msgs.msg import UInt8MultiArray  # noqa: E402
-from std_srvs.srv import SetBool, Trigger  # noqa: E402
-
-from imatching_ros.bundle.bundle import Bundle  # noqa: E402
+from imatching_ros.bundle.bundle import Bundle  # noqa: E402,I100
 from imatching_ros.data.recording import open_recording  # noqa: E402
 from imatching_ros.data.synthetic import render_recording  # noqa: E402
 from imatching_ros.geometry import lie  # noqa: E402
@@ -30,25 +25,33 @@ from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
-from imatching_ros.nodes.replay import ReplayError, replay  # noqa: E402
+from imatching_ros.nodes.replay import replay, ReplayError  # noqa: E402
 from imatching_ros.nodes.worker import Worker  # noqa: E402
+from nav_msgs.msg import Odometry  # noqa: E402
+from nav_msgs.msg import Path as PathMessage  # noqa: E402
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
+from rcl_interfaces.srv import GetParameters, SetParametersAtomically  # noqa: E402
+from ros import CAMERA, image_message, picture, Ros, SECOND, START  # noqa: E402
+from sensor_msgs.msg import CameraInfo, Image, PointCloud, PointCloud2  # noqa: E402
+from std_msgs.msg import UInt8MultiArray  # noqa: E402
+from std_srvs.srv import SetBool, Trigger  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def ros(tmp_path_factory):
-    ros = Ros(tmp_path_factory.mktemp("nodes"))
+    ros = Ros(tmp_path_factory.mktemp('nodes'))
     yield ros
     ros.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def first_weights(tmp_path_factory):
     torch.manual_seed(0)
     from imatching_ros.matching.expectation import ExpectationMatcher
 
-    path = tmp_path_factory.mktemp("weights") / "first.safetensors"
+    path = tmp_path_factory.mktemp('weights') / 'first.safetensors'
     try:
         matcher, _ = weights.load(weights.default_path())
     except FileNotFoundError:
@@ -58,9 +61,15 @@ def first_weights(tmp_path_factory):
 
 
 def scene_correspondences(frames: int = 24) -> list[Correspondences]:
-    """Exact correspondences of points in a box seen by a camera that moves sideways; every fourth is a keyframe."""
+    """
+    Exact correspondences of points in a box seen by a camera that moves sideways.
+
+    Every fourth is a keyframe.
+    """
     g = torch.Generator().manual_seed(0)
-    points = torch.rand(150, 3, generator=g) * torch.tensor([6.0, 4.0, 4.0]) + torch.tensor([-2.0, -2.0, 4.0])
+    points = torch.rand(150, 3, generator=g) * torch.tensor([6.0, 4.0, 4.0]) + torch.tensor(
+        [-2.0, -2.0, 4.0]
+    )
     focal, centre = torch.tensor([CAMERA.fx, CAMERA.fy]), torch.tensor([CAMERA.cx, CAMERA.cy])
 
     def look(frame: int) -> torch.Tensor:
@@ -77,9 +86,12 @@ def scene_correspondences(frames: int = 24) -> list[Correspondences]:
                 stamp=START + frame * SECOND // 20,
                 uv=(xy * focal + centre).repeat(len(references), 1),
                 xy=xy.repeat(len(references), 1),
-                ref_stamp=torch.tensor([START + k * SECOND // 20 for k in references], dtype=torch.int64)
-                .repeat_interleave(n),
-                ref_uv=torch.cat([look(k) * focal + centre for k in references]) if references else torch.empty(0, 2),
+                ref_stamp=torch.tensor(
+                    [START + k * SECOND // 20 for k in references], dtype=torch.int64
+                ).repeat_interleave(n),
+                ref_uv=torch.cat([look(k) * focal + centre for k in references])
+                if references
+                else torch.empty(0, 2),
                 track=torch.arange(n).repeat(len(references)),
                 score=torch.ones(count),
                 cov=torch.tensor([0.2, 0.0, 0.2]).repeat(count, 1),
@@ -92,31 +104,32 @@ def scene_correspondences(frames: int = 24) -> list[Correspondences]:
 # The matcher
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def matcher(ros, first_weights):
-    """A matcher node that has been fed nothing yet, and the ends of its topics."""
+    """Return a matcher node that has been fed nothing yet, and the ends of its topics."""
     ros.start(
-        "matcher", image_qos="keep_all", processing_mode="all", weights=str(first_weights), queries=100,
+        'matcher', image_qos='keep_all', processing_mode='all', weights=str(first_weights),
+        queries=100,
         vins_features=True,
     )  # fmt: skip
-    ros.images = ros.node.create_publisher(Image, "image", lossless())
-    ros.infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    ros.weights = ros.node.create_publisher(UInt8MultiArray, "weights", latched())
-    ros.matched = ros.listen(PointCloud2, "correspondences", lossless())
-    ros.features = ros.listen(PointCloud, "feature_tracker/feature", lossless())
+    ros.images = ros.node.create_publisher(Image, 'image', lossless())
+    ros.infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    ros.weights = ros.node.create_publisher(UInt8MultiArray, 'weights', latched())
+    ros.matched = ros.listen(PointCloud2, 'correspondences', lossless())
+    ros.features = ros.listen(PointCloud, 'feature_tracker/feature', lossless())
     ros.connect(ros.images)
     ros.connect(ros.infos)
     ros.connect(ros.weights)
-    ros.wait(lambda: ros.says("matcher"))
+    ros.wait(lambda: ros.says('matcher'))
     ros.now = START
     return ros
 
 
 def play(ros: Ros, image: np.ndarray) -> Correspondences:
-    """Sends the next image and waits for its correspondences."""
+    """Send the next image and wait for its correspondences."""
     ros.now += SECOND // 20
     before = len(ros.matched)
-    ros.infos.publish(messages.camera_to_info(CAMERA, messages.header(ros.now, "camera_optical")))
+    ros.infos.publish(messages.camera_to_info(CAMERA, messages.header(ros.now, 'camera_optical')))
     ros.images.publish(image_message(ros.now, image))
     ros.wait(lambda: len(ros.matched) > before)
     answer = messages.correspondences_from_cloud(ros.matched[-1])
@@ -125,37 +138,51 @@ def play(ros: Ros, image: np.ndarray) -> Correspondences:
 
 
 def test_matcher_node_publishes_what_its_tracker_finds(matcher, first_weights):
-    """Also: without camera_info it says so and waits; with one that is not calibrated it says that."""
+    """
+    Also: without camera_info it says so and waits.
+
+    With one that is not calibrated it says that.
+    """
     pictures = [picture(3.0 * index) for index in range(5)]
     stamps = [START + index * SECOND // 20 for index in range(1, 6)]
     matcher.images.publish(image_message(stamps[0], pictures[0]))
-    matcher.wait(lambda: matcher.says("matcher")["waiting"] == "1")
-    assert matcher.says("matcher")["level"] == 2
-    assert "no usable camera_info has come on /camera_info" in matcher.says("matcher")["message"]
+    matcher.wait(lambda: matcher.says('matcher')['waiting'] == '1')
+    assert matcher.says('matcher')['level'] == 2
+    assert 'no usable camera_info has come on /camera_info' in matcher.says('matcher')['message']
     matcher.infos.publish(CameraInfo(width=160, height=120))
-    matcher.wait(lambda: "not calibrated: fx is 0" in matcher.says("matcher")["last_error"])
-    matcher.infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    matcher.wait(lambda: 'not calibrated: fx is 0' in matcher.says('matcher')['last_error'])
+    matcher.infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
     matcher.wait(lambda: len(matcher.matched) == 1)
 
     model, info = weights.load(first_weights)
     tracker = Tracker(model, info.version, CAMERA, TrackerOptions(queries=100))
     for index, (stamp, image) in enumerate(zip(stamps, pictures, strict=True)):
         expected = tracker.track(stamp, image)
-        got = messages.correspondences_from_cloud(matcher.matched[0]) if index == 0 else play(matcher, image)
+        got = (
+            messages.correspondences_from_cloud(matcher.matched[0])
+            if index == 0
+            else play(matcher, image)
+        )
         matcher.now = stamp
         assert (got.stamp, len(got)) == (stamp, len(expected))
-        assert torch.equal(got.ref_stamp, expected.ref_stamp) and torch.equal(got.track, expected.track)
+        assert torch.equal(got.ref_stamp, expected.ref_stamp) and torch.equal(
+            got.track, expected.track
+        )
         torch.testing.assert_close(got.uv, expected.uv, atol=1e-3, rtol=0)
         torch.testing.assert_close(got.ref_uv, expected.ref_uv, atol=1e-3, rtol=0)
         assert got.model == (3 if len(got) else 0)
     assert len(got) > 20
-    assert matcher.matched[-1].header.frame_id == "camera_optical"
-    features = matcher.wait(lambda: (f := matcher.features) and f[-1].header == matcher.matched[-1].header and f[-1])
+    assert matcher.matched[-1].header.frame_id == 'camera_optical'
+    features = matcher.wait(
+        lambda: (f := matcher.features) and f[-1].header == matcher.matched[-1].header and f[-1]
+    )
     assert len(features.channels) == 9 and len(features.points) == len(set(got.track.tolist()))
-    matcher.wait(lambda: matcher.says("matcher")["processed"] == "5")
-    says = matcher.says("matcher")
-    assert (says["received"], says["dropped"], says["refused"], says["model_version"]) == ("5", "0", "0", "3")
-    assert float(says["latency_p50_ms"]) > 0 and float(says["peak_memory_mb"]) > 50
+    matcher.wait(lambda: matcher.says('matcher')['processed'] == '5')
+    says = matcher.says('matcher')
+    assert (says['received'], says['dropped'], says['refused'], says['model_version']) == (
+        '5', '0', '0', '3',
+    )
+    assert float(says['latency_p50_ms']) > 0 and float(says['peak_memory_mb']) > 50
 
 
 def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
@@ -163,55 +190,61 @@ def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
     data, _ = weights.dumps(model, 4, 3)
     assert play(matcher, picture(1.0)).model == 3
     matcher.weights.publish(messages.weights_to_message(data))
-    matcher.wait(lambda: matcher.says("matcher")["model_version"] == "4")
+    matcher.wait(lambda: matcher.says('matcher')['model_version'] == '4')
     after = play(matcher, picture(2.0))
     assert after.model == 4 and len(after) > 20  # the tracks live on
 
 
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
+    ('spoil', 'sentence'),
     [
-        (lambda m: setattr(m, "encoding", "32FC1"), "image encoding '32FC1' is not supported"),
-        (lambda m: setattr(m, "data", bytes(m.data)[:1000]), "the image has 1000 bytes"),
-        (lambda m: setattr(m, "height", 60), "the image is 160x60, camera_info says 160x120"),
-        (lambda m: setattr(m, "height", 0), "the image is empty"),
-        (lambda m: setattr(m.header, "stamp", messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 20)),
-         "the same stamp"),
-        (lambda m: setattr(m.header, "stamp", messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 2)),
-         "an older stamp"),
+        (lambda m: setattr(m, 'encoding', '32FC1'), "image encoding '32FC1' is not supported"),
+        (lambda m: setattr(m, 'data', bytes(m.data)[:1000]), 'the image has 1000 bytes'),
+        (lambda m: setattr(m, 'height', 60), 'the image is 160x60, camera_info says 160x120'),
+        (lambda m: setattr(m, 'height', 0), 'the image is empty'),
+        (lambda m: setattr(m.header, 'stamp',
+                           messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 20)),
+         'the same stamp'),
+        (lambda m: setattr(m.header, 'stamp',
+                           messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 2)),
+         'an older stamp'),
     ],
-    ids=["encoding", "cut", "size", "empty", "duplicate", "late"],
+    ids=['encoding', 'cut', 'size', 'empty', 'duplicate', 'late'],
 )  # fmt: skip
-def test_fault_bad_image_is_said_and_counted_and_the_matcher_node_lives_on(matcher, spoil, sentence):
+def test_fault_bad_image_is_said_and_counted_and_the_matcher_node_lives_on(
+    matcher, spoil, sentence
+):
     play(matcher, picture(0.0))
-    before = int(matcher.wait(lambda: matcher.says("matcher"))["refused"])
+    before = int(matcher.wait(lambda: matcher.says('matcher'))['refused'])
     matcher.now += SECOND // 20
     message = image_message(matcher.now, picture(1.0))
     spoil(message)
     matcher.images.publish(message)
-    says = matcher.wait(lambda: int((s := matcher.says("matcher"))["refused"]) > before and s)
-    assert int(says["refused"]) == before + 1 and sentence in says["last_error"]
-    assert sentence in matcher.log("matcher")
+    says = matcher.wait(lambda: int((s := matcher.says('matcher'))['refused']) > before and s)
+    assert int(says['refused']) == before + 1 and sentence in says['last_error']
+    assert sentence in matcher.log('matcher')
     play(matcher, picture(2.0))
 
 
-@pytest.mark.parametrize("kind", ["foreign", "damaged", "cut"])
-def test_fault_bad_weights_are_refused_and_the_matcher_node_keeps_its_own(matcher, first_weights, kind):
+@pytest.mark.parametrize('kind', ['foreign', 'damaged', 'cut'])
+def test_fault_bad_weights_are_refused_and_the_matcher_node_keeps_its_own(
+    matcher, first_weights, kind
+):
     data = bytearray(first_weights.read_bytes())
-    if kind == "foreign":
+    if kind == 'foreign':
         import safetensors.torch
 
-        data = safetensors.torch.save({"x": torch.zeros(3)}, {"family": "other"})
-    elif kind == "damaged":
+        data = safetensors.torch.save({'x': torch.zeros(3)}, {'family': 'other'})
+    elif kind == 'damaged':
         data[-100] ^= 255
     else:
-        data = data[: len(data) // 2]
-    before = int(matcher.says("matcher")["faults"])
-    version = matcher.says("matcher")["model_version"]
+        data = data[:len(data) // 2]
+    before = int(matcher.says('matcher')['faults'])
+    version = matcher.says('matcher')['model_version']
     matcher.weights.publish(messages.weights_to_message(bytes(data)))
-    says = matcher.wait(lambda: int((s := matcher.says("matcher"))["faults"]) > before and s)
-    expected = {"foreign": "family 'other'", "damaged": "damaged", "cut": "cut short"}[kind]
-    assert "the weights message: " in says["last_error"] and expected in says["last_error"]
+    says = matcher.wait(lambda: int((s := matcher.says('matcher'))['faults']) > before and s)
+    expected = {'foreign': "family 'other'", 'damaged': 'damaged', 'cut': 'cut short'}[kind]
+    assert 'the weights message: ' in says['last_error'] and expected in says['last_error']
     play(matcher, picture(0.0))
     assert str(play(matcher, picture(1.0)).model) == version
 
@@ -221,27 +254,32 @@ def test_fault_clock_that_goes_back_starts_the_matcher_node_afresh(matcher):
     matcher.now = START - 100 * SECOND
     assert len(play(matcher, picture(1.0))) == 0
     assert len(play(matcher, picture(2.0)))
-    matcher.wait(lambda: "the clock went back by" in matcher.says("matcher")["last_error"])
+    matcher.wait(lambda: 'the clock went back by' in matcher.says('matcher')['last_error'])
 
 
 def test_matcher_node_services_and_parameters(matcher, first_weights):
-    answer = matcher.call(Trigger, "matcher/reload_weights")
-    assert answer.success and answer.message == f"version 3 from {first_weights}"
-    assert matcher.call(Trigger, "matcher/reset").success
+    answer = matcher.call(Trigger, 'matcher/reload_weights')
+    assert answer.success and answer.message == f'version 3 from {first_weights}'
+    assert matcher.call(Trigger, 'matcher/reset').success
     assert len(play(matcher, picture(0.0))) == 0
 
     def change(**values):
         changes = [
-            Parameter(name=name, value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value))
+            Parameter(
+                name=name,
+                value=ParameterValue(type=ParameterType.PARAMETER_DOUBLE, double_value=value),
+            )
             for name, value in values.items()
         ]
         request = SetParametersAtomically.Request(parameters=changes)
-        return matcher.call(SetParametersAtomically, "matcher/set_parameters_atomically", request).result
+        return matcher.call(
+            SetParametersAtomically, 'matcher/set_parameters_atomically', request
+        ).result
 
     refused = change(agreement_px=0.1, round_trip_px=-1.0)
-    assert not refused.successful and "round_trip_px" in refused.reason and "50" in refused.reason
-    request = GetParameters.Request(names=["agreement_px", "round_trip_px"])
-    values = matcher.call(GetParameters, "matcher/get_parameters", request).values
+    assert not refused.successful and 'round_trip_px' in refused.reason and '50' in refused.reason
+    request = GetParameters.Request(names=['agreement_px', 'round_trip_px'])
+    values = matcher.call(GetParameters, 'matcher/get_parameters', request).values
     assert [value.double_value for value in values] == [3.0, 2.0]  # all of one set, or none of it
     assert len(play(matcher, picture(1.0)))
     assert change(round_trip_px=0.1, agreement_px=1.0).successful
@@ -255,39 +293,43 @@ def test_matcher_node_services_and_parameters(matcher, first_weights):
 
 
 def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
-    """Odometry, keyframes and landmarks are the core's own; reset and save_map work; bad rows do no harm."""
-    ros.start("bundle", image_qos="keep_all", map_dir=str(tmp_path))
-    odometry = ros.listen(Odometry, "odometry", lossless())
-    keyframes = ros.listen(PathMessage, "keyframes", latched(100))
-    landmarks = ros.listen(PointCloud2, "landmarks", latched(100))
-    priors = ros.listen(PointCloud2, "prior", latched(100))
-    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    rows = ros.node.create_publisher(PointCloud2, "correspondences", lossless())
-    ros.wait(lambda: ros.says("bundle"))
-    ros.wait(lambda: ros.node.count_subscribers("/camera_info") >= 1)
+    """
+    Odometry, keyframes and landmarks are the core's own; reset and save_map work.
+
+    Bad rows do no harm.
+    """
+    ros.start('bundle', image_qos='keep_all', map_dir=str(tmp_path))
+    odometry = ros.listen(Odometry, 'odometry', lossless())
+    keyframes = ros.listen(PathMessage, 'keyframes', latched(100))
+    landmarks = ros.listen(PointCloud2, 'landmarks', latched(100))
+    priors = ros.listen(PointCloud2, 'prior', latched(100))
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    rows = ros.node.create_publisher(PointCloud2, 'correspondences', lossless())
+    ros.wait(lambda: ros.says('bundle'))
+    ros.wait(lambda: ros.node.count_subscribers('/camera_info') >= 1)
     ros.connect(rows, 1)
-    topics = ("/odometry", "/keyframes", "/landmarks", "/prior")
+    topics = ('/odometry', '/keyframes', '/landmarks', '/prior')
     ros.wait(lambda: all(ros.node.count_publishers(topic) for topic in topics))
     time.sleep(0.5)
-    assert "no usable camera_info" in ros.says("bundle")["message"]
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    assert 'no usable camera_info' in ros.says('bundle')['message']
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
 
     core, sent = Bundle(CAMERA), scene_correspondences()
     estimates = [core.add(correspondences) for correspondences in sent]
-    broken = messages.correspondences_to_cloud(sent[5], "camera_optical")
+    broken = messages.correspondences_to_cloud(sent[5], 'camera_optical')
     broken.data = np.full(len(broken.data), 255, np.uint8).tobytes()
     for index, correspondences in enumerate(sent):
         if index == 5:
             rows.publish(broken)
-        rows.publish(messages.correspondences_to_cloud(correspondences, "camera_optical"))
+        rows.publish(messages.correspondences_to_cloud(correspondences, 'camera_optical'))
     posed = [e for e in estimates if e.T_world_camera is not None]
     solved = [e for e in estimates if e.window is not None]
-    assert len(posed) > 5 and len(solved) > 1, "the scene is meant to be easy"
+    assert len(posed) > 5 and len(solved) > 1, 'the scene is meant to be easy'
     ros.wait(lambda: len(odometry) == len(posed))
     ros.wait(lambda: len(keyframes) == len(landmarks) == len(priors) == len(solved))
     for message, estimate in zip(odometry, posed, strict=True):
         assert messages.to_ns(message.header.stamp) == estimate.stamp
-        assert (message.header.frame_id, message.child_frame_id) == ("map", "camera_optical")
+        assert (message.header.frame_id, message.child_frame_id) == ('map', 'camera_optical')
         pose = messages.pose_from_message(message.pose.pose)
         torch.testing.assert_close(pose, estimate.T_world_camera, atol=1e-6, rtol=0)
         assert np.linalg.eigvalsh(message.pose.covariance.reshape(6, 6)).min() >= -1e-12
@@ -298,121 +340,138 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
         assert torch.equal(window.track, estimate.window.track)
         assert torch.equal(window.observations, estimate.window.observations)
         torch.testing.assert_close(window.points, estimate.window.points, atol=1e-5, rtol=1e-5)
-    says = ros.wait(lambda: (s := ros.says("bundle"))["processed"] == str(len(sent)) and s)
-    assert (says["refused"], says["dropped"], says["status"]) == ("1", "0", estimates[-1].status)
-    assert "not finite" in says["last_error"]
+    says = ros.wait(lambda: (s := ros.says('bundle'))['processed'] == str(len(sent)) and s)
+    assert (says['refused'], says['dropped'], says['status']) == ('1', '0', estimates[-1].status)
+    assert 'not finite' in says['last_error']
 
-    answer = ros.call(Trigger, "bundle/save_map")
+    answer = ros.call(Trigger, 'bundle/save_map')
     assert answer.success, answer.message
-    lines = (tmp_path / "trajectory.txt").read_text().splitlines()
-    assert len(lines) == 1 + len(core.trajectory) and lines[1].startswith("1700000000.")
-    ply = (tmp_path / "landmarks.ply").read_bytes()
-    assert ply.startswith(b"ply\nformat binary_little_endian 1.0\nelement vertex ")
-    assert ros.call(Trigger, "bundle/reset").success
-    assert ros.call(Trigger, "bundle/save_map").success
-    assert len((tmp_path / "trajectory.txt").read_text().splitlines()) == 1
+    lines = (tmp_path / 'trajectory.txt').read_text().splitlines()
+    assert len(lines) == 1 + len(core.trajectory) and lines[1].startswith('1700000000.')
+    ply = (tmp_path / 'landmarks.ply').read_bytes()
+    assert ply.startswith(b'ply\nformat binary_little_endian 1.0\nelement vertex ')
+    assert ros.call(Trigger, 'bundle/reset').success
+    assert ros.call(Trigger, 'bundle/save_map').success
+    assert len((tmp_path / 'trajectory.txt').read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("poses", ["own", "external"])
+@pytest.mark.parametrize('poses', ['own', 'external'])
 def test_bundle_node_beside_another_odometry(ros, poses):
-    """The robot's odometry gives the map its metre, or all of its poses; camera_pose says where the camera is on it."""
-    role = "bundle"
+    """
+    The robot's odometry gives the map its metre, or all of its poses.
+
+    Camera_pose says where the camera is on it.
+    """
+    role = 'bundle'
     if role in ros.processes:
         ros.end(role)
     T_base_camera = messages.pose_from_numbers((0.3, -0.1, 0.2, -0.5, 0.5, -0.5, 0.5))
-    ros.start(role, image_qos="keep_all", poses=poses, camera_pose=T_base_camera.tolist())
-    odometry = ros.listen(Odometry, "odometry", lossless())
-    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    rows = ros.node.create_publisher(PointCloud2, "correspondences", lossless())
-    robot = ros.node.create_publisher(Odometry, "external_odometry", lossless())
+    ros.start(role, image_qos='keep_all', poses=poses, camera_pose=T_base_camera.tolist())
+    odometry = ros.listen(Odometry, 'odometry', lossless())
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    rows = ros.node.create_publisher(PointCloud2, 'correspondences', lossless())
+    robot = ros.node.create_publisher(Odometry, 'external_odometry', lossless())
     for publisher in (infos, rows, robot):
         ros.connect(publisher)
-    ros.wait(lambda: ros.node.count_publishers("/odometry"))
+    ros.wait(lambda: ros.node.count_publishers('/odometry'))
     time.sleep(0.5)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
-    ros.wait(lambda: "camera_info" not in ros.says(role).get("message", "camera_info"))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
+    ros.wait(lambda: 'camera_info' not in ros.says(role).get('message', 'camera_info'))
     before, truth = len(odometry), {}
     for index, correspondences in enumerate(scene_correspondences(40)):
         T = lie.identity()
         T[:3] = torch.tensor([0.06 * index, 0.01 * index, 0.0])
         truth[correspondences.stamp] = T[:3]
         body = lie.compose(T, lie.inverse(T_base_camera))
-        robot.publish(messages.odometry(body, None, correspondences.stamp, "odom", "base_link"))
-        ros.wait(lambda index=index: int(ros.says(role).get("external_odometry", 0)) > index or index % 10)
-        rows.publish(messages.correspondences_to_cloud(correspondences, "camera_optical"))
-    ros.wait(lambda: ros.says(role).get("processed") == "40")
+        robot.publish(messages.odometry(body, None, correspondences.stamp, 'odom', 'base_link'))
+        ros.wait(
+            lambda index=index: (
+                int(ros.says(role).get('external_odometry', 0)) > index or index % 10
+            )
+        )
+        rows.publish(messages.correspondences_to_cloud(correspondences, 'camera_optical'))
+    ros.wait(lambda: ros.says(role).get('processed') == '40')
     says = ros.says(role)
-    assert (says["scale"], says["external_odometry"], says["status"]) == ("metric", "40", "tracking"), says
-    poses_of = {messages.to_ns(m.header.stamp): messages.pose_from_message(m.pose.pose) for m in odometry[before:]}
+    assert (says['scale'], says['external_odometry'], says['status']) == (
+        'metric', '40', 'tracking',
+    ), says
+    poses_of = {
+        messages.to_ns(m.header.stamp): messages.pose_from_message(m.pose.pose)
+        for m in odometry[before:]
+    }
     first, last = min(poses_of), max(poses_of)
     moved = (poses_of[last] - poses_of[first])[:3].norm()
     assert float(moved) == pytest.approx(float((truth[last] - truth[first]).norm()), rel=0.05)
-    if poses == "external":
-        assert odometry[-1].header.frame_id == "odom"
+    if poses == 'external':
+        assert odometry[-1].header.frame_id == 'odom'
         torch.testing.assert_close(poses_of[last][:3], truth[last], atol=1e-3, rtol=0)
     ros.end(role)
 
 
 def test_fault_odometry_of_an_unknown_frame_is_said(ros):
     """Without camera_pose and tf2 nobody can know where the camera is on the robot."""
-    ros.start("bundle", image_qos="keep_all")
-    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    rows = ros.node.create_publisher(PointCloud2, "correspondences", lossless())
-    robot = ros.node.create_publisher(Odometry, "external_odometry", lossless())
+    ros.start('bundle', image_qos='keep_all')
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    rows = ros.node.create_publisher(PointCloud2, 'correspondences', lossless())
+    robot = ros.node.create_publisher(Odometry, 'external_odometry', lossless())
     for publisher in (infos, rows, robot):
         ros.connect(publisher)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
     sent = scene_correspondences(2)
-    rows.publish(messages.correspondences_to_cloud(sent[0], "camera_optical"))
-    ros.wait(lambda: ros.says("bundle").get("processed") == "1")
-    robot.publish(messages.odometry(lie.identity(), None, sent[0].stamp, "odom", "base_link"))
-    ros.wait(lambda: "where the camera" in ros.says("bundle")["last_error"])
-    assert "'base_link' is not known" in ros.says("bundle")["last_error"]
-    ros.end("bundle")
+    rows.publish(messages.correspondences_to_cloud(sent[0], 'camera_optical'))
+    ros.wait(lambda: ros.says('bundle').get('processed') == '1')
+    robot.publish(messages.odometry(lie.identity(), None, sent[0].stamp, 'odom', 'base_link'))
+    ros.wait(lambda: 'where the camera' in ros.says('bundle')['last_error'])
+    assert "'base_link' is not known" in ros.says('bundle')['last_error']
+    ros.end('bundle')
 
 
 # The learner
 
 
 def test_learner_node_answers_its_services_and_a_kill_loses_nothing(ros, first_weights, tmp_path):
-    ros.start("learner", image_qos="keep_all", weights=str(first_weights), weights_dir=str(tmp_path))
-    published = ros.listen(UInt8MultiArray, "weights", latched())
-    infos = ros.node.create_publisher(CameraInfo, "camera_info", lossless())
-    images = ros.node.create_publisher(Image, "image", lossless())
-    ros.wait(lambda: ros.says("learner"))
-    ros.wait(lambda: "/learner" in str(ros.node.get_subscriptions_info_by_topic("/image")) or
+    ros.start(
+        'learner', image_qos='keep_all', weights=str(first_weights), weights_dir=str(tmp_path)
+    )
+    published = ros.listen(UInt8MultiArray, 'weights', latched())
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    images = ros.node.create_publisher(Image, 'image', lossless())
+    ros.wait(lambda: ros.says('learner'))
+    ros.wait(lambda: '/learner' in str(ros.node.get_subscriptions_info_by_topic('/image')) or
              images.get_subscription_count())  # fmt: skip
-    assert not ros.call(Trigger, "learner/save_checkpoint").success  # nothing has come yet
-    assert ros.call(Trigger, "learner/reset").success
+    assert not ros.call(Trigger, 'learner/save_checkpoint').success  # nothing has come yet
+    assert ros.call(Trigger, 'learner/reset').success
     time.sleep(0.5)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
     images.publish(image_message(START, picture()))
-    ros.wait(lambda: int(ros.says("learner")["processed"]) >= 1)
+    ros.wait(lambda: int(ros.says('learner')['processed']) >= 1)
 
-    answer = ros.call(SetBool, "learner/enable", SetBool.Request(data=False))
+    answer = ros.call(SetBool, 'learner/enable', SetBool.Request(data=False))
     assert answer.success
-    ros.wait(lambda: ros.says("learner")["enabled"] == "false")
-    answer = ros.call(Trigger, "learner/save_checkpoint")
-    assert answer.success and json.loads(Path(answer.message).read_text())["version"] == 3
+    ros.wait(lambda: ros.says('learner')['enabled'] == 'false')
+    answer = ros.call(Trigger, 'learner/save_checkpoint')
+    assert answer.success and json.loads(Path(answer.message).read_text())['version'] == 3
     before = len(published)
-    assert ros.call(Trigger, "learner/rollback").success
-    assert ros.call(Trigger, "learner/reset").success
+    assert ros.call(Trigger, 'learner/rollback').success
+    assert ros.call(Trigger, 'learner/reset').success
     ros.wait(lambda: len(published) >= before + 2)
     for message in published[before:]:
         model, info = weights.loads(messages.weights_from_message(message))
         assert info.version > 3
-        assert weights.load(tmp_path / f"version_{info.version:04d}.safetensors")[1] == info
-    if "matcher" in ros.processes:  # it took over what the learner published
-        ros.wait(lambda: ros.says("matcher")["model_version"] == str(info.version))
-    assert ros.call(Trigger, "learner/save_checkpoint").success
+        assert weights.load(tmp_path / f'version_{info.version:04d}.safetensors')[1] == info
+    if 'matcher' in ros.processes:  # it took over what the learner published
+        ros.wait(lambda: ros.says('matcher')['model_version'] == str(info.version))
+    assert ros.call(Trigger, 'learner/save_checkpoint').success
     before = len(published)
-    ros.kill("learner")
-    ros.start("learner", image_qos="keep_all", weights=str(first_weights), weights_dir=str(tmp_path))
-    ros.wait(lambda: ros.says("learner"))
+    ros.kill('learner')
+    ros.start(
+        'learner', image_qos='keep_all', weights=str(first_weights), weights_dir=str(tmp_path)
+    )
+    ros.wait(lambda: ros.says('learner'))
     ros.connect(infos)
     ros.connect(images)
     time.sleep(0.5)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, "camera_optical")))
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
     images.publish(image_message(START + SECOND, picture()))
     ros.wait(lambda: len(published) > before)  # it went on from there, and says so
     assert weights.loads(messages.weights_from_message(published[-1]))[1] == info
@@ -430,33 +489,40 @@ def test_lifecycle_sigint_and_sigterm_end_every_node_cleanly(ros):
     ros.processes.clear()
     for index, process in enumerate(processes.values()):
         process.send_signal(signal.SIGINT if index % 2 == 0 else signal.SIGTERM)
-    assert {role: process.wait(30) for role, process in processes.items()} == dict.fromkeys(processes, 0)
+    assert {role: process.wait(30) for role, process in processes.items()} == dict.fromkeys(
+        processes, 0
+    )
     for role in processes:
-        assert "Traceback" not in ros.log(role) and "terminate called" not in ros.log(role)
+        assert 'Traceback' not in ros.log(role) and 'terminate called' not in ros.log(role)
 
 
 def test_lifecycle_a_wrong_parameter_ends_a_node_with_one_sentence(ros):
-    process = ros.start("bundle", prune_px=-1.0)
-    del ros.processes["bundle"]
+    process = ros.start('bundle', prune_px=-1.0)
+    del ros.processes['bundle']
     assert process.wait(60) == 2
-    assert ros.log("bundle").strip() == "bundle: parameter 'prune_px' is -1, it must lie in [0.1, 100]"
+    assert (
+        ros.log('bundle').strip()
+        == "bundle: parameter 'prune_px' is -1, it must lie in [0.1, 100]"
+    )
 
 
 def test_fault_node_without_its_weights_ends_with_one_sentence(ros, tmp_path):
-    missing = tmp_path / "missing.safetensors"
-    process = ros.start("matcher", weights=str(missing))
-    del ros.processes["matcher"]
+    missing = tmp_path / 'missing.safetensors'
+    process = ros.start('matcher', weights=str(missing))
+    del ros.processes['matcher']
     assert process.wait(60) == 2
-    assert ros.log("matcher").strip() == f"matcher: {missing}: there is no such weights file"
+    assert ros.log('matcher').strip() == f'matcher: {missing}: there is no such weights file'
 
 
 # Replay
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope='module')
 def recording(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rendered") / "room"
-    return open_recording(render_recording(folder, seed=1, frames=24, size=(160, 128), depth_every=24))
+    folder = tmp_path_factory.mktemp('rendered') / 'room'
+    return open_recording(
+        render_recording(folder, seed=1, frames=24, size=(160, 128), depth_every=24)
+    )
 
 
 def test_replay_nodes_lose_nothing_and_leave_a_run_folder(recording, tmp_path):
@@ -464,20 +530,25 @@ def test_replay_nodes_lose_nothing_and_leave_a_run_folder(recording, tmp_path):
     assert (result.frames, result.train_frames, result.matched, result.dropped) == (24, 12, 24, 0)
     assert result.frame_stamps.tolist() == [stamp for stamp, _ in recording]
     assert result.frame_rows[0] == 0 and (result.frame_rows[1:] > 0).all()
-    assert result.diagnostics["bundle"]["processed"] == "24"
-    assert result.diagnostics["learner"]["enabled"] == "false"
+    assert result.diagnostics['bundle']['processed'] == '24'
+    assert result.diagnostics['learner']['enabled'] == 'false'
     assert result.weights[0] == result.weights_before and result.weights_before.is_file()
     assert len(result.keyframe_stamps) == len(result.keyframe_poses)
     assert result.notes == []
-    lines = (tmp_path / "trajectory.txt").read_text().splitlines()
+    lines = (tmp_path / 'trajectory.txt').read_text().splitlines()
     assert len(lines) == 1 + len(result.keyframe_stamps)
-    assert (tmp_path / "landmarks.ply").is_file() and (tmp_path / "logs" / "matcher.log").is_file()
+    assert (tmp_path / 'landmarks.ply').is_file() and (tmp_path / 'logs' / 'matcher.log').is_file()
     assert result.throughput_hz > 0 and result.peak_memory_mb > 100
 
 
 def test_fault_replay_says_which_node_died_and_why(recording, tmp_path):
-    with pytest.raises(ReplayError, match=r"the bundle node ended with exit code 2.*'prune_px' is -1"):
-        replay(recording, tmp_path, learn=False, progress=False, node_parameters={"bundle": {"prune_px": -1.0}})
+    with pytest.raises(
+        ReplayError, match=r"the bundle node ended with exit code 2.*'prune_px' is -1"
+    ):
+        replay(
+            recording, tmp_path, learn=False, progress=False,
+            node_parameters={'bundle': {'prune_px': -1.0}},
+        )
 
 
 # The thread behind each node
@@ -485,8 +556,11 @@ def test_fault_replay_says_which_node_died_and_why(recording, tmp_path):
 
 def worker(process, **further):
     errors, dropped = [], []
-    options = {"ready": lambda: True, "queue_size": 3, **further}
-    return Worker(process, on_error=errors.append, on_drop=dropped.append, **options), errors, dropped
+    options = {'ready': lambda: True, 'queue_size': 3, **further}
+    return (
+        Worker(process, on_error=errors.append, on_drop=dropped.append, **options), errors,
+        dropped,
+    )
 
 
 def test_node_worker_drops_the_oldest_and_counts():
@@ -505,7 +579,7 @@ def test_node_worker_drops_the_oldest_and_counts():
 def test_fault_node_worker_survives_an_exception():
     def process(item):
         if item == 0:
-            raise ValueError("bad")
+            raise ValueError('bad')
         done.set()
 
     done = threading.Event()
@@ -517,7 +591,7 @@ def test_fault_node_worker_survives_an_exception():
     with pytest.raises(ZeroDivisionError):
         thread.request(lambda: 1 // 0).result(10)
     thread.stop()
-    assert [str(error) for error in errors] == ["bad"]
+    assert [str(error) for error in errors] == ['bad']
 
 
 def test_node_worker_answers_requests_between_pieces_of_background_work():
@@ -531,26 +605,32 @@ def test_node_worker_answers_requests_between_pieces_of_background_work():
 
 
 def test_node_parameters_file_is_what_the_table_says():
-    written = (ROOT / "config" / "imatching.yaml").read_text()
-    assert written == parameters.to_yaml(), "run: python -m imatching_ros.nodes.parameters > config/imatching.yaml"
+    written = (ROOT / 'config' / 'imatching.yaml').read_text()
+    assert written == parameters.to_yaml(), (
+        'run: python -m imatching_ros.nodes.parameters > config/imatching.yaml'
+    )
 
 
 def test_node_parameters_documentation_is_what_the_table_says():
-    written = (ROOT / "docs" / "parameters.md").read_text()
+    written = (ROOT / 'docs' / 'parameters.md').read_text()
     assert written == parameters.to_markdown(), (
-        "run: python -m imatching_ros.nodes.parameters --markdown > docs/parameters.md"
+        'run: python -m imatching_ros.nodes.parameters --markdown > docs/parameters.md'
     )
 
 
 def test_node_parameters_carry_the_core_defaults():
-    """A default that differs from the core's would make the node another program than the offline command."""
+    """
+    A default is the core's.
+
+    One that differs would make the node another program than the offline command.
+    """
     from imatching_ros.bundle.options import BundleOptions
     from imatching_ros.learning.learner import LearnerOptions
 
-    groups = {"tracker": TrackerOptions(), "bundle": BundleOptions(), "learner": LearnerOptions()}
+    groups = {'tracker': TrackerOptions(), 'bundle': BundleOptions(), 'learner': LearnerOptions()}
     for parameter in parameters.TABLE:
         if parameter.option:
-            group, *path = parameter.option.split(".")
+            group, *path = parameter.option.split('.')
             value = groups[group]
             for name in path:
                 value = getattr(value, name)
@@ -563,18 +643,25 @@ def test_node_parameters_are_whole():
         assert parameter.description and parameter.refusal(parameter.default) is None
         if type(parameter.default) in (int, float):
             assert parameter.low is not None and parameter.high is not None, parameter.name
-            assert "must lie in" in parameter.refusal(type(parameter.default)(parameter.high * 2 + 1))
+            assert 'must lie in' in parameter.refusal(
+                type(parameter.default)(parameter.high * 2 + 1)
+            )
     for node in (*parameters.NODES, *parameters.OTHERS):
         names = [parameter.name for parameter in parameters.of(node)]
         assert len(names) == len(set(names))
     table = {parameter.name: parameter for parameter in parameters.TABLE}
-    assert table["nodes"].refusal(["bundle", "bundel"]) == (
-        "parameter 'nodes' is ['bundle', 'bundel'], it must name one or more of matcher, bundle, learner"
+    assert table['nodes'].refusal(['bundle', 'bundel']) == (
+        "parameter 'nodes' is ['bundle', 'bundel'], it must name one or more of matcher, "
+        'bundle, learner'
     )
-    assert table["nodes"].refusal("bundle") == "parameter 'nodes' takes a list of str, not 'bundle'"
-    assert table["camera_pose"].refusal([1.0] * 6).endswith("it must be 7 finite numbers")
-    assert table["camera_pose"].refusal([float("nan")] * 7) and table["camera_pose"].refusal([1] * 7)
-    assert table["camera_pose"].refusal([0.0] * 7) is None
-    assert table["image_transport"].refusal("both") == (
+    assert (
+        table['nodes'].refusal('bundle') == "parameter 'nodes' takes a list of str, not 'bundle'"
+    )
+    assert table['camera_pose'].refusal([1.0] * 6).endswith('it must be 7 finite numbers')
+    assert table['camera_pose'].refusal([float('nan')] * 7) and table['camera_pose'].refusal(
+        [1] * 7
+    )
+    assert table['camera_pose'].refusal([0.0] * 7) is None
+    assert table['image_transport'].refusal('both') == (
         "parameter 'image_transport' is 'both', it must be one of raw, compressed"
     )

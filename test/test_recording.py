@@ -4,38 +4,39 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
+from imatching_ros.data.images import decode_image
+from imatching_ros.data.recording import open_recording, RecordingError
 import numpy as np
 import pytest
 from rosbags import rosbag1, rosbag2
-from rosbags.typesys import Stores, get_typestore
-
-from imatching_ros.data.images import decode_image
-from imatching_ros.data.recording import RecordingError, open_recording
+from rosbags.typesys import get_typestore, Stores
 
 ROS1, ROS2 = get_typestore(Stores.ROS1_NOETIC), get_typestore(Stores.ROS2_HUMBLE)
-FORMATS = ["rosbag1", "sqlite3", "mcap"]
+FORMATS = ['rosbag1', 'sqlite3', 'mcap']
 SIZE = (24, 32)
 START = 1_650_000_000_123_456_789
-SHARED = Path(__file__).parents[2] / "shared" / "recordings"
+SHARED = Path(__file__).parents[2] / 'shared' / 'recordings'
 
 
 class Pen:
-    """Writes messages of either ROS into an open bag."""
+    """Write messages of either ROS into an open bag."""
 
     def __init__(self, writer, store):
         self.writer, self.store, self.topics = writer, store, {}
 
     def make(self, name: str, **values):
         if self.store is ROS1:
-            if name == "std_msgs/msg/Header":
-                values = {"seq": 0, **values}
-            if name == "sensor_msgs/msg/CameraInfo":
-                values = {key.upper() if key in "dkrp" else key: value for key, value in values.items()}
+            if name == 'std_msgs/msg/Header':
+                values = {'seq': 0, **values}
+            if name == 'sensor_msgs/msg/CameraInfo':
+                values = {
+                    key.upper() if key in 'dkrp' else key: value for key, value in values.items()
+                }
         return self.store.types[name](**values)
 
     def header(self, stamp: int):
-        time = self.make("builtin_interfaces/msg/Time", sec=stamp // 10**9, nanosec=stamp % 10**9)
-        return self.make("std_msgs/msg/Header", stamp=time, frame_id="camera")
+        time = self.make('builtin_interfaces/msg/Time', sec=stamp // 10**9, nanosec=stamp % 10**9)
+        return self.make('std_msgs/msg/Header', stamp=time, frame_id='camera')
 
     def write(self, topic: str, stamp: int, message):
         kind = message.__msgtype__
@@ -44,46 +45,57 @@ class Pen:
         serialize = self.store.serialize_ros1 if self.store is ROS1 else self.store.serialize_cdr
         self.writer.write(self.topics[topic], stamp, bytes(serialize(message, kind)))
 
-    def info(self, topic: str, stamp: int, fx: float = 30.0, size=SIZE, d=(0.1, -0.05, 0.001, 0.002, 0.0)):
+    def info(
+        self, topic: str, stamp: int, fx: float = 30.0, size=SIZE,
+        d=(0.1, -0.05, 0.001, 0.002, 0.0),
+    ):
         roi = self.make(
-            "sensor_msgs/msg/RegionOfInterest", x_offset=0, y_offset=0, height=0, width=0, do_rectify=False
+            'sensor_msgs/msg/RegionOfInterest', x_offset=0, y_offset=0, height=0, width=0,
+            do_rectify=False,
         )
         k = np.array([fx, 0, 15.5, 0, fx, 11.5, 0, 0, 1])
         self.write(topic, stamp, self.make(
-            "sensor_msgs/msg/CameraInfo", header=self.header(stamp), height=size[0], width=size[1],
-            distortion_model="plumb_bob", d=np.array(d), k=k, r=np.eye(3).ravel(), p=np.zeros(12),
+            'sensor_msgs/msg/CameraInfo', header=self.header(stamp), height=size[0], width=size[1],
+            distortion_model='plumb_bob', d=np.array(d), k=k, r=np.eye(3).ravel(), p=np.zeros(12),
             binning_x=0, binning_y=0, roi=roi,
         ))  # fmt: skip
 
-    def image(self, topic: str, stamp: int, encoding: str, data: bytes, step: int, size=SIZE, header_stamp=None):
+    def image(
+        self, topic: str, stamp: int, encoding: str, data: bytes, step: int, size=SIZE,
+        header_stamp=None,
+    ):
         header = self.header(stamp if header_stamp is None else header_stamp)
         self.write(topic, stamp, self.make(
-            "sensor_msgs/msg/Image", header=header, height=size[0], width=size[1], encoding=encoding,
+            'sensor_msgs/msg/Image', header=header, height=size[0], width=size[1],
+            encoding=encoding,
             is_bigendian=0, step=step, data=np.frombuffer(data, np.uint8),
         ))  # fmt: skip
 
     def compressed(self, topic: str, stamp: int, data: bytes):
         self.write(topic, stamp, self.make(
-            "sensor_msgs/msg/CompressedImage", header=self.header(stamp), format="jpeg",
+            'sensor_msgs/msg/CompressedImage', header=self.header(stamp), format='jpeg',
             data=np.frombuffer(data, np.uint8),
         ))  # fmt: skip
 
     def pose(self, topic: str, stamp: int, x: float):
-        point = self.make("geometry_msgs/msg/Point", x=x, y=2.0, z=3.0)
-        turn = self.make("geometry_msgs/msg/Quaternion", x=0.0, y=0.6, z=0.0, w=0.8)
-        pose = self.make("geometry_msgs/msg/Pose", position=point, orientation=turn)
-        self.write(topic, stamp, self.make("geometry_msgs/msg/PoseStamped", header=self.header(stamp), pose=pose))
+        point = self.make('geometry_msgs/msg/Point', x=x, y=2.0, z=3.0)
+        turn = self.make('geometry_msgs/msg/Quaternion', x=0.0, y=0.6, z=0.0, w=0.8)
+        pose = self.make('geometry_msgs/msg/Pose', position=point, orientation=turn)
+        self.write(
+            topic, stamp,
+            self.make('geometry_msgs/msg/PoseStamped', header=self.header(stamp), pose=pose),
+        )
 
 
 @contextmanager
-def writing(folder: Path, kind: str = "mcap"):
-    """A pen for a new bag; its path is pen.path."""
-    if kind == "rosbag1":
-        path, store = folder / "drive.bag", ROS1
+def writing(folder: Path, kind: str = 'mcap'):
+    """Return a pen for a new bag; its path is pen.path."""
+    if kind == 'rosbag1':
+        path, store = folder / 'drive.bag', ROS1
         writer = rosbag1.Writer(path)
     else:
-        path, store = folder / "drive", ROS2
-        plugin = rosbag2.StoragePlugin.MCAP if kind == "mcap" else rosbag2.StoragePlugin.SQLITE3
+        path, store = folder / 'drive', ROS2
+        plugin = rosbag2.StoragePlugin.MCAP if kind == 'mcap' else rosbag2.StoragePlugin.SQLITE3
         writer = rosbag2.Writer(path, version=9, storage_plugin=plugin)
     with writer:
         pen = Pen(writer, store)
@@ -95,32 +107,37 @@ def noise(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
 
 
-def good(folder: Path, kind: str = "mcap", count: int = 5) -> Path:
+def good(folder: Path, kind: str = 'mcap', count: int = 5) -> Path:
     with writing(folder, kind) as pen:
         for k in range(count):
-            pen.info("/cam/camera_info", START + k)
-            pen.image("/cam/image_raw", START + k, "mono8", noise(k, *SIZE).tobytes(), SIZE[1])
+            pen.info('/cam/camera_info', START + k)
+            pen.image('/cam/image_raw', START + k, 'mono8', noise(k, *SIZE).tobytes(), SIZE[1])
     return pen.path
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize('kind', FORMATS)
 def test_raw_images_of_every_format_come_back(tmp_path, kind):
-    encodings = {"mono8": 1, "rgb8": 3, "bgra8": 4, "mono16": 2, "bayer_grbg8": 1}
+    encodings = {'mono8': 1, 'rgb8': 3, 'bgra8': 4, 'mono16': 2, 'bayer_grbg8': 1}
     expected = []
     with writing(tmp_path, kind) as pen:
         for k, (encoding, size) in enumerate(encodings.items()):
             stamp, step = START + k * 10**8, SIZE[1] * size + k
             data = noise(k, SIZE[0], step).tobytes()
-            pen.info("/cam/camera_info", stamp)
-            pen.image("/cam/image_raw", stamp, encoding, data, step)
-            pen.pose("/ground_truth/pose", stamp, float(k))
+            pen.info('/cam/camera_info', stamp)
+            pen.image('/cam/image_raw', stamp, encoding, data, step)
+            pen.pose('/ground_truth/pose', stamp, float(k))
             expected.append((stamp, decode_image(encoding, *SIZE, step, data)))
     recording = open_recording(pen.path)
-    assert (recording.image_topic, recording.camera_info_topic) == ("/cam/image_raw", "/cam/camera_info")
-    assert recording.transport == "raw" and len(recording) == 5
+    assert (recording.image_topic, recording.camera_info_topic) == (
+        '/cam/image_raw',
+        '/cam/camera_info',
+    )
+    assert recording.transport == 'raw' and len(recording) == 5
     camera = recording.camera
     assert (camera.height, camera.width, camera.fx, camera.cx) == (*SIZE, 30.0, 15.5)
-    assert camera.distortion_model == "plumb_bob" and camera.distortion == (0.1, -0.05, 0.001, 0.002, 0.0)
+    assert camera.distortion_model == 'plumb_bob' and camera.distortion == (
+        0.1, -0.05, 0.001, 0.002, 0.0,
+    )
     for _ in range(2):  # any number of times
         for (stamp, image), (true_stamp, true_image) in zip(recording, expected, strict=True):
             assert stamp == true_stamp and np.array_equal(image, true_image)
@@ -129,31 +146,47 @@ def test_raw_images_of_every_format_come_back(tmp_path, kind):
     assert poses.tolist() == [[float(k), 2, 3, 0, 0.6, 0, 0.8] for k in range(5)]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize('kind', FORMATS)
 def test_compressed_images_of_every_format_come_back(tmp_path, kind):
     pictures = [cv2.GaussianBlur(noise(k, *SIZE), (0, 0), 3) for k in range(4)]
     with writing(tmp_path, kind) as pen:
         for k, picture in enumerate(pictures):
-            data = cv2.imencode((".jpg", ".png")[k % 2], picture)[1].tobytes()
-            pen.info("/cam/camera_info", START + k)
-            pen.compressed("/cam/image_raw/compressed", START + k, data)
+            data = cv2.imencode(('.jpg', '.png')[k % 2], picture)[1].tobytes()
+            pen.info('/cam/camera_info', START + k)
+            pen.compressed('/cam/image_raw/compressed', START + k, data)
     recording = open_recording(pen.path)
-    assert recording.transport == "compressed" and recording.camera_info_topic == "/cam/camera_info"
+    assert (
+        recording.transport == 'compressed' and recording.camera_info_topic == '/cam/camera_info'
+    )
     images = [image for _, image in recording]
     assert np.array_equal(images[1], pictures[1]) and np.array_equal(images[3], pictures[3])
-    assert max(np.abs(image.astype(int) - picture).max() for image, picture in zip(images, pictures, strict=True)) < 6
+    assert (
+        max(
+            np.abs(image.astype(int) - picture).max()
+            for image, picture in zip(images, pictures, strict=True)
+        )
+        < 6
+    )
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize('kind', FORMATS)
 def test_messages_have_the_names_of_ros2(tmp_path, kind):
     recording = open_recording(good(tmp_path, kind))
     messages = list(recording.messages())
-    assert sorted(role for _, role, _, _ in messages) == ["camera_info"] * 5 + ["image"] * 5
+    assert sorted(role for _, role, _, _ in messages) == ['camera_info'] * 5 + ['image'] * 5
     for stamp, role, msgtype, message in messages:
-        assert msgtype == {"image": "sensor_msgs/msg/Image", "camera_info": "sensor_msgs/msg/CameraInfo"}[role]
-        assert ROS2.deserialize_cdr(ROS2.serialize_cdr(message, msgtype), msgtype).header.frame_id == "camera"
+        assert (
+            msgtype
+            == {'image': 'sensor_msgs/msg/Image', 'camera_info': 'sensor_msgs/msg/CameraInfo'}[
+                role
+            ]
+        )
+        assert (
+            ROS2.deserialize_cdr(ROS2.serialize_cdr(message, msgtype), msgtype).header.frame_id
+            == 'camera'
+        )
         assert message.header.stamp.sec * 10**9 + message.header.stamp.nanosec == stamp
-        if role == "camera_info":
+        if role == 'camera_info':
             assert message.k[0] == 30.0
 
 
@@ -161,32 +194,39 @@ def test_the_header_stamps_go_out_as_they_are(tmp_path):
     # Recorded at START + k; the headers say: backwards, twice the same, unset.
     headers = [START + 50, START + 40, START + 40, 0]
     with writing(tmp_path) as pen:
-        pen.info("/cam/camera_info", START)
+        pen.info('/cam/camera_info', START)
         for k, header in enumerate(headers):
-            pen.image("/cam/image", START + k, "mono8", bytes(SIZE[0] * SIZE[1]), SIZE[1], header_stamp=header)
+            pen.image(
+                '/cam/image', START + k, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1],
+                header_stamp=header,
+            )
     assert [stamp for stamp, _ in open_recording(pen.path)] == [*headers[:3], START + 3]
 
 
-@pytest.mark.parametrize("kind", ["sqlite3", "mcap"])
+@pytest.mark.parametrize('kind', ['sqlite3', 'mcap'])
 def test_folder_bag_folder_and_file_are_the_same_recording(tmp_path, kind):
-    bag = good(tmp_path, kind).rename(tmp_path / "bag")
-    (tmp_path / "groundtruth.txt").write_text("# stamp pose\n1650000000.123456789 1 2 3 0 0 0 1\n")
-    (tmp_path / "depth").mkdir()
+    bag = good(tmp_path, kind).rename(tmp_path / 'bag')
+    (tmp_path / 'groundtruth.txt').write_text('# stamp pose\n1650000000.123456789 1 2 3 0 0 0 1\n')
+    (tmp_path / 'depth').mkdir()
     depth = np.random.default_rng(0).uniform(1, 9, SIZE).astype(np.float32)
-    np.savez(tmp_path / "depth" / f"{START}.npz", depth=depth)
-    np.save(tmp_path / "depth" / f"{START + 1}.npy", depth)
-    cv2.imwrite(str(tmp_path / "depth" / f"{START + 2}.png"), np.rint(depth * 1000).astype(np.uint16))
-    file = next(file for file in bag.iterdir() if file.suffix != ".yaml")
+    np.savez(tmp_path / 'depth' / f'{START}.npz', depth=depth)
+    np.save(tmp_path / 'depth' / f'{START + 1}.npy', depth)
+    cv2.imwrite(
+        str(tmp_path / 'depth' / f'{START + 2}.png'), np.rint(depth * 1000).astype(np.uint16)
+    )
+    file = next(file for file in bag.iterdir() if file.suffix != '.yaml')
     for path in (tmp_path, bag, file):
         recording = open_recording(path)
         assert len(list(recording)) == 5
         stamps, poses = recording.ground_truth
         assert stamps.tolist() == [START] and poses.tolist() == [[1, 2, 3, 0, 0, 0, 1]]
-        assert np.array_equal(recording.depth(START), depth) and np.array_equal(recording.depth(START + 1), depth)
+        assert np.array_equal(recording.depth(START), depth) and np.array_equal(
+            recording.depth(START + 1), depth
+        )
         assert recording.depth(START + 2).dtype == np.float32
         assert np.abs(recording.depth(START + 2) - depth).max() < 0.00051
         assert recording.depth(START + 3) is None
-    (bag / "metadata.yaml").unlink()  # as after a crash of the recorder
+    (bag / 'metadata.yaml').unlink()  # as after a crash of the recorder
     assert len(list(open_recording(tmp_path))) == 5
 
 
@@ -196,118 +236,122 @@ def test_without_ground_truth_there_is_none(tmp_path):
 
 
 def sentence(path, **topics) -> str:
-    """What is said of a bad recording, when opened or read: one line, one sentence."""
+    """Return what is said of a bad recording, when opened or read: one line, one sentence."""
     with pytest.raises(RecordingError) as caught:
         list(open_recording(path, **topics))
     text = str(caught.value)
-    assert "\n" not in text and str(path) in text
+    assert '\n' not in text and str(path) in text
     return text
 
 
 def test_a_missing_path_and_folders_without_a_bag(tmp_path):
-    assert "does not exist" in sentence(tmp_path / "nothing.mcap")
-    assert "holds no recording" in sentence(tmp_path)
-    (tmp_path / "notes.txt").write_text("hello")
-    assert "is not a recording" in sentence(tmp_path / "notes.txt")
-    for name in ("a.mcap", "b.mcap"):
+    assert 'does not exist' in sentence(tmp_path / 'nothing.mcap')
+    assert 'holds no recording' in sentence(tmp_path)
+    (tmp_path / 'notes.txt').write_text('hello')
+    assert 'is not a recording' in sentence(tmp_path / 'notes.txt')
+    for name in ('a.mcap', 'b.mcap'):
         (tmp_path / name).touch()
-    assert "several bags" in (text := sentence(tmp_path)) and "a.mcap, b.mcap" in text
+    assert 'several bags' in (text := sentence(tmp_path)) and 'a.mcap, b.mcap' in text
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize('kind', FORMATS)
 def test_no_images(tmp_path, kind):
     with writing(tmp_path, kind) as pen:
-        pen.info("/cam/camera_info", START)
-    assert "has no images" in (text := sentence(pen.path)) and "/cam/camera_info" in text
+        pen.info('/cam/camera_info', START)
+    assert 'has no images' in (text := sentence(pen.path)) and '/cam/camera_info' in text
 
 
 def test_several_cameras_must_be_chosen_from(tmp_path):
     with writing(tmp_path) as pen:
-        for k, side in enumerate(("left", "right")):
-            pen.info(f"/{side}/camera_info", START, fx=30.0 + k)
-            pen.image(f"/{side}/image", START, "mono8", noise(k, *SIZE).tobytes(), SIZE[1])
-        pen.image("/debug", START, "mono8", noise(2, *SIZE).tobytes(), SIZE[1])
+        for k, side in enumerate(('left', 'right')):
+            pen.info(f'/{side}/camera_info', START, fx=30.0 + k)
+            pen.image(f'/{side}/image', START, 'mono8', noise(k, *SIZE).tobytes(), SIZE[1])
+        pen.image('/debug', START, 'mono8', noise(2, *SIZE).tobytes(), SIZE[1])
     text = sentence(pen.path)
-    assert "--image-topic" in text and "/debug, /left/image, /right/image" in text
-    assert "/left/image" in sentence(pen.path, image_topic="/middle/image")
-    right = open_recording(pen.path, image_topic="/right/image")
+    assert '--image-topic' in text and '/debug, /left/image, /right/image' in text
+    assert '/left/image' in sentence(pen.path, image_topic='/middle/image')
+    right = open_recording(pen.path, image_topic='/right/image')
     assert right.camera.fx == 31.0 and np.array_equal(next(iter(right))[1], noise(1, *SIZE))
-    text = sentence(pen.path, image_topic="/debug")
-    assert "--camera-info-topic" in text and "/left/camera_info, /right/camera_info" in text
-    assert "--camera-info-topic" in sentence(pen.path, image_topic="/debug", camera_info_topic="/nowhere")
-    assert open_recording(pen.path, "/debug", "/left/camera_info").camera.fx == 30.0
+    text = sentence(pen.path, image_topic='/debug')
+    assert '--camera-info-topic' in text and '/left/camera_info, /right/camera_info' in text
+    assert '--camera-info-topic' in sentence(
+        pen.path, image_topic='/debug', camera_info_topic='/nowhere'
+    )
+    assert open_recording(pen.path, '/debug', '/left/camera_info').camera.fx == 30.0
 
 
 def test_no_camera_info_and_none_calibrated(tmp_path):
     with writing(tmp_path) as pen:
-        pen.image("/cam/image", START, "mono8", bytes(SIZE[0] * SIZE[1]), SIZE[1])
-    assert "has no camera_info" in sentence(pen.path)
-    (tmp_path / "second").mkdir()
-    with writing(tmp_path / "second") as pen:
-        pen.info("/cam/camera_info", START, fx=0.0)
-        pen.image("/cam/image", START, "mono8", bytes(SIZE[0] * SIZE[1]), SIZE[1])
-    assert "not calibrated: fx is 0" in sentence(pen.path)
+        pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
+    assert 'has no camera_info' in sentence(pen.path)
+    (tmp_path / 'second').mkdir()
+    with writing(tmp_path / 'second') as pen:
+        pen.info('/cam/camera_info', START, fx=0.0)
+        pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
+    assert 'not calibrated: fx is 0' in sentence(pen.path)
 
 
 def test_camera_info_of_another_size(tmp_path):
     with writing(tmp_path) as pen:
-        pen.info("/cam/camera_info", START, size=(48, 64))
-        pen.image("/cam/image", START, "mono8", bytes(SIZE[0] * SIZE[1]), SIZE[1])
-    assert "is 32x24, but /cam/camera_info is for 64x48" in sentence(pen.path)
+        pen.info('/cam/camera_info', START, size=(48, 64))
+        pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
+    assert 'is 32x24, but /cam/camera_info is for 64x48' in sentence(pen.path)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9, 0.97])
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize('share', [0.0, 0.02, 0.5, 0.9, 0.97])
+@pytest.mark.parametrize('kind', FORMATS)
 def test_a_truncated_file(tmp_path, kind, share):
     path = good(tmp_path, kind, count=60)
-    file = path if path.is_file() else next(file for file in path.iterdir() if file.suffix != ".yaml")
+    file = (
+        path if path.is_file() else next(file for file in path.iterdir() if file.suffix != '.yaml')
+    )
     whole = file.read_bytes()
-    file.write_bytes(whole[: int(share * len(whole))])
+    file.write_bytes(whole[:int(share * len(whole))])
     for given in (path, file):
         text = sentence(given)
-        assert "damaged or truncated" in text or "ends early" in text
+        assert 'damaged or truncated' in text or 'ends early' in text
 
 
 def test_a_broken_image_in_mid_stream(tmp_path):
-    jpeg = cv2.imencode(".jpg", noise(0, *SIZE))[1].tobytes()
+    jpeg = cv2.imencode('.jpg', noise(0, *SIZE))[1].tobytes()
     with writing(tmp_path) as pen:
-        pen.info("/cam/camera_info", START)
-        for k, data in enumerate((jpeg, jpeg, jpeg[: len(jpeg) // 2], jpeg)):
-            pen.compressed("/cam/image/compressed", START + k, data)
+        pen.info('/cam/camera_info', START)
+        for k, data in enumerate((jpeg, jpeg, jpeg[:len(jpeg) // 2], jpeg)):
+            pen.compressed('/cam/image/compressed', START + k, data)
     stream = iter(open_recording(pen.path))
     assert [next(stream)[0], next(stream)[0]] == [START, START + 1]
-    with pytest.raises(RecordingError, match="image 2 of /cam/image/compressed .* cut short"):
+    with pytest.raises(RecordingError, match='image 2 of /cam/image/compressed .* cut short'):
         next(stream)
 
 
 def test_broken_ground_truth_and_depth(tmp_path):
-    recording = open_recording(good(tmp_path).rename(tmp_path / "bag"))
-    (tmp_path / "groundtruth.txt").write_text("1.0 1 2 3 0 0 0 1\n2.0 1 2\n")
-    with pytest.raises(RecordingError, match="line 2"):
+    recording = open_recording(good(tmp_path).rename(tmp_path / 'bag'))
+    (tmp_path / 'groundtruth.txt').write_text('1.0 1 2 3 0 0 0 1\n2.0 1 2\n')
+    with pytest.raises(RecordingError, match='line 2'):
         recording.ground_truth  # noqa: B018
-    (tmp_path / "depth").mkdir()
-    (tmp_path / "depth" / "1.npz").write_bytes(b"PK nonsense")
-    np.save(tmp_path / "depth" / "2.npy", np.ones((3, 4), np.float32))
-    cv2.imwrite(str(tmp_path / "depth" / "3.png"), noise(0, *SIZE))
-    for stamp, words in ((1, "1.npz"), (2, "its shape is"), (3, "not a 16-bit picture")):
+    (tmp_path / 'depth').mkdir()
+    (tmp_path / 'depth' / '1.npz').write_bytes(b'PK nonsense')
+    np.save(tmp_path / 'depth' / '2.npy', np.ones((3, 4), np.float32))
+    cv2.imwrite(str(tmp_path / 'depth' / '3.png'), noise(0, *SIZE))
+    for stamp, words in ((1, '1.npz'), (2, 'its shape is'), (3, 'not a 16-bit picture')):
         with pytest.raises(RecordingError, match=words):
             recording.depth(stamp)
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "size"), [("redkitchen", 450, (480, 640)), ("kitti_street", 51, (376, 1241))]
+    ('name', 'count', 'size'), [('redkitchen', 450, (480, 640)), ('kitti_street', 51, (376, 1241))]
 )
 def test_real_recordings(name, count, size):
     if not (SHARED / name).is_dir():
-        pytest.skip(f"the recording {name} is not at {SHARED}")
+        pytest.skip(f'the recording {name} is not at {SHARED}')
     recording = open_recording(SHARED / name)
     stamps = []
     for stamp, image in recording:
         stamps.append(stamp)
         assert image.shape == size and image.std() > 10
-    assert len(stamps) == len(recording) == count and recording.transport == "compressed"
+    assert len(stamps) == len(recording) == count and recording.transport == 'compressed'
     assert recording.ground_truth[0].tolist() == stamps
-    if name == "redkitchen":
+    if name == 'redkitchen':
         depth = recording.depth(stamps[5])
         assert depth.dtype == np.float32 and 0.5 < np.median(depth[depth > 0]) < 5
         assert recording.depth(stamps[1]) is None

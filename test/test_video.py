@@ -1,11 +1,10 @@
 """Video files and folders of pictures as recordings."""
 
 import cv2
-import numpy as np
-import pytest
-
 from imatching_ros.data.recording import Recording, RecordingError
 from imatching_ros.data.video import open_images
+import numpy as np
+import pytest
 
 K = np.array([[300.0, 0, 79.5], [0, 310.0, 59.5], [0, 0, 1]])
 YAML = """image_width: 160
@@ -19,14 +18,14 @@ distortion_coefficients: {rows: 1, cols: 5, data: [-0.1, 0.01, 0.0, 0.0, 0.0]}
 
 def picture(k):
     image = np.full((120, 160), 60, np.uint8)
-    image[20:100, 10 * k : 10 * k + 30] = 200
+    image[20:100, 10 * k:10 * k + 30] = 200
     return image
 
 
 @pytest.fixture
 def video(tmp_path):
-    path = tmp_path / "drive.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 20.0, (160, 120))
+    path = tmp_path / 'drive.avi'
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'MJPG'), 20.0, (160, 120))
     assert writer.isOpened()
     for k in range(8):
         writer.write(cv2.cvtColor(picture(k), cv2.COLOR_GRAY2BGR))
@@ -36,15 +35,15 @@ def video(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    path = tmp_path / "pictures"
+    path = tmp_path / 'pictures'
     path.mkdir()
     for k in range(8):
-        cv2.imwrite(str(path / f"frame_{k:04d}.png"), picture(k))
+        cv2.imwrite(str(path / f'frame_{k:04d}.png'), picture(k))
     return path
 
 
 def test_a_video_is_a_recording(video):
-    np.savetxt(video.parent / "intrinsics.txt", K)
+    np.savetxt(video.parent / 'intrinsics.txt', K)
     recording = open_images(video)
     assert (recording.camera.fx, recording.camera.fy, recording.camera.cx) == (300.0, 310.0, 79.5)
     for _ in range(2):  # any number of times
@@ -57,51 +56,57 @@ def test_a_video_is_a_recording(video):
 
 
 def test_a_folder_of_pictures_is_one(folder):
-    (folder / "camera_info.yaml").write_text(YAML)
+    (folder / 'camera_info.yaml').write_text(YAML)
     recording = open_images(folder)
-    assert recording.camera.distortion[0] == -0.1 and recording.camera.distortion_model == "plumb_bob"
+    assert (
+        recording.camera.distortion[0] == -0.1 and recording.camera.distortion_model == 'plumb_bob'
+    )
     items = list(recording)
-    assert len(items) == len(recording) == 8 and all((image == picture(k)).all() for k, (_, image) in enumerate(items))
+    assert len(items) == len(recording) == 8 and all(
+        (image == picture(k)).all() for k, (_, image) in enumerate(items)
+    )
     assert [stamp for stamp, _ in items][:3] == [0, 33333333, 66666667]
     given = open_images(folder, intrinsics=[250.0, 250.0, 80.0, 60.0])
-    assert given.camera.fx == 250.0 and given.camera.distortion_model == "none"
-    for k, file in enumerate(sorted(folder.glob("*.png"))):
-        file.rename(folder / f"{1_700_000_000_000_000_000 + 10 * k}.png")
-    assert [stamp - 1_700_000_000_000_000_000 for stamp, _ in open_images(folder)] == [10 * k for k in range(8)]
+    assert given.camera.fx == 250.0 and given.camera.distortion_model == 'none'
+    for k, file in enumerate(sorted(folder.glob('*.png'))):
+        file.rename(folder / f'{1_700_000_000_000_000_000 + 10 * k}.png')
+    assert [stamp - 1_700_000_000_000_000_000 for stamp, _ in open_images(folder)] == [
+        10 * k for k in range(8)
+    ]
 
 
 def test_a_bag_stays_a_bag(daylight):
     assert isinstance(open_images(daylight), Recording)
-    assert isinstance(open_images(daylight / "bag"), Recording)
+    assert isinstance(open_images(daylight / 'bag'), Recording)
 
 
 def test_what_cannot_be_used_is_named(video, folder, tmp_path):
     for path in (video, folder):
-        with pytest.raises(RecordingError, match="has no intrinsics: give --camera fx fy cx cy"):
+        with pytest.raises(RecordingError, match='has no intrinsics: give --camera fx fy cx cy'):
             open_images(path)
-        with pytest.raises(RecordingError, match="5 numbers, but fx fy cx cy and 0, 4 or 5"):
+        with pytest.raises(RecordingError, match='5 numbers, but fx fy cx cy and 0, 4 or 5'):
             open_images(path, intrinsics=[1, 2, 3, 4, 5])
-        with pytest.raises(RecordingError, match="fx is 0"):
+        with pytest.raises(RecordingError, match='fx is 0'):
             open_images(path, intrinsics=[0, 2, 3, 4])
-    (folder / "camera_info.yaml").write_text(YAML.replace("160", "640"))
-    with pytest.raises(RecordingError, match="it is for 640x120, not 160x120"):
+    (folder / 'camera_info.yaml').write_text(YAML.replace('160', '640'))
+    with pytest.raises(RecordingError, match='it is for 640x120, not 160x120'):
         open_images(folder)
-    (folder / "camera_info.yaml").write_text("{")
-    with pytest.raises(RecordingError, match="camera_info.yaml cannot be used"):
+    (folder / 'camera_info.yaml').write_text('{')
+    with pytest.raises(RecordingError, match='camera_info.yaml cannot be used'):
         open_images(folder)
-    (folder / "camera_info.yaml").unlink()
-    (folder / "intrinsics.txt").write_text("1 2 3\n")
-    with pytest.raises(RecordingError, match="a 3x3 matrix is expected"):
+    (folder / 'camera_info.yaml').unlink()
+    (folder / 'intrinsics.txt').write_text('1 2 3\n')
+    with pytest.raises(RecordingError, match='a 3x3 matrix is expected'):
         open_images(folder)
-    np.savetxt(folder / "intrinsics.txt", K)
-    cv2.imwrite(str(folder / "frame_0003.png"), picture(3)[:60])
-    with pytest.raises(RecordingError, match="frame_0003.png is 160x60"):
+    np.savetxt(folder / 'intrinsics.txt', K)
+    cv2.imwrite(str(folder / 'frame_0003.png'), picture(3)[:60])
+    with pytest.raises(RecordingError, match='frame_0003.png is 160x60'):
         list(open_images(folder))
-    (folder / "frame_0003.png").write_bytes(b"no picture")
-    with pytest.raises(RecordingError, match="frame_0003.png cannot be read as a picture"):
+    (folder / 'frame_0003.png').write_bytes(b'no picture')
+    with pytest.raises(RecordingError, match='frame_0003.png cannot be read as a picture'):
         list(open_images(folder))
-    (tmp_path / "empty.mp4").write_bytes(b"no video")
-    with pytest.raises(RecordingError, match="holds no video"):
-        open_images(tmp_path / "empty.mp4")
-    with pytest.raises(RecordingError, match="does not exist"):
-        open_images(tmp_path / "nowhere.mp4")
+    (tmp_path / 'empty.mp4').write_bytes(b'no video')
+    with pytest.raises(RecordingError, match='holds no video'):
+        open_images(tmp_path / 'empty.mp4')
+    with pytest.raises(RecordingError, match='does not exist'):
+        open_images(tmp_path / 'nowhere.mp4')

@@ -1,23 +1,26 @@
-"""Levenberg-Marquardt with Schur elimination (paper, equation 1b), in torch on any device or compiled for the CPU."""
+"""
+Levenberg-Marquardt with Schur elimination (paper, equation 1b).
+
+In torch on any device or compiled for the CPU.
+"""
 
 from __future__ import annotations
 
-import importlib
-import logging
 from dataclasses import dataclass, fields, replace
 from functools import cache
+import importlib
 from itertools import count
+import logging
 from types import ModuleType
 
+from imatching_ros.bundle.problem import PosePrior, Problem
+from imatching_ros.bundle.robust import Kernel, KERNELS
+from imatching_ros.bundle.system import Estimate, System
 import numpy as np
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.problem import PosePrior, Problem
-from imatching_ros.bundle.robust import KERNELS, Kernel
-from imatching_ros.bundle.system import Estimate, System
-
-BACKENDS = ("auto", "eager", "cpu")
+BACKENDS = ('auto', 'eager', 'cpu')
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,16 @@ class AdjustOptions:
     kernel: Kernel = Kernel()
     max_iterations: int = 50
     relative_decrease: float = 1e-6  #: of the cost in the last step
-    gradient: float = 1e-3  #: largest cosine between the whitened residual and a column of its Jacobian
-    backend: str = "auto"  #: "eager": torch, any device; "cpu": compiled by numba; "auto": this one where it can be
+    #: largest cosine between the whitened residual and a column of its Jacobian
+    gradient: float = 1e-3
+    #: "eager": torch, any device; "cpu": compiled by numba; "auto": this one where it can be
+    backend: str = 'auto'
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise ValueError(f"bundle back end '{self.backend}' is not known; use one of {', '.join(BACKENDS)}")
+            raise ValueError(
+                f"bundle back end '{self.backend}' is not known; use one of {', '.join(BACKENDS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -44,27 +51,33 @@ class Solution:
     converged: bool
 
 
-def adjust(problem: Problem, options: AdjustOptions | None = None, fixed: Tensor | None = None) -> Solution:
-    """Minimise 1/2 sum rho(s), and the prior, over poses and landmarks.
+def adjust(
+    problem: Problem, options: AdjustOptions | None = None, fixed: Tensor | None = None
+) -> Solution:
+    """
+    Minimise 1/2 sum rho(s), and the prior, over poses and landmarks.
 
-    fixed: (K,) bool, poses held (all of them, and only landmarks move); by default the first. Where only one is held,
-    the scale is fixed by the largest translation component of the pose farthest from it.
-    Converged: the last step's relative decrease and the gradient are both below their bounds, or the cost is rounding.
-    Deterministic on the CPU. While solving, the first pose is the origin, for the sake of rounding.
-    Raises ValueError where there is no observation or no pose is held, or the back end is "cpu" and cannot be had.
+    fixed: (K,) bool, poses held (all of them, and only landmarks move); by default the first.
+    Where only one is held, the scale is fixed by the largest translation component of the pose
+    farthest from it. Converged: the last step's relative decrease and the gradient are both below
+    their bounds, or the cost is rounding. Deterministic on the CPU. While solving, the first pose
+    is the origin, for the sake of rounding. Raises ValueError where there is no observation or no
+    pose is held, or the back end is "cpu" and cannot be had.
     """
     options = options or AdjustOptions()
     if len(problem.pose) == 0:
-        raise ValueError("there is nothing to adjust: the bundle has no valid observation")
-    on_cpu = problem.points.device.type == "cpu"
-    if options.backend == "cpu" and not (on_cpu and compiled()):
-        raise ValueError("the bundle's back end 'cpu' wants tensors on the CPU and numba; use 'auto' or 'eager'")
-    if options.backend != "eager" and on_cpu and compiled():
+        raise ValueError('there is nothing to adjust: the bundle has no valid observation')
+    on_cpu = problem.points.device.type == 'cpu'
+    if options.backend == 'cpu' and not (on_cpu and compiled()):
+        raise ValueError(
+            "the bundle's back end 'cpu' wants tensors on the CPU and numba; use 'auto' or 'eager'"
+        )
+    if options.backend != 'eager' and on_cpu and compiled():
         with torch.inference_mode():
             free = free_parameters(problem.T_world_camera, fixed)
         return _minimise_compiled(problem, options, free)
     # In floating point: what overflows is refused.
-    with torch.inference_mode(), np.errstate(all="ignore"):
+    with torch.inference_mode(), np.errstate(all='ignore'):
         free = free_parameters(problem.T_world_camera, fixed)
         solution = _minimise(System(problem, options.kernel, free), options)
     # Cloned outside, they are ordinary tensors that autograd may use.
@@ -75,22 +88,36 @@ def adjust(problem: Problem, options: AdjustOptions | None = None, fixed: Tensor
 
 @cache
 def compiled() -> ModuleType | None:
-    """compiled.py, or None with a notice where numba is not to be had. The first time on a machine this compiles it,
-    and compiled_views.py, for some forty seconds: call it when starting up."""
+    """
+    Return compiled.py, or None with a notice where numba is not to be had.
+
+    The first time on a machine this compiles it, and compiled_views.py, for some forty seconds:
+    call it when starting up.
+    """
     try:
-        importlib.import_module("imatching_ros.bundle.compiled_views")
-        return importlib.import_module("imatching_ros.bundle.compiled")
-    except (ImportError, RuntimeError) as error:  # numba absent, at odds with numpy, or nowhere to keep its cache
+        importlib.import_module('imatching_ros.bundle.compiled_views')
+        return importlib.import_module('imatching_ros.bundle.compiled')
+    # numba absent, at odds with numpy, or nowhere to keep its cache
+    except (ImportError, RuntimeError) as error:
         logging.getLogger(__name__).warning(
-            "bundle adjustment runs ten times slower, in plain torch: numba cannot be used (%s)", error
+            'bundle adjustment runs ten times slower, in plain torch: numba cannot be used (%s)',
+            error,
         )
         return None
 
 
 @cache
 def compiled_views(backend: str) -> ModuleType | None:
-    """compiled_views.py, or None where numba is not to be had or ``AdjustOptions.backend`` does without."""
-    return importlib.import_module("imatching_ros.bundle.compiled_views") if backend != "eager" and compiled() else None
+    """
+    Return compiled_views.py, or None where numba is not to be had.
+
+    Nor is it had where ``AdjustOptions.backend`` does without.
+    """
+    return (
+        importlib.import_module('imatching_ros.bundle.compiled_views')
+        if backend != 'eager' and compiled()
+        else None
+    )
 
 
 def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -> Solution:
@@ -99,15 +126,19 @@ def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -
     pose, T, information, gradient, constant = prior_arrays(problem)
     T, points, *rest = compiled().minimise(
         *arrays(problem), mask, KERNELS.index(options.kernel.name), float(options.kernel.scale),
-        options.max_iterations, options.relative_decrease, options.gradient, pose, T, information, gradient,
+        options.max_iterations, options.relative_decrease, options.gradient, pose, T, information,
+        gradient,
         float(constant),
     )  # fmt: skip
     return Solution(torch.from_numpy(T), torch.from_numpy(points), *rest)
 
 
 def arrays(problem: Problem) -> tuple:
-    """A problem as compiled.py takes it."""
-    rows = problem.T_world_camera, problem.points, problem.pose, problem.landmark, problem.xy, problem.cov
+    """Return a problem as compiled.py takes it."""
+    rows = (
+        problem.T_world_camera, problem.points, problem.pose, problem.landmark, problem.xy,
+        problem.cov,
+    )
     return *map(array, rows), *problem.focal.tolist()
 
 
@@ -126,16 +157,21 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def _minimise(system: System, options: AdjustOptions) -> Solution:
-    """The loop. Nothing in it waits for a GPU: every round linearises, steps and judges, and what it judges is taken
-    or left elementwise. Whether it is over is asked in every eighth round. On the CPU asking is free, and the judgement
-    is made in numbers."""
+    """
+    Run the loop.
+
+    Nothing in it waits for a GPU: every round linearises, steps and judges, and what it judges is
+    taken or left elementwise. Whether it is over is asked in every eighth round. On the CPU asking
+    is free, and the judgement is made in numbers.
+    """
     here = system.evaluate(*system.start())
     asking_is_free = _asking_is_free(here.cost)
     every, moved = 8, True
     where, at_least, read = torch.where, torch.clamp_min, _identity
     if asking_is_free:
         every, where, at_least, read = 1, _branch, max, _number
-    exact = 1e-18 * len(system.problem.pose)  # below this the cost is rounding, and its gradient means nothing
+    # below this the cost is rounding, and its gradient means nothing
+    exact = 1e-18 * len(system.problem.pose)
     iterations, decrease, damping, growth = map(read, here.cost.new_tensor([0.0, 1.0, 1e-4, 2.0]))
     cost = read(here.cost)
     stuck = cost < 0
@@ -155,12 +191,16 @@ def _minimise(system: System, options: AdjustOptions) -> Solution:
         better = definite & (cost_there < cost)
         accepted = better & ~done
         # So near the optimum, rounding decides which cost is less.
-        stuck = stuck | ~better & ~done & (definite & (predicted <= 1e-13 * cost) | (damping >= 1e12))
+        stuck = stuck | ~better & ~done & (
+            definite & (predicted <= 1e-13 * cost) | (damping >= 1e12)
+        )
         gain = (cost - cost_there) / at_least(predicted, 1e-300)
         eased = at_least(damping * at_least(1 - (2 * gain - 1) ** 3, 0.1), 1e-12)
         damping = where(better, eased, damping * growth)
         growth = where(better, 0 * growth + 2, 2 * growth)
-        decrease = where(accepted, (cost - cost_there) / cost, where(stuck, 0 * decrease, decrease))
+        decrease = where(
+            accepted, (cost - cost_there) / cost, where(stuck, 0 * decrease, decrease)
+        )
         iterations = iterations + accepted
         here, cost = _choose(accepted, there, here), where(accepted, cost_there, cost)
         moved = accepted if asking_is_free else True
@@ -172,7 +212,7 @@ def _minimise(system: System, options: AdjustOptions) -> Solution:
 
 def _asking_is_free(scalar: Tensor) -> bool:
     """On a GPU, ``if scalar:`` waits until all that has been asked of it is done."""
-    return scalar.device.type == "cpu"
+    return scalar.device.type == 'cpu'
 
 
 def _identity(scalar: Tensor) -> Tensor:
@@ -199,10 +239,10 @@ def _choose(first: Tensor | np.bool_, one: Estimate, other: Estimate) -> Estimat
 
 
 def free_parameters(T_world_camera: Tensor, fixed: Tensor | None) -> Tensor:
-    """Indices of the free ones among the 6 K pose parameters: the gauge."""
+    """Return indices of the free ones among the 6 K pose parameters: the gauge."""
     held = [0] if fixed is None else fixed.nonzero().flatten().tolist()
     if not held:
-        raise ValueError("at least one pose must be held, or the bundle can float away")
+        raise ValueError('at least one pose must be held, or the bundle can float away')
     free = torch.ones(len(T_world_camera), 6, dtype=torch.bool, device=T_world_camera.device)
     free[held] = False
     if len(held) == 1:

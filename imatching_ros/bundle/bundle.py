@@ -1,31 +1,32 @@
-"""The lower level online: correspondences in, the motion of every image and a solved window per keyframe out."""
+"""
+The lower level online.
+
+Correspondences in, the motion of every image and a solved window per keyframe out.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-
-import torch
-from torch import Tensor
+import math
 
 from imatching_ros.bundle.adjust import compiled, free_parameters
 from imatching_ros.bundle.covariance import covariance
 from imatching_ros.bundle.initialise import initialise
 from imatching_ros.bundle.motion import (
     BLIND,
-    MOVING,
-    ROTATION,
-    STANDSTILL,
-    UNKNOWN,
-    Pair,
     motion_of,
+    MOVING,
+    Pair,
     pair_with,
+    ROTATION,
     shared,
     stands_still,
+    STANDSTILL,
+    UNKNOWN,
 )
 from imatching_ros.bundle.observations import (
-    Observations,
     index_of,
+    Observations,
     own,
     pose_problem,
     select,
@@ -34,22 +35,25 @@ from imatching_ros.bundle.observations import (
 )
 from imatching_ros.bundle.odometry import ExternalOdometry
 from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.bundle.prior import Prior, marginalise
+from imatching_ros.bundle.prior import marginalise, Prior
 from imatching_ros.bundle.problem import Problem
-from imatching_ros.bundle.registration import Registration, register
+from imatching_ros.bundle.registration import register, Registration
 from imatching_ros.bundle.solve import shift, solve
 from imatching_ros.bundle.window import Window
 from imatching_ros.geometry import lie, two_view
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
+import torch
+from torch import Tensor
 
-__all__ = ["BLIND", "MOVING", "ROTATION", "STANDSTILL", "UNKNOWN", "Bundle", "Estimate"]
+__all__ = ['BLIND', 'MOVING', 'ROTATION', 'STANDSTILL', 'UNKNOWN', 'Bundle', 'Estimate']
 
 #: What ``Estimate.status`` may be.
-INITIALISING = "initialising"  #: no map yet: too few keyframes, or too little parallax among them
-TRACKING = "tracking"  #: the image is posed
-LOST = "lost"  #: the image does not agree with the window's landmarks; every next one tries again
-NEW_MAP = "new map"  #: lost for too long: a map begins again at the last pose, with a scale of its own
+INITIALISING = 'initialising'  #: no map yet: too few keyframes, or too little parallax among them
+TRACKING = 'tracking'  #: the image is posed
+LOST = 'lost'  #: the image does not agree with the window's landmarks; every next one tries again
+#: lost for too long: a map begins again at the last pose, with a scale of its own
+NEW_MAP = 'new map'
 
 _PENDING = 128  #: images that may yet be named as a keyframe, or get a pose later
 _WAITING = 20  #: keyframes that wait for a pose, or for a map
@@ -64,62 +68,80 @@ class Estimate:
 
     stamp: int  #: ns
     T_world_camera: Tensor | None  #: (7,) float64
-    covariance: Tensor | None  #: (6, 6) float64, as ``lie.retract``, in the gauge of the window's oldest keyframe
+    #: (6, 6) float64, as ``lie.retract``, in the gauge of the window's oldest keyframe
+    covariance: Tensor | None
     status: str  #: INITIALISING, TRACKING, LOST or NEW_MAP
     inliers: int  #: tracks of the image that agree with a landmark, or with a turn on the spot
-    window: Window | None  #: set where the message named a new keyframe and the window was solved with it
+    #: set where the message named a new keyframe and the window was solved with it
+    window: Window | None
     motion: str = UNKNOWN  #: MOVING, STANDSTILL, ROTATION, BLIND or UNKNOWN: see motion.py
-    reason: str = ""  #: one sentence where the status is not TRACKING
-    earlier: dict[int, Tensor] = field(default_factory=dict)  #: poses (7,) of earlier images that are known only now
+    reason: str = ''  #: one sentence where the status is not TRACKING
+    #: poses (7,) of earlier images that are known only now
+    earlier: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Bundle:
-    """Keyframe window, tracking and mapping. ``add`` once per message, in the order of the stamps."""
+    """
+    Keyframe window, tracking and mapping.
+
+    ``add`` once per message, in the order of the stamps.
+    """
 
     def __init__(self, camera: Camera, options: BundleOptions | None = None) -> None:
         self.camera, self.options = camera, options or BundleOptions()
-        if self.options.adjust.backend != "eager":
+        if self.options.adjust.backend != 'eager':
             compiled()  # now, not when the first keyframe waits for it
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
         self.window: Window | None = None  #: the newest solution
-        self.trajectory: dict[int, Tensor] = {}  #: stamp to T_world_camera (7,) of every keyframe that got a pose
+        #: stamp to T_world_camera (7,) of every keyframe that got a pose
+        self.trajectory: dict[int, Tensor] = {}
         self.keyframes = 0  #: how many keyframes there have been, with or without a pose
         self.maps = 0  #: how many maps have been begun
-        self.metric = self.options.poses == "external"  #: the world's unit is the odometry's metre
+        self.metric = self.options.poses == 'external'  #: the world's unit is the odometry's metre
         self._gone = torch.zeros(0, dtype=torch.int64)  # tracks that are in the window's prior
         self._rests: tuple[Window, Problem] | None = None
-        self._sight: tuple[Correspondences, Window, Observations, Tensor] | None = None  # the newest of ``_seen``
-        self._messages: dict[int, Correspondences] = {}  # of the keyframes in the window, or waiting for a pose
+        # the newest of ``_seen``
+        self._sight: tuple[Correspondences, Window, Observations, Tensor] | None = None
+        # of the keyframes in the window, or waiting for a pose
+        self._messages: dict[int, Correspondences] = {}
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
         self._named: set[int] = set()
         self._motions: dict[int, str] = {}  # of the pending images
         self._last: tuple[Tensor, Tensor] | None = None  # the poses of the two newest images
         self._failures = 0
-        self._origin: tuple[Tensor, float] | None = None  # where, and how large, the next map begins
+        # where, and how large, the next map begins
+        self._origin: tuple[Tensor, float] | None = None
         self._odometry = ExternalOdometry()
         self._earlier: dict[int, Tensor] = {}
 
-    def add_odometry(self, stamp: int, T_world_camera: Tensor, covariance: Tensor | None = None) -> None:
-        """The pose (7,) of the camera at ``stamp`` ns in the frame of another odometry, metres, at any rate.
+    def add_odometry(
+        self, stamp: int, T_world_camera: Tensor, covariance: Tensor | None = None
+    ) -> None:
+        """
+        Add the pose (7,) of the camera at ``stamp`` ns.
 
-        With ``options.poses`` "own" it gives the map its scale and nothing else; with "external" it gives the poses,
-        and ``covariance`` (6, 6) is theirs.
-        Raises ValueError, one sentence, where it is not a pose, or not newer than the one before.
+        It is in the frame of another odometry, metres, at any rate.
+
+        With ``options.poses`` "own" it gives the map its scale and nothing else; with "external"
+        it gives the poses, and ``covariance`` (6, 6) is theirs. Raises ValueError, one sentence,
+        where it is not a pose, or not newer than the one before.
         """
         self._odometry.add(stamp, T_world_camera, covariance)
 
     def add(self, message: Correspondences) -> Estimate:
-        """Pose the message's image; solve the window first where the message names a new keyframe.
+        """
+        Pose the message's image; solve the window first where the message names a new keyframe.
 
-        Raises ValueError where the stamp is not newer than the message's before: reset first when time goes back.
+        Raises ValueError where the stamp is not newer than the message's before: reset first when
+        time goes back.
         """
         if self._pending and message.stamp <= next(reversed(self._pending)):
             raise ValueError(
-                f"the correspondences of {message.stamp} ns are not newer than the last ones; "
-                "reset the bundle when time goes back"
+                f'the correspondences of {message.stamp} ns are not newer than the last ones; '
+                'reset the bundle when time goes back'
             )
         window, self._earlier = None, {}
         for stamp in torch.unique(message.ref_stamp).tolist():
@@ -133,10 +155,10 @@ class Bundle:
             del self._pending[oldest], self._motions[oldest]
         return replace(estimate, window=window, earlier=self._earlier)
 
-    # The image: where it is, and how it moves -------------------------------------------------------------------------
+    # The image: where it is, and how it moves ----------------------------------------------------
 
     def _track(self, message: Correspondences) -> Estimate:
-        if self.options.poses == "external":
+        if self.options.poses == 'external':
             return self._follow(message)
         found = self._register(message, self._predict()) if self.window else None
         T = found[0].T_world_camera if found else None
@@ -152,7 +174,8 @@ class Bundle:
             return Estimate(message.stamp, T, cov, TRACKING, inliers, None, motion)
         if self.window is not None:
             self._last = None
-            self._failures += motion != BLIND  # in the dark nothing says that the camera is elsewhere, nor maps it
+            # in the dark nothing says that the camera is elsewhere, nor maps it
+            self._failures += motion != BLIND
             if self._failures <= self.options.patience:
                 return self._unposed(message, LOST, motion)
             self._begin_again()
@@ -160,20 +183,21 @@ class Bundle:
 
     def _unposed(self, message: Correspondences, status: str, motion: str) -> Estimate:
         if motion == BLIND:
-            why = "the image shows too few points of the past keyframes"
+            why = 'the image shows too few points of the past keyframes'
         elif status == LOST:
             why = "the image does not agree with the window's landmarks"
         elif motion == STANDSTILL:
-            why = "the camera stands still, which shows no depth"
+            why = 'the camera stands still, which shows no depth'
         elif motion == ROTATION:
-            why = "the camera only turns, which shows no depth"
+            why = 'the camera only turns, which shows no depth'
         else:
-            why = "there are too few keyframes with parallax so far"
+            why = 'there are too few keyframes with parallax so far'
         what = {
-            LOST: "Tracking is lost", NEW_MAP: "A new map, with a scale of its own, is about to begin at the last pose",
-            INITIALISING: "There is no map yet",
+            LOST: 'Tracking is lost', NEW_MAP: 'A new map, with a scale of its own, is about '
+                                               'to begin at the last pose',
+            INITIALISING: 'There is no map yet',
         }[status]  # fmt: skip
-        return Estimate(message.stamp, None, None, status, 0, None, motion, f"{what}: {why}.")
+        return Estimate(message.stamp, None, None, status, 0, None, motion, f'{what}: {why}.')
 
     def _predict(self) -> Tensor | None:
         """Constant velocity: the newest motion once more."""
@@ -182,9 +206,15 @@ class Bundle:
         before, last = self._last
         return lie.compose(last, lie.compose(lie.inverse(before), last))
 
-    def _motion(self, message: Correspondences, T: Tensor | None) -> tuple[str, tuple[Tensor, Tensor, int] | None]:
-        """What the correspondences say of the motion; where it is a turn on the spot and the image has no pose T, also
-        the pose, covariance and agreeing tracks that follow from a posed keyframe."""
+    def _motion(
+        self, message: Correspondences, T: Tensor | None
+    ) -> tuple[str, tuple[Tensor, Tensor, int] | None]:
+        """
+        Return what the correspondences say of the motion.
+
+        Where it is a turn on the spot and the image has no pose T, also the pose, covariance and
+        agreeing tracks that follow from a posed keyframe.
+        """
         if not self._pending:
             return UNKNOWN, None
         stamps, rows = torch.unique(message.ref_stamp, return_counts=True)
@@ -192,7 +222,11 @@ class Bundle:
         if not enough:
             return BLIND, None
         before = list(self._pending.values())[-_SPAN:][0][0]
-        since = shared(before, message) if len(before) else pair_with(message, before.stamp, self.camera)
+        since = (
+            shared(before, message)
+            if len(before)
+            else pair_with(message, before.stamp, self.camera)
+        )
         focal, bound = self.camera.focal, self.options.prune_px
         still = len(since) >= self.options.min_landmarks and stands_still(since, focal)
         if still and T is not None:
@@ -201,11 +235,20 @@ class Bundle:
         for stamp in enough:  # the oldest that it was matched with: there the parallax is largest
             pair = pair_with(message, stamp, self.camera)
             reference = self.trajectory.get(stamp, self._pending.get(stamp, (None, None))[1])
-            T_j_i = lie.compose(lie.inverse(T), reference) if T is not None and reference is not None else None
+            T_j_i = (
+                lie.compose(lie.inverse(T), reference)
+                if T is not None and reference is not None
+                else None
+            )
             motion, turn = motion_of(
                 pair, focal, T_j_i, bound, self.options.min_landmarks, self.options.adjust.backend
             )
-            if motion == ROTATION and T is None and reference is not None and self.window is not None:
+            if (
+                motion == ROTATION
+                and T is None
+                and reference is not None
+                and self.window is not None
+            ):
                 turned = self._turned(pair, turn, reference)
             if motion != BLIND:
                 break
@@ -214,9 +257,11 @@ class Bundle:
         return STANDSTILL if still else motion, turned
 
     def _turned(self, pair: Pair, turn: Tensor, reference: Tensor) -> tuple[Tensor, Tensor, int]:
-        """The pose after a turn on the spot, its covariance, and how many tracks agree.
+        """
+        Return the pose after a turn on the spot, its covariance, and how many tracks agree.
 
-        The position may be off by what goes unnoticed as parallax: by ``min_parallax_deg`` seen from the landmarks.
+        The position may be off by what goes unnoticed as parallax: by ``min_parallax_deg`` seen
+        from the landmarks.
         """
         focal = self.camera.focal
         error = two_view.transfer_error(lie.rotation(turn[3:]), pair.xy_i, pair.xy_j) * focal
@@ -228,8 +273,14 @@ class Bundle:
         cov = torch.tensor([position] * 3 + [angle] * 3, dtype=torch.float64).diag()
         return T, cov, int(agree.sum())
 
-    def _register(self, message: Correspondences, guess: Tensor | None) -> tuple[Registration, int] | None:
-        """The image against the window's landmarks, and how many tracks agree; None where it is not to be trusted."""
+    def _register(
+        self, message: Correspondences, guess: Tensor | None
+    ) -> tuple[Registration, int] | None:
+        """
+        Return the image against the window's landmarks, and how many tracks agree.
+
+        None where it is not to be trusted.
+        """
         observed, place = self._seen(message)
         tracks = len(torch.unique_consecutive(place))
         if tracks < self.options.min_landmarks:
@@ -250,7 +301,7 @@ class Bundle:
         return torch.tensor([self.camera.fx, self.camera.fy], dtype=torch.float64)
 
     def _seen(self, message: Correspondences) -> tuple[Observations, Tensor]:
-        """The image's observations of landmarks, and the indices of these, ascending."""
+        """Return the image's observations of landmarks, and the indices of these, ascending."""
         known = self._sight
         if known is None or known[0] is not message or known[1] is not self.window:
             observed = own(message, self.camera)
@@ -260,34 +311,46 @@ class Bundle:
         return known[2:]
 
     def _posed(self) -> Problem:
-        """What the window's solution rests on, put together once for each window."""
+        """Return what the window's solution rests on, put together once for each window."""
         if self._rests is None or self._rests[0] is not self.window:
             messages = [self._messages[stamp] for stamp in self.window.stamps.tolist()]
-            self._rests = self.window, surviving(self.window, messages, self.camera, self.options.prune_px)[1]
+            self._rests = (
+                self.window,
+                surviving(self.window, messages, self.camera, self.options.prune_px)[1],
+            )
         return self._rests[1]
 
     def _covariance(self, message: Correspondences, registered: Registration) -> Tensor:
-        """Of an image's pose (6, 6), the landmarks' doubt included: the window's problem with one more pose."""
+        """
+        Return an image pose's covariance (6, 6), the landmarks' doubt included.
+
+        From the window's problem with one more pose.
+        """
         window, posed = self.window, self._posed()
         observed, place = self._seen(message)
         observed, place = observed.select(registered.inliers), place[registered.inliers]
         K = len(window.stamps)
         order = torch.argsort(torch.cat((posed.landmark, place)), stable=True)
         extended = replace(
-            posed, T_world_camera=torch.cat((window.T_world_camera, registered.T_world_camera[None])),
+            posed, T_world_camera=torch.cat((window.T_world_camera,
+                                             registered.T_world_camera[None])),
             pose=torch.cat((posed.pose, torch.full_like(place, K)))[order],
             landmark=torch.cat((posed.landmark, place))[order],
-            xy=torch.cat((posed.xy, observed.xy))[order], cov=torch.cat((posed.cov, observed.cov))[order],
+            xy=torch.cat((posed.xy, observed.xy))[order],
+            cov=torch.cat((posed.cov, observed.cov))[order],
         )  # fmt: skip
-        # The window's own gauge: never a component of this pose, of which nothing would then be unknown.
+        # The window's own gauge: never a component of this pose, of which nothing would then be
+        # unknown.
         fixed = torch.ones((K + 1) * 6, dtype=torch.bool)
         fixed[free_parameters(window.T_world_camera, None)] = False
         fixed = fixed.view(-1, 6)
         fixed[K] = False
-        found = covariance(extended, self.options.adjust.kernel, fixed, self.options.adjust.backend)[K]
+        found = covariance(
+            extended, self.options.adjust.kernel, fixed, self.options.adjust.backend
+        )[K]
         return (found + found.mT) / 2
 
-    # The keyframe: the window, or the first map -----------------------------------------------------------------------
+    # The keyframe: the window, or the first map --------------------------------------------------
 
     def _keyframe(self, stamp: int) -> Window | None:
         """Take the image into the window, or into what waits for a pose, and solve."""
@@ -297,12 +360,13 @@ class Bundle:
         if self._motions[stamp] == BLIND:
             return None
         self._messages[stamp] = message
-        if self.options.poses == "external":
+        if self.options.poses == 'external':
             return self._map_from_odometry()
         if self.window is None:
             return self._initialise()
         found = self._register(message, T)
-        if found is None and T is not None:  # posed by its turn alone: it has nothing to add to the window
+        # posed by its turn alone: it has nothing to add to the window
+        if found is None and T is not None:
             self.trajectory[stamp] = T
             return None
         solved = found and self._extend(message, found[0].T_world_camera)
@@ -310,15 +374,21 @@ class Bundle:
 
     def _waiting(self) -> list[Correspondences]:
         """Keyframes without a pose, oldest first."""
-        return [m for stamp, m in self._messages.items() if stamp not in self.trajectory][-_WAITING:]
+        return [m for stamp, m in self._messages.items() if stamp not in self.trajectory][
+            -_WAITING:
+        ]
 
     def _extend(self, message: Correspondences, T: Tensor) -> Window | None:
-        """The window with one more keyframe. The oldest leaves; but the newest before, where that one only turned:
-        turning on the spot must not push out the keyframes that show depth."""
+        """
+        Return the window with one more keyframe.
+
+        The oldest leaves; but the newest before, where that one only turned: turning on the spot
+        must not push out the keyframes that show depth.
+        """
         window, size = self.window, len(self.window.stamps)
         leaves = torch.zeros(size, dtype=torch.bool)
         leaves[-1] = size > 2 and self._only_turned(*window.stamps.tolist()[-2:])
-        leaves[: max(0, size - int(leaves.sum()) - (self.options.keyframes - 1))] = True
+        leaves[:max(0, size - int(leaves.sum()) - (self.options.keyframes - 1))] = True
         prior, gone = self._leave(leaves, message)
         poses = torch.cat((window.T_world_camera[~leaves], T[None]))
         messages = [*(self._messages[stamp] for stamp in window.stamps[~leaves].tolist()), message]
@@ -331,11 +401,15 @@ class Bundle:
         return self._take(solved[0])
 
     def _leave(self, leaves: Tensor, message: Correspondences) -> tuple[Prior | None, Tensor]:
-        """What leaving keyframes (K,) know of those that stay, and the tracks that are used up in it.
+        """
+        Return what leaving keyframes (K,) know of those that stay.
 
-        Landmarks that a leaving keyframe sees leave with it where their tracks have ended (the new image does not see
-        them), two that stay see them too, and the parallax is large enough for a linear account of them. All their
-        observations are in the prior: while one of these keyframes is in the window, they must not come back.
+        Also the tracks that are used up in it.
+
+        Landmarks that a leaving keyframe sees leave with it where their tracks have ended (the new
+        image does not see them), two that stay see them too, and the parallax is large enough for
+        a linear account of them. All their observations are in the prior: while one of these
+        keyframes is in the window, they must not come back.
         """
         window = self.window
         if not leaves.any():
@@ -343,8 +417,12 @@ class Bundle:
         posed = self._posed()
         seen = torch.zeros(len(window.track), len(window.stamps), dtype=torch.bool)
         seen[posed.landmark, posed.pose] = True
-        ray = torch.nn.functional.normalize(window.points[:, None] - window.T_world_camera[:, :3], dim=-1)
-        widest = torch.where(seen[:, :, None] & seen[:, None], ray @ ray.mT, 1.0).flatten(1).amin(1)
+        ray = torch.nn.functional.normalize(
+            window.points[:, None] - window.T_world_camera[:, :3], dim=-1
+        )
+        widest = (
+            torch.where(seen[:, :, None] & seen[:, None], ray @ ray.mT, 1.0).flatten(1).amin(1)
+        )
         known = widest < math.cos(math.radians(_KNOWN * self.options.min_parallax_deg))
         gone = seen[:, leaves].any(-1) & (seen[:, ~leaves].sum(-1) >= 2) & known
         gone &= ~torch.isin(window.track, message.track)
@@ -354,8 +432,12 @@ class Bundle:
         return prior, torch.cat((self._gone, window.track[gone]))
 
     def _only_turned(self, before: int, stamp: int) -> bool:
-        """A posed keyframe whose image shows no parallax (motion.py) is hardly elsewhere than the one before: half of
-        the landmarks see less than half of ``min_parallax_deg`` between the two."""
+        """
+        Return whether a posed keyframe without parallax is hardly elsewhere than the one before.
+
+        Parallax is what motion.py says. Half of the landmarks then see less than half of
+        ``min_parallax_deg`` between the two.
+        """
         if self._motions.get(stamp) not in (ROTATION, STANDSTILL) or self.window is None:
             return False
         a, b = (self.window.points - self.trajectory[k][:3] for k in (before, stamp))
@@ -363,10 +445,16 @@ class Bundle:
         return float(angle.median().rad2deg()) < 0.5 * self.options.min_parallax_deg
 
     def _recover(self) -> Window | None:
-        """The newest keyframe fits nowhere: a fresh map of the last posed and the waiting ones, joined to this one."""
+        """
+        Begin a fresh map where the newest keyframe fits nowhere.
+
+        It is of the last posed and the waiting ones, joined to this one.
+        """
         stamps = self.window.stamps.tolist()[-3:]
         waiting = self._waiting()
-        found = initialise([self._messages[stamp] for stamp in stamps] + waiting, self.camera, self.options)
+        found = initialise(
+            [self._messages[stamp] for stamp in stamps] + waiting, self.camera, self.options
+        )
         if found is None or not waiting or int(found.stamps[-1]) != waiting[-1].stamp:
             return None  # a map without the newest keyframe is less than what there is
         both = [stamp for stamp in stamps if stamp in found.stamps.tolist()]
@@ -392,17 +480,21 @@ class Bundle:
         return self._take(found)
 
     def _take(self, window: Window) -> Window:
-        """The window is solved: keep its poses, and give the images without one theirs where it can."""
+        """
+        Keep the poses of the solved window.
+
+        Images without a pose get theirs where it can give one.
+        """
         self.window, self._failures = window, 0
         if window.prior is None:
             self._gone = self._gone[:0]
-        if self.options.poses == "own":
+        if self.options.poses == 'own':
             self._scale_to_odometry()
             window = self.window
         self.trajectory.update(zip(window.stamps.tolist(), window.T_world_camera, strict=True))
         for stamp, (message, T) in self._pending.items():
             if T is None:
-                known = self._odometry.at(stamp) if self.options.poses == "external" else None
+                known = self._odometry.at(stamp) if self.options.poses == 'external' else None
                 T = known[0] if known else self.trajectory.get(stamp)
                 if T is None and (found := self._register(message, None)):
                     T = found[0].T_world_camera
@@ -412,28 +504,41 @@ class Bundle:
                     if stamp in self._messages:
                         self.trajectory[stamp] = T
         keep = set(window.stamps.tolist()) | {message.stamp for message in self._waiting()}
-        self._messages = {stamp: message for stamp, message in self._messages.items() if stamp in keep}
+        self._messages = {
+            stamp: message for stamp, message in self._messages.items() if stamp in keep
+        }
         return window
 
     def _begin_again(self) -> None:
         """Leave the map behind; the next one begins at the newest pose, about as large."""
-        T = next((T for _, T in reversed(self._pending.values()) if T is not None), self.window.T_world_camera[-1])
+        T = next(
+            (T for _, T in reversed(self._pending.values()) if T is not None),
+            self.window.T_world_camera[-1],
+        )
         distance = (self.window.points - self.window.T_world_camera[-1, :3]).norm(dim=-1).median()
         self._origin = T, float(distance)
         self._messages = {message.stamp: message for message in self._waiting()}
         self.window, self._failures, self.metric = None, 0, False
 
-    # Another odometry: its scale, or its poses ------------------------------------------------------------------------
+    # Another odometry: its scale, or its poses ---------------------------------------------------
 
     def _scale_to_odometry(self) -> None:
-        """The map in metres: once as soon as the odometry tells, about the world's origin; then a little with each
-        keyframe, about the newest one, so that no pose jumps."""
-        scale = self._odometry.scale_of(self.window.stamps.tolist(), self.window.T_world_camera[:, :3])
+        """
+        Put the map into metres.
+
+        Once as soon as the odometry tells, about the world's origin; then a little with each
+        keyframe, about the newest one, so that no pose jumps.
+        """
+        scale = self._odometry.scale_of(
+            self.window.stamps.tolist(), self.window.T_world_camera[:, :3]
+        )
         if scale is None:
             return
         if self.metric:
             scale = scale**_GENTLY
-            self.window = self.window.moved(shift((1 - scale) * self.window.T_world_camera[-1, :3]), scale)
+            self.window = self.window.moved(
+                shift((1 - scale) * self.window.T_world_camera[-1, :3]), scale
+            )
             return
         self.metric = True
 
@@ -442,43 +547,56 @@ class Bundle:
 
         self.window = self.window.moved(lie.identity(), scale)
         self.trajectory = {stamp: larger(T) for stamp, T in self.trajectory.items()}
-        self._pending = {stamp: (message, larger(T)) for stamp, (message, T) in self._pending.items()}
+        self._pending = {
+            stamp: (message, larger(T)) for stamp, (message, T) in self._pending.items()
+        }
         self._last = self._last and (larger(self._last[0]), larger(self._last[1]))
 
     def _follow(self, message: Correspondences) -> Estimate:
-        """The image where the odometry says that it is."""
+        """Return the image where the odometry says that it is."""
         found = self._odometry.at(message.stamp)
         T = found[0] if found else None
         motion, _ = self._motion(message, T)
         if found is None:
             status = LOST if self.window else INITIALISING
-            why = f"the odometry has no pose within reach of {message.stamp} ns"
-            return Estimate(message.stamp, None, None, status, 0, None, motion, f"The image is left out: {why}.")
+            why = f'the odometry has no pose within reach of {message.stamp} ns'
+            return Estimate(
+                message.stamp, None, None, status, 0, None, motion,
+                f'The image is left out: {why}.',
+            )
         if self.window is None:
-            return replace(self._unposed(message, INITIALISING, motion), T_world_camera=T, covariance=found[1])
+            return replace(
+                self._unposed(message, INITIALISING, motion), T_world_camera=T, covariance=found[1]
+            )
         observed, place = self._seen(message)
         _, posed = pose_problem(
-            observed, torch.tensor([message.stamp]), T[None], self.window.track, self.window.points, self.camera
+            observed, torch.tensor([message.stamp]), T[None], self.window.track,
+            self.window.points, self.camera,
         )
         inliers = len(torch.unique(posed.landmark[survives(posed, self.options.prune_px)]))
         return Estimate(message.stamp, T, found[1], TRACKING, inliers, None, motion)
 
     def _map_from_odometry(self) -> Window | None:
-        """The landmarks of the newest keyframes that the odometry has poses of."""
-        poses = {stamp: found[0] for stamp in self._messages if (found := self._odometry.at(stamp))}
+        """Return the landmarks of the newest keyframes that the odometry has poses of."""
+        poses = {
+            stamp: found[0] for stamp in self._messages if (found := self._odometry.at(stamp))
+        }
         self.trajectory.update(poses)
         stamps = sorted(poses)
         if len(stamps) > 3 and self._only_turned(*stamps[-3:-1]):
             del stamps[-2]
-        stamps = stamps[-self.options.keyframes :]
+        stamps = stamps[-self.options.keyframes:]
         self._messages = {stamp: self._messages[stamp] for stamp in stamps}
         if len(stamps) < 2:
             return None
-        known = (self.window.track, self.window.points) if self.window else (
-            torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64)
+        known = (
+            (self.window.track, self.window.points)
+            if self.window
+            else (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.float64))
         )
         solved = solve(
-            list(self._messages.values()), torch.stack([poses[s] for s in stamps]), *known, self.camera, self.options
+            list(self._messages.values()), torch.stack([poses[s] for s in stamps]), *known,
+            self.camera, self.options,
         )
         if solved is None:
             return None

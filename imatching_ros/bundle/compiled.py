@@ -1,32 +1,39 @@
-"""The solver of adjust.py compiled for the CPU: the same equations and the same decisions, landmarks side by side.
+"""
+The solver of adjust.py compiled for the CPU.
 
-Observed landmarks are sorted by the keyframes they span and stand in blocks of ``LANES``, one per SIMD lane. A block
-holds a *cell* for every pose that any of its landmarks is seen by, a cell one *layer* per row that observes it; what
-is missing has no information. Sums run in a fixed order on one thread, so that equal input gives equal bits.
+The same equations and the same decisions, landmarks side by side.
 
-State, residual, gradient, cost and Cholesky factors are float64. The Jacobian is rounded to float32 before anything
-is made of it, so that the normal equations are exactly those of one matrix; the elimination's products are float32,
-their sum float64. That costs a step about seven digits, which the next step repairs.
+Observed landmarks are sorted by the keyframes they span and stand in blocks of ``LANES``, one per
+SIMD lane. A block holds a *cell* for every pose that any of its landmarks is seen by, a cell one
+*layer* per row that observes it; what is missing has no information. Sums run in a fixed order on
+one thread, so that equal input gives equal bits.
 
-Importing this module compiles it, once per machine: numba keeps the result beside the file or in the user's cache.
+State, residual, gradient, cost and Cholesky factors are float64. The Jacobian is rounded to
+float32 before anything is made of it, so that the normal equations are exactly those of one
+matrix; the elimination's products are float32, their sum float64. That costs a step about seven
+digits, which the next step repairs.
+
+Importing this module compiles it, once per machine: numba keeps the result beside the file or in
+the user's cache.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-from numba import njit, types
-
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
 from imatching_ros.bundle.robust import KERNELS
+from numba import njit, types
+import numpy as np
 
 LANES = 64
 CHUNK = 16  #: lanes; where two cells have none in common, their product is left out
-HUBER, CAUCHY, GEMAN_MCCLURE = (KERNELS.index(name) for name in ("huber", "cauchy", "geman_mcclure"))
+HUBER, CAUCHY, GEMAN_MCCLURE = (
+    KERNELS.index(name) for name in ('huber', 'cauchy', 'geman_mcclure')
+)
 
-# Rows of the flat scratch memory, LANES values each. One array with constant offsets: the compiler then sees that
-# nothing overlaps, and vectorises.
+# Rows of the flat scratch memory, LANES values each. One array with constant offsets: the compiler
+# then sees that nothing overlaps, and vectorises.
 N = LANES
 DX, DY, DZ, U, V, INVERSE, FRONT = 0, N, 2 * N, 3 * N, 4 * N, 5 * N, 6 * N
 EX, EY, GX, GY, S, WEIGHT, BEND = 7 * N, 8 * N, 9 * N, 10 * N, 11 * N, 12 * N, 13 * N
@@ -37,20 +44,24 @@ Q0, Q1, Q2 = 31 * N, 32 * N, 33 * N
 SCRATCH = 34 * N
 
 # Not "nnan" or "ninf": comparisons with what is not finite must keep their meaning.
-_compiled = njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
+_compiled = njit(cache=True, fastmath={'reassoc', 'contract', 'arcp', 'nsz'}, error_model='numpy')
 
 
 @_compiled
 def layout(pose, landmark, poses, landmarks):
-    """Where every observation goes: blocks of cells of layers, which chunks of its lanes a cell fills, and the envelope
-    of the reduced system."""
+    """
+    Return where every observation goes.
+
+    Blocks of cells of layers, which chunks of its lanes a cell fills, and the envelope of the
+    reduced system.
+    """
     observations = len(pose)
     low, high = np.full(landmarks, poses), np.full(landmarks, -1)
     for o in range(observations):
         m = landmark[o]
         low[m], high[m] = min(low[m], pose[o]), max(high[m], pose[o])
-    # Counting sort of the observed landmarks by first pose, two at a time, and last, these up and down: neighbours see
-    # much the same.
+    # Counting sort of the observed landmarks by first pose, two at a time, and last, these up and
+    # down: neighbours see much the same.
     start = np.zeros(poses * poses + 1, np.int64)
     place = np.full(landmarks, -1)
     for m in range(landmarks):
@@ -115,12 +126,19 @@ def layout(pose, landmark, poses, landmarks):
             if m >= 0:
                 for o in range(first_row[m], first_row[m + 1]):
                     slot[o] += base[pose[o]]
-    return order, cell_of_block, cell_pose[:cells], layer_of_cell[: cells + 1], chunks[:cells], slot, lane, envelope
+    return (
+        order, cell_of_block, cell_pose[:cells], layer_of_cell[:cells + 1], chunks[:cells], slot,
+        lane, envelope,
+    )
 
 
 @_compiled
 def place_observations(slot, lane, layers, xy, cov):
-    """(layers, 5 * LANES): x, y and the information's uu, uv, vv; all zero where nothing is observed."""
+    """
+    (layers, 5 * LANES): x, y and the information's uu, uv, vv.
+
+    All zero where nothing is observed.
+    """
     rows = np.zeros((layers, 5 * LANES))
     for o in range(len(slot)):
         row, i = rows[slot[o]], lane[o]
@@ -150,15 +168,21 @@ def rotations(q):
     for k in range(len(q)):
         size = math.sqrt(q[k, 0] ** 2 + q[k, 1] ** 2 + q[k, 2] ** 2 + q[k, 3] ** 2)
         x, y, z, w = q[k, 0] / size, q[k, 1] / size, q[k, 2] / size, q[k, 3] / size
-        R[k, 0], R[k, 1], R[k, 2] = 1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)
-        R[k, 3], R[k, 4], R[k, 5] = 2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)
-        R[k, 6], R[k, 7], R[k, 8] = 2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)
+        R[k, 0], R[k, 1], R[k, 2] = (
+            1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w),
+        )
+        R[k, 3], R[k, 4], R[k, 5] = (
+            2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w),
+        )
+        R[k, 6], R[k, 7], R[k, 8] = (
+            2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y),
+        )
     return R
 
 
 @_compiled
 def project(t, p, R, c):
-    """A block's landmarks in one camera."""
+    """Project a block's landmarks into one camera."""
     c0, c1, c2 = c[0], c[1], c[2]
     r0, r1, r2, r3, r4, r5, r6, r7, r8 = R[0], R[1], R[2], R[3], R[4], R[5], R[6], R[7], R[8]
     for i in range(LANES):
@@ -175,7 +199,7 @@ def project(t, p, R, c):
 
 @_compiled
 def residual(t, row, fx, fy):
-    """g = information times residual, and s, of one layer of a projected cell."""
+    """Compute g = information times residual, and s, of one layer of a projected cell."""
     for i in range(LANES):
         ex = fx * (t[U + i] - row[i])
         ey = fy * (t[V + i] - row[N + i])
@@ -208,7 +232,11 @@ def rho(t, kernel, scale):
 
 @_compiled
 def reweight(t, kernel, scale, curved):
-    """Weights and, if ``curved``, what they lose along the residual (robust.Kernel.weight and .radial)."""
+    """
+    Weights and, if ``curved``, what they lose along the residual.
+
+    See robust.Kernel.weight and .radial.
+    """
     c2 = scale * scale
     if kernel == HUBER:
         for i in range(LANES):
@@ -254,11 +282,14 @@ def evaluate(t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, 
 
 @_compiled
 def linearise(
-    t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, curved, jacobian, point, camera
+    t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, curved,
+    jacobian, point, camera,
 ):
-    """The blocks of the normal equations at a state; returns the weighted residuals' square.
+    """
+    Compute the blocks of the normal equations at a state; return the weighted residuals' square.
 
-    jacobian: (cells, 6 * LANES), W. point: (blocks, 9 * LANES), Hpp and gp. camera: (K, 27), Hcc and -gc.
+    jacobian: (cells, 6 * LANES), W. point: (blocks, 9 * LANES), Hpp and gp. camera: (K, 27), Hcc
+    and -gc.
     """
     R, energy = rotations(q), 0.0
     point[:] = 0.0
@@ -267,7 +298,7 @@ def linearise(
         for cell in range(cell_of_block[b], cell_of_block[b + 1]):
             k = cell_pose[cell]
             project(t, p[b], R[k], c[k])
-            t[XX : BY + N] = 0.0
+            t[XX:BY + N] = 0.0
             for layer in range(layer_of_cell[cell], layer_of_cell[cell + 1]):
                 row = rows[layer]
                 residual(t, row, fx, fy)
@@ -285,8 +316,12 @@ def linearise(
 
 @_compiled
 def add_cell(t, R, fx, fy, w, point, camera):
-    """A cell's W = A^T C to w; W W^T and b = A^T g added to the landmarks'; V V^T, the lower triangle row by row, and
-    [b; d x b] to the camera's."""
+    """
+    Write a cell's W = A^T C to w, and add its products to the normal equations.
+
+    W W^T and b = A^T g are added to the landmarks'; V V^T, the lower triangle row by row, and [b;
+    d x b] to the camera's.
+    """
     r0, r1, r2, r3, r4, r5, r6, r7, r8 = R[0], R[1], R[2], R[3], R[4], R[5], R[6], R[7], R[8]
     k0 = k1 = k2 = k3 = k4 = k5 = k6 = k7 = k8 = k9 = k10 = k11 = k12 = k13 = 0.0
     k14 = k15 = k16 = k17 = k18 = k19 = k20 = k21 = k22 = k23 = k24 = k25 = k26 = 0.0
@@ -303,7 +338,9 @@ def add_cell(t, R, fx, fy, w, point, camera):
         s0, s1 = np.float32(c00 * ax0 + c10 * ay0), np.float32(c00 * ax1 + c10 * ay1)
         s2, s3 = np.float32(c00 * ax2 + c10 * ay2), np.float32(c11 * ay0)
         s4, s5 = np.float32(c11 * ay1), np.float32(c11 * ay2)
-        w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i] = s0, s1, s2, s3, s4, s5
+        w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i] = (
+            s0, s1, s2, s3, s4, s5,
+        )
         a0, a1, a2 = np.float64(s0), np.float64(s1), np.float64(s2)
         b0, b1, b2 = np.float64(s3), np.float64(s4), np.float64(s5)
         h0, h1, h2 = a0 * a0 + b0 * b0, a1 * a0 + b1 * b0, a1 * a1 + b1 * b1
@@ -349,7 +386,8 @@ def add_cell(t, R, fx, fy, w, point, camera):
         k26 += x * g1 - y * g0
     # In registers until here: the lanes of many cameras would not fit the cache.
     sums = (
-        k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19, k20, k21, k22, k23,
+        k0, k1, k2, k3, k4, k5, k6, k7, k8, k9, k10, k11, k12, k13, k14, k15, k16, k17, k18, k19,
+        k20, k21, k22, k23,
         k24, k25, k26,
     )  # fmt: skip
     for j in range(27):
@@ -358,7 +396,7 @@ def add_cell(t, R, fx, fy, w, point, camera):
 
 @_compiled
 def steepest(point, H, g, free, energy):
-    """The largest cosine between the whitened residual and a column of its Jacobian."""
+    """Return the largest cosine between the whitened residual and a column of its Jacobian."""
     worst = 0.0
     for b in range(len(point)):
         h = point[b]
@@ -378,7 +416,9 @@ def factor_points(t, h, damping):
     """Closed-form Cholesky of a block's damped Hpp; the diagonal is kept as its inverse."""
     lift = 1 + damping
     for i in range(LANES):
-        h00, h10, h11, h20, h21, h22 = h[i], h[N + i], h[2 * N + i], h[3 * N + i], h[4 * N + i], h[5 * N + i]
+        h00, h10, h11, h20, h21, h22 = (
+            h[i], h[N + i], h[2 * N + i], h[3 * N + i], h[4 * N + i], h[5 * N + i],
+        )
         trace = h00 + h11 + h22
         floor = 1e-14 * trace if trace > 0 else 1.0
         l00 = 1 / math.sqrt(max(h00 * lift, floor))
@@ -386,14 +426,18 @@ def factor_points(t, h, damping):
         l11 = 1 / math.sqrt(max(h11 * lift - l10 * l10, floor))
         l21 = (h21 - l20 * l10) * l11
         l22 = 1 / math.sqrt(max(h22 * lift - l20 * l20 - l21 * l21, floor))
-        t[L00 + i], t[L10 + i], t[L11 + i], t[L20 + i], t[L21 + i], t[L22 + i] = l00, l10, l11, l20, l21, l22
+        t[L00 + i], t[L10 + i], t[L11 + i], t[L20 + i], t[L21 + i], t[L22 + i] = (
+            l00, l10, l11, l20, l21, l22,
+        )
 
 
 @_compiled
 def solve_points(t):
     """Q becomes (L L^T)^-1 Q."""
     for i in range(LANES):
-        l00, l10, l11, l20, l21, l22 = t[L00 + i], t[L10 + i], t[L11 + i], t[L20 + i], t[L21 + i], t[L22 + i]
+        l00, l10, l11, l20, l21, l22 = (
+            t[L00 + i], t[L10 + i], t[L11 + i], t[L20 + i], t[L21 + i], t[L22 + i],
+        )
         z0 = t[Q0 + i] * l00
         z1 = (t[Q1 + i] - l10 * z0) * l11
         z2 = (t[Q2 + i] - l20 * z0 - l21 * z1) * l22 * l22
@@ -403,14 +447,19 @@ def solve_points(t):
 
 @_compiled
 def eliminate(
-    t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, damping, held, envelope, reduced, rhs, e
+    t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, damping, held, envelope, reduced,
+    rhs, e
 ):  # fmt: skip
-    """E E^T into ``reduced`` (K, K, 6, 6), lower blocks, and E y into the lanes of ``rhs`` (K, 6 * LANES).
+    """
+    Eliminate the landmarks.
+
+    E E^T goes into ``reduced`` (K, K, 6, 6), lower blocks, and E y into the lanes of ``rhs`` (K, 6
+    * LANES).
 
     Without the poses ``held``. e: (K, 18 * LANES) float32, room for a block's E.
     """
     for k in range(len(c)):
-        reduced[k, envelope[k] : k + 1] = 0.0
+        reduced[k, envelope[k]:k + 1] = 0.0
     rhs[:] = 0.0
     cells = np.empty(len(c), np.int64)
     for b in range(len(p)):
@@ -441,15 +490,21 @@ def eliminate(
 
 @_compiled
 def whiten(t, p, c, w, e, rhs):
-    """E = V (L^-1 W)^T of a cell, row by row, chunk by chunk, column by column: e (18 * LANES). And V W^T of Q, added
-    to ``rhs``."""
+    """
+    Write E = V (L^-1 W)^T of a cell to e (18 * LANES).
+
+    Row by row, chunk by chunk, column by column. V W^T of Q is added to ``rhs``.
+    """
     c0, c1, c2 = c[0], c[1], c[2]
     for i in range(6 * LANES):
         t[W0 + i] = w[i]
     for i in range(LANES):
         x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
         a0, a1, a2, b0, b1, b2 = t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i]
-        a, b = a0 * t[Q0 + i] + a1 * t[Q1 + i] + a2 * t[Q2 + i], b0 * t[Q0 + i] + b1 * t[Q1 + i] + b2 * t[Q2 + i]
+        a, b = (
+            a0 * t[Q0 + i] + a1 * t[Q1 + i] + a2 * t[Q2 + i],
+            b0 * t[Q0 + i] + b1 * t[Q1 + i] + b2 * t[Q2 + i],
+        )
         m0, m1, m2 = a0 * a + b0 * b, a1 * a + b1 * b, a2 * a + b2 * b
         rhs[i] += m0
         rhs[N + i] += m1
@@ -462,7 +517,9 @@ def whiten(t, p, c, w, e, rhs):
             o0 = 2 * first + i
             o1, o2 = o0 + CHUNK, o0 + 2 * CHUNK
             x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
-            a0, a1, a2, b0, b1, b2 = t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i]
+            a0, a1, a2, b0, b1, b2 = (
+                t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i],
+            )
             u0 = a0 * t[L00 + i]
             u1 = (a1 - t[L10 + i] * u0) * t[L11 + i]
             u2 = (a2 - t[L20 + i] * u0 - t[L21 + i] * u1) * t[L22 + i]
@@ -471,21 +528,35 @@ def whiten(t, p, c, w, e, rhs):
             v2 = (b2 - t[L20 + i] * v0 - t[L21 + i] * v1) * t[L22 + i]
             e0, e1, e2 = a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0
             e[o0], e[3 * N + o0], e[6 * N + o0] = e0, e1, e2
-            e[9 * N + o0], e[12 * N + o0], e[15 * N + o0] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+            e[9 * N + o0], e[12 * N + o0], e[15 * N + o0] = (
+                y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0,
+            )
             e0, e1, e2 = a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1
             e[o1], e[3 * N + o1], e[6 * N + o1] = e0, e1, e2
-            e[9 * N + o1], e[12 * N + o1], e[15 * N + o1] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+            e[9 * N + o1], e[12 * N + o1], e[15 * N + o1] = (
+                y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0,
+            )
             e0, e1, e2 = a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2
             e[o2], e[3 * N + o2], e[6 * N + o2] = e0, e1, e2
-            e[9 * N + o2], e[12 * N + o2], e[15 * N + o2] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
+            e[9 * N + o2], e[12 * N + o2], e[15 * N + o2] = (
+                y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0,
+            )
 
 
 @_compiled
 def add_products(a, b, x, row, column, begin, end):
-    """x += E E^T of some lanes, three rows by three columns at a time so that what is read is used thrice: the
-    innermost loop."""
-    a0, a1, a2 = a[row * 3 * N + begin :], a[(row + 1) * 3 * N + begin :], a[(row + 2) * 3 * N + begin :]
-    b0, b1, b2 = b[column * 3 * N + begin :], b[(column + 1) * 3 * N + begin :], b[(column + 2) * 3 * N + begin :]
+    """
+    Add E E^T of some lanes to x, the innermost loop.
+
+    Three rows by three columns at a time, so that what is read is used thrice.
+    """
+    a0, a1, a2 = (
+        a[row * 3 * N + begin:], a[(row + 1) * 3 * N + begin:], a[(row + 2) * 3 * N + begin:],
+    )
+    b0, b1, b2 = (
+        b[column * 3 * N + begin:], b[(column + 1) * 3 * N + begin:],
+        b[(column + 2) * 3 * N + begin:],
+    )
     s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = np.float32(0)
     for i in range(end - begin):
         s00 += a0[i] * b0[i]
@@ -516,7 +587,10 @@ def prior_coordinates(prior_pose, prior_T, q, c):
         k = prior_pose[n]
         x, y, z, w = q[k, 0], q[k, 1], q[k, 2], q[k, 3]
         a, b, e, f = -prior_T[n, 3], -prior_T[n, 4], -prior_T[n, 5], prior_T[n, 6]
-        rx, ry, rz = w * a + f * x + y * e - z * b, w * b + f * y + z * a - x * e, w * e + f * z + x * b - y * a
+        rx, ry, rz = (
+            w * a + f * x + y * e - z * b, w * b + f * y + z * a - x * e,
+            w * e + f * z + x * b - y * a,
+        )
         rw = w * f - x * a - y * b - z * e
         sine = math.sqrt(rx * rx + ry * ry + rz * rz)
         size = 2 * math.atan2(sine, abs(rw)) / sine if sine > 1e-150 else 2.0
@@ -541,7 +615,11 @@ def prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c):
 
 @_compiled
 def linearise_prior(prior_pose, prior_T, prior_H, prior_g, q, c, G, H, g):
-    """PosePrior.linearise: the Hessian to G (6 P, 6 P), and what belongs to single poses added to H and g."""
+    """
+    Linearise the prior as PosePrior.linearise does.
+
+    The Hessian goes to G (6 P, 6 P), and what belongs to single poses added to H and g.
+    """
     d = prior_coordinates(prior_pose, prior_T, q, c)
     J = np.empty((len(prior_pose), 3, 3))
     for n in range(len(prior_pose)):
@@ -552,7 +630,9 @@ def linearise_prior(prior_pose, prior_T, prior_H, prior_g, q, c, G, H, g):
         else:
             half = math.sqrt(square) / 2
             b = (1 - half / math.tan(half)) / square
-        J[n, 0, 0], J[n, 1, 1], J[n, 2, 2] = 1 - b * (y * y + z * z), 1 - b * (x * x + z * z), 1 - b * (x * x + y * y)
+        J[n, 0, 0], J[n, 1, 1], J[n, 2, 2] = (
+            1 - b * (y * y + z * z), 1 - b * (x * x + z * z), 1 - b * (x * x + y * y),
+        )
         J[n, 0, 1], J[n, 1, 0] = b * x * y + 0.5 * z, b * x * y - 0.5 * z
         J[n, 0, 2], J[n, 2, 0] = b * x * z - 0.5 * y, b * x * z + 0.5 * y
         J[n, 1, 2], J[n, 2, 1] = b * y * z + 0.5 * x, b * y * z - 0.5 * x
@@ -583,8 +663,11 @@ def linearise_prior(prior_pose, prior_T, prior_H, prior_g, q, c, G, H, g):
 
 @_compiled
 def solve_cameras(H, g, reduced, rhs, free, damping, envelope, prior_pose, G, A, step):
-    """(Hcc - E E^T) step = -(gc + E y), E y with its sign; G as ``linearise_prior``; A: (6 K, 6 K) to be overwritten.
-    False if not definite."""
+    """
+    Solve (Hcc - E E^T) step = -(gc + E y); False if not definite.
+
+    E y comes with its sign; G as ``linearise_prior``; A: (6 K, 6 K) to be overwritten.
+    """
     K = len(H)
     for k in range(K):
         for r in range(6):
@@ -595,10 +678,12 @@ def solve_cameras(H, g, reduced, rhs, free, damping, envelope, prior_pose, G, A,
             if free[k, r]:
                 for s in range(r + 1):
                     if free[k, s]:
-                        row[6 * k + s] += H[k, r * (r + 1) // 2 + s] * (1 + damping if r == s else 1.0)
+                        row[6 * k + s] += H[k, r * (r + 1) // 2 + s] * (
+                            1 + damping if r == s else 1.0
+                        )
                 if H[k, r * (r + 3) // 2] == 0:  # what nothing observes stays where it is
                     row[6 * k + r] = 1.0
-                step[k, r] = -g[k, r] - rhs[k, r * LANES : (r + 1) * LANES].sum()
+                step[k, r] = -g[k, r] - rhs[k, r * LANES:(r + 1) * LANES].sum()
             else:
                 row[6 * k + r], step[k, r] = 1.0, 0.0
     for n in range(len(prior_pose)):
@@ -638,7 +723,11 @@ def dot(a, b):
 
 @_compiled
 def step_points(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, step, moved):
-    """Landmarks after the step that follows the cameras'; returns its slope and its damped length."""
+    """
+    Landmarks after the step that follows the cameras'.
+
+    Returns its slope and its damped length.
+    """
     slope, length = 0.0, 0.0
     for b in range(len(p)):
         h, here, there = point[b], p[b], moved[b]
@@ -666,7 +755,9 @@ def recall(t, p, c, w, step):
     for i in range(LANES):
         x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
         v0, v1, v2 = s0 + s4 * z - s5 * y, s1 + s5 * x - s3 * z, s2 + s3 * y - s4 * x
-        a0, a1, a2, b0, b1, b2 = w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i]
+        a0, a1, a2, b0, b1, b2 = (
+            w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i],
+        )
         a, b = a0 * v0 + a1 * v1 + a2 * v2, b0 * v0 + b1 * v1 + b2 * v2
         t[Q0 + i] += a0 * a + b0 * b
         t[Q1 + i] += a1 * a + b1 * b
@@ -688,7 +779,8 @@ def retract(q, c, step, held, q_new, c_new):
         hx, hy, hz, hw = size * hx, size * hy, size * hz, math.cos(angle)
         x, y, z, w = q[k, 0], q[k, 1], q[k, 2], q[k, 3]
         x, y, z, w = (
-            hw * x + w * hx + hy * z - hz * y, hw * y + w * hy + hz * x - hx * z, hw * z + w * hz + hx * y - hy * x,
+            hw * x + w * hx + hy * z - hz * y, hw * y + w * hy + hz * x - hx * z,
+            hw * z + w * hz + hx * y - hy * x,
             hw * w - hx * x - hy * y - hz * z,
         )  # fmt: skip
         size = math.sqrt(x * x + y * y + z * z + w * w)
@@ -700,16 +792,22 @@ _f8, _i8 = types.float64, types.int64
 
 @njit(
     types.Tuple((_f8[:, ::1], _f8[:, ::1], _i8, _f8, _f8, _f8, types.boolean))(
-        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, types.boolean[:, ::1],
+        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8,
+        types.boolean[:, ::1],
         _i8, _f8, _i8, _f8, _f8, _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8[::1], _f8,
     ),
-    cache=True, error_model="numpy", nogil=True,
+    cache=True, error_model='numpy', nogil=True,
 )  # fmt: skip
 def minimise(
-    T, points, pose, landmark, xy, cov, fx, fy, free, kernel, scale, max_iterations, relative_decrease, gradient,
+    T, points, pose, landmark, xy, cov, fx, fy, free, kernel, scale, max_iterations,
+    relative_decrease, gradient,
     prior_pose, prior_T, prior_H, prior_g, prior_constant,
 ):  # fmt: skip
-    """adjust.py's ``_minimise``: T (K, 7), points (L, 3), iterations, cost, relative decrease, gradient, converged."""
+    """
+    adjust.py's ``_minimise``.
+
+    T (K, 7), points (L, 3), iterations, cost, relative decrease, gradient, converged.
+    """
     K, origin = len(T), T[0, :3].copy()
     order, cell_of_block, cell_pose, layer_of_cell, chunks, slot, lane, envelope = layout(
         pose, landmark, K, len(points)
@@ -730,12 +828,15 @@ def minimise(
     for k in range(K):
         held[k] = not free[k].any()
 
-    cost = evaluate(t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale)
+    cost = evaluate(
+        t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale
+    )
     cost += prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c)
     iterations, decrease, damping, growth = 0, 1.0, 1e-4, 2.0
     while True:
         energy = linearise(
-            t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, decrease < 1e-4,
+            t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale,
+            decrease < 1e-4,
             jacobian, point, camera,
         )  # fmt: skip
         H, g = camera[:, :21].copy(), -camera[:, 21:]
@@ -743,16 +844,21 @@ def minimise(
             linearise_prior(prior_pose, prior_T, prior_H, prior_g, q, c, G, H, g)
             energy += 2 * prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c)
         slope_norm = steepest(point, H, g, free, energy)
-        converged = cost <= 1e-18 * len(pose) or (decrease < relative_decrease and slope_norm < gradient)
+        converged = cost <= 1e-18 * len(pose) or (
+            decrease < relative_decrease and slope_norm < gradient
+        )
         if converged or iterations >= max_iterations:
             break
         cost_new, predicted = np.inf, 0.0
         while damping < 1e12:
             eliminate(
-                t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, damping, held, envelope, reduced, rhs, e
+                t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, damping, held,
+                envelope, reduced, rhs, e
             )  # fmt: skip
             if solve_cameras(H, g, reduced, rhs, free, damping, envelope, prior_pose, G, A, step):
-                slope, length = step_points(t, c, p, cell_of_block, cell_pose, jacobian, point, damping, step, p_new)
+                slope, length = step_points(
+                    t, c, p, cell_of_block, cell_pose, jacobian, point, damping, step, p_new
+                )
                 for k in range(K):
                     for j in range(6):
                         slope += g[k, j] * step[k, j]
@@ -760,7 +866,8 @@ def minimise(
                 predicted = 0.5 * (damping * length - slope)
                 retract(q, c, step, held, q_new, c_new)
                 cost_new = evaluate(
-                    t, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale
+                    t, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy,
+                    kernel, scale,
                 ) + prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q_new, c_new)
                 if cost_new < cost or predicted <= 1e-13 * cost:
                     break
@@ -784,13 +891,15 @@ def minimise(
 
 @njit(
     _f8[:, ::1](
-        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, _i8, _f8, _i8[::1],
+        _f8[:, ::1], _f8[:, ::1], _i8[::1], _i8[::1], _f8[:, ::1], _f8[:, ::1], _f8, _f8, _i8, _f8,
+        _i8[::1],
         _f8[:, ::1], _f8[:, ::1], _f8[::1],
     ),
-    cache=True, error_model="numpy", nogil=True,
+    cache=True, error_model='numpy', nogil=True,
 )  # fmt: skip
 def reduced_system(
-    T, points, pose, landmark, xy, cov, fx, fy, kernel, scale, prior_pose, prior_T, prior_H, prior_g
+    T, points, pose, landmark, xy, cov, fx, fy, kernel, scale, prior_pose, prior_T, prior_H,
+    prior_g
 ):  # fmt: skip
     """system.py's ``reduce`` without damping: the matrix (6 K, 6 K), its products in float64."""
     K, origin = len(T), T[0, :3].copy()
@@ -803,12 +912,16 @@ def reduced_system(
     t, jacobian = np.zeros(SCRATCH), np.empty((cells, 6 * LANES), np.float32)
     point, camera = np.empty((blocks, 9 * LANES)), np.empty((K, 27))
     linearise(
-        t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, False, jacobian, point, camera
+        t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale, False,
+        jacobian, point, camera
     )  # fmt: skip
     H = camera[:, :21]
     reduced, rhs, e = np.empty((K, K, 6, 6)), np.empty((K, 6 * LANES)), np.empty((K, 18 * LANES))
     held = np.zeros(K, np.bool_)
-    eliminate(t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, 0.0, held, envelope, reduced, rhs, e)
+    eliminate(
+        t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, 0.0, held, envelope, reduced,
+        rhs, e,
+    )
     S = np.zeros((6 * K, 6 * K))
     for k in range(K):
         for j in range(envelope[k], k + 1):
@@ -820,7 +933,8 @@ def reduced_system(
     if P:
         G = np.empty((6 * P, 6 * P))
         linearise_prior(
-            prior_pose, prior_T, prior_H, prior_g, T[:, 3:], T[:, :3], G, np.zeros((K, 21)), np.zeros((K, 6))
+            prior_pose, prior_T, prior_H, prior_g, T[:, 3:], T[:, :3], G, np.zeros((K, 21)),
+            np.zeros((K, 6))
         )  # fmt: skip
         for i in range(6 * P):
             for j in range(6 * P):

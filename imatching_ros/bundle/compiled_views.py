@@ -1,35 +1,37 @@
-"""Small, frequent work on single images and tracks, compiled for the CPU: the same as registration.py, solve.py and
-geometry/triangulation.py say in torch, whose every operation on a few hundred numbers costs more than the arithmetic.
+"""
+Small, frequent work on single images and tracks, compiled for the CPU.
+
+The same as registration.py, solve.py and geometry/triangulation.py say in torch, whose every
+operation on a few hundred numbers costs more than the arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 
-import numpy as np
-from numba import njit, types
-
 from imatching_ros.bundle.compiled import CAUCHY, GEMAN_MCCLURE, HUBER, retract, rotations
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
 from imatching_ros.geometry.two_view import HYPOTHESES
+from numba import njit, types
+import numpy as np
 
 # As in compiled.py.
-_compiled = njit(cache=True, fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy")
+_compiled = njit(cache=True, fastmath={'reassoc', 'contract', 'arcp', 'nsz'}, error_model='numpy')
 _f8, _i8, _b1 = types.float64, types.int64, types.boolean
 _vector, _rows, _indices, _mask = _f8[::1], _f8[:, ::1], _i8[::1], _b1[::1]
 
 
 def _entry(signature):
     """Compiled when this module is imported, not when the first image waits for it."""
-    return njit(signature, cache=True, error_model="numpy", nogil=True)
+    return njit(signature, cache=True, error_model='numpy', nogil=True)
 
 
-# One image against known landmarks: registration.py ------------------------------------------------------------------
+# One image against known landmarks: registration.py ----------------------------------------------
 
 
 @_compiled
 def solve6(H, g, damping, step):
-    """The damped step, by Cholesky; whether the matrix is definite."""
+    """Return the damped step, by Cholesky; whether the matrix is definite."""
     L = np.empty((6, 6))
     for i in range(6):
         for j in range(i + 1):
@@ -55,7 +57,7 @@ def solve6(H, g, damping, step):
 
 @_compiled
 def normal_equations(q, c, points, xy, cov, fx, fy, kernel, scale, H, g):
-    """The cost; fills H (6, 6) and g (6,)."""
+    """Return the cost; fills H (6, 6) and g (6,)."""
     R, c2, cost = rotations(q)[0], scale * scale, 0.0
     H[:], g[:] = 0.0, 0.0
     Jx, Jy = np.empty(6), np.empty(6)
@@ -116,7 +118,9 @@ def refine(T, points, xy, cov, fx, fy, kernel, scale, iterations):
         cost_new = np.inf
         if solve6(H, g, damping, step[0]):
             retract(q, c, step, held, q_new, c_new)
-            cost_new = normal_equations(q_new, c_new, points, xy, cov, fx, fy, kernel, scale, H_new, g_new)
+            cost_new = normal_equations(
+                q_new, c_new, points, xy, cov, fx, fy, kernel, scale, H_new, g_new
+            )
         if cost_new < cost:
             done = cost - cost_new < 1e-6 * cost
             q, c, q_new, c_new, H, g, H_new, g_new = q_new, c_new, q, c, H_new, g_new, H, g
@@ -144,19 +148,19 @@ def distance(R, c, p, xy, fx, fy):
 
 @_entry(_mask(_vector, _rows, _rows, _f8, _f8, _f8))
 def agreeing(T, points, xy, fx, fy, inlier_px):
-    """Points (N,) bool in front of a camera and less than ``inlier_px`` from where it sees them."""
+    """Say which points (N,) lie in front of a camera and within ``inlier_px`` of their image."""
     R, good = rotations(T[3:].copy().reshape(1, 4))[0], np.empty(len(points), np.bool_)
     for n in range(len(points)):
         good[n] = distance(R, T, points[n], xy[n], fx, fy) < inlier_px
     return good
 
 
-# Two images: geometry/two_view.py -------------------------------------------------------------------------------------
+# Two images: geometry/two_view.py ----------------------------------------------------------------
 
 
 @_compiled
 def frame(a, b):
-    """An orthonormal frame, its axes as rows, built on two directions."""
+    """Return an orthonormal frame, its axes as rows, built on two directions."""
     x, z, y = np.empty(3), np.empty(3), np.empty(3)
     for j in range(3):
         x[j] = a[j] + b[j]
@@ -171,12 +175,18 @@ def frame(a, b):
 
 @_compiled
 def cross(a, b, c):
-    c[0], c[1], c[2] = a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]
+    c[0], c[1], c[2] = (
+        a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0],
+    )
 
 
 @_compiled
 def turn_error2(R, a, xy):
-    """Squared distance on the plane z = 1 of a turned ray from where it is seen; infinite behind."""
+    """
+    Squared distance on the plane z = 1 of a turned ray from where it is seen.
+
+    Infinite behind.
+    """
     Z = R[6] * a[0] + R[7] * a[1] + R[8] * a[2]
     if Z <= 0:
         return np.inf
@@ -222,8 +232,11 @@ def largest_eigenvector(A):
 
 @_entry(_vector(_rows, _rows, _f8))
 def relative_rotation(xy_i, xy_j, threshold):
-    """two_view.py's ``relative_rotation`` of two points or more: the quaternion x y z w. Refined by Horn's (1987)
-    quaternions, whose optimum is Kabsch's."""
+    """
+    two_view.py's ``relative_rotation`` of two points or more: the quaternion x y z w.
+
+    Refined by Horn's (1987) quaternions, whose optimum is Kabsch's.
+    """
     N, bound = len(xy_i), threshold * threshold
     a, b = np.empty((N, 3)), np.empty((N, 3))
     for rays, xy in ((a, xy_i), (b, xy_j)):
@@ -238,7 +251,11 @@ def relative_rotation(xy_i, xy_j, threshold):
         before, after = frame(a[first], a[second]), frame(b[first], b[second])
         for i in range(3):
             for j in range(3):
-                R[3 * i + j] = after[0][i] * before[0][j] + after[1][i] * before[1][j] + after[2][i] * before[2][j]
+                R[3 * i + j] = (
+                    after[0][i] * before[0][j]
+                    + after[1][i] * before[1][j]
+                    + after[2][i] * before[2][j]
+                )
         total = 0.0
         for n in range(N):
             total += min(turn_error2(R, a[n], xy_j[n]), bound)
@@ -257,9 +274,21 @@ def relative_rotation(xy_i, xy_j, threshold):
                     for j in range(3):
                         M[i, j] += a[n, i] * b[n, j]
         # w x y z: without any ray, the turn is none
-        A[0, 0], A[0, 1], A[0, 2] = M[0, 0] + M[1, 1] + M[2, 2], M[1, 2] - M[2, 1], M[2, 0] - M[0, 2]
-        A[0, 3], A[1, 1], A[1, 2] = M[0, 1] - M[1, 0], M[0, 0] - M[1, 1] - M[2, 2], M[0, 1] + M[1, 0]
-        A[1, 3], A[2, 2], A[2, 3] = M[2, 0] + M[0, 2], M[1, 1] - M[0, 0] - M[2, 2], M[1, 2] + M[2, 1]
+        A[0, 0], A[0, 1], A[0, 2] = (
+            M[0, 0] + M[1, 1] + M[2, 2],
+            M[1, 2] - M[2, 1],
+            M[2, 0] - M[0, 2],
+        )
+        A[0, 3], A[1, 1], A[1, 2] = (
+            M[0, 1] - M[1, 0],
+            M[0, 0] - M[1, 1] - M[2, 2],
+            M[0, 1] + M[1, 0],
+        )
+        A[1, 3], A[2, 2], A[2, 3] = (
+            M[2, 0] + M[0, 2],
+            M[1, 1] - M[0, 0] - M[2, 2],
+            M[1, 2] + M[2, 1],
+        )
         A[3, 3] = M[2, 2] - M[0, 0] - M[1, 1]
         for i in range(4):
             for j in range(i):
@@ -271,13 +300,19 @@ def relative_rotation(xy_i, xy_j, threshold):
     return q
 
 
-# Tracks of a window: solve.py. Rows are those of a problem, sorted by landmark and then by pose. --------------------
+# Tracks of a window: solve.py. Rows are those of a problem, sorted by landmark and then by pose. -
 
 
-@_entry(types.Tuple((_mask, _i8))(_rows, _rows, _mask, _indices, _indices, _rows, _f8, _f8, _f8, _f8))
+@_entry(
+    types.Tuple((_mask, _i8))(_rows, _rows, _mask, _indices, _indices, _rows, _f8, _f8, _f8, _f8)
+)
 def survivors(T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine):
-    """Observations (O,) bool that reproject well, of usable landmarks that have two of them with rays at least so far
-    apart; and how many landmarks these are."""
+    """
+    Observations (O,) bool that reproject well.
+
+    Of usable landmarks that have two of them with rays at least so far apart; and how many
+    landmarks these are.
+    """
     total, R, keep, alive = len(pose), rotations(T[:, 3:].copy()), np.zeros(len(pose), np.bool_), 0
     ray, end = np.empty((total, 3)), 0
     while end < total:
@@ -318,7 +353,9 @@ def agreement(p, view, axes, n, threshold, agree):
         x, y, z, R = p[0] - view[i, 0], p[1] - view[i, 1], p[2] - view[i, 2], axes[i]
         X, Y = R[0] * x + R[3] * y + R[6] * z, R[1] * x + R[4] * y + R[7] * z
         Z = R[2] * x + R[5] * y + R[8] * z
-        agree[i] = Z > 0 and (X - view[i, 3] * Z) ** 2 + (Y - view[i, 4] * Z) ** 2 < (threshold * Z) ** 2
+        agree[i] = (
+            Z > 0 and (X - view[i, 3] * Z) ** 2 + (Y - view[i, 4] * Z) ** 2 < (threshold * Z) ** 2
+        )
         count += agree[i]
     return count
 
@@ -340,14 +377,23 @@ def intersect(view, ray, mask, n):
         for i in range(n):
             if not mask[i]:
                 continue
-            x, y, z, a, b, c = view[i, 0] - ox, view[i, 1] - oy, view[i, 2] - oz, ray[i, 0], ray[i, 1], ray[i, 2]
+            x, y, z, a, b, c = (
+                view[i, 0] - ox,
+                view[i, 1] - oy,
+                view[i, 2] - oz,
+                ray[i, 0],
+                ray[i, 1],
+                ray[i, 2],
+            )
             w = 1.0
             if sweep > 0:
                 w = 1 / max((px - x) ** 2 + (py - y) ** 2 + (pz - z) ** 2, 1e-12)
             along = a * x + b * y + c * z
             xx, xy, xz = xx + w * (1 - a * a), xy - w * a * b, xz - w * a * c
             yy, yz, zz = yy + w * (1 - b * b), yz - w * b * c, zz + w * (1 - c * c)
-            b0, b1, b2 = b0 + w * (x - a * along), b1 + w * (y - b * along), b2 + w * (z - c * along)
+            b0, b1, b2 = (
+                b0 + w * (x - a * along), b1 + w * (y - b * along), b2 + w * (z - c * along),
+            )
         u, v, t = yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy
         determinant = xx * u + xy * v + xz * t
         if not determinant > 1e-12 * ((xx + yy + zz) / 3) ** 3:
@@ -360,12 +406,19 @@ def intersect(view, ray, mask, n):
 
 @_entry(_rows(_rows, _rows, _indices, _indices, _rows, _f8))
 def triangulate(T, points, pose, landmark, xy, threshold):
-    """The points (L, 3), those with which not every view agrees triangulated afresh where that finds more views
-    (triangulation.triangulate_robust). Of several rows of a landmark in one pose the last one counts."""
+    """
+    Return the points (L, 3).
+
+    Those with which not every view agrees triangulated afresh where that finds more views
+    (triangulation.triangulate_robust). Of several rows of a landmark in one pose the last one
+    counts.
+    """
     total, R, points = len(pose), rotations(T[:, 3:].copy()), points.copy()
     view, ray = np.empty((total, 5)), np.empty((total, 3))  # centre, x, y; and the direction
     axes = np.empty((total, 9))
-    agree, trial, chosen = np.empty(total, np.bool_), np.empty(total, np.bool_), np.empty(total, np.bool_)
+    agree, trial, chosen = (
+        np.empty(total, np.bool_), np.empty(total, np.bool_), np.empty(total, np.bool_),
+    )
     end = 0
     while end < total:
         m, n = landmark[end], 0
@@ -391,7 +444,8 @@ def triangulate(T, points, pose, landmark, xy, threshold):
         best = intersect(view, ray, agree, n)
         most = agreement(best, view, axes, n, threshold, agree)
         if most < n and n > 2:
-            # Pairs of views: each with the next, with the one a third and the one half of the track further.
+            # Pairs of views: each with the next, with the one a third and the one half of the
+            # track further.
             pairs, pair_agree = -1, 0
             pair = best
             for stride in (1, max(n // 3, 1), max(n // 2, 1)):

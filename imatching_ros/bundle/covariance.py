@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from imatching_ros.bundle.adjust import arrays, compiled, free_parameters, prior_arrays
+from imatching_ros.bundle.problem import Problem
+from imatching_ros.bundle.robust import Kernel, KERNELS
+from imatching_ros.bundle.system import System
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.adjust import arrays, compiled, free_parameters, prior_arrays
-from imatching_ros.bundle.problem import Problem
-from imatching_ros.bundle.robust import KERNELS, Kernel
-from imatching_ros.bundle.system import System
 
+def covariance(
+    problem: Problem, kernel: Kernel, fixed: Tensor | None = None, backend: str = 'auto'
+) -> Tensor:
+    """
+    Return covariances (K, 6, 6) of a solved problem's poses.
 
-def covariance(problem: Problem, kernel: Kernel, fixed: Tensor | None = None, backend: str = "auto") -> Tensor:
-    """Covariances (K, 6, 6) of a solved problem's poses, in the coordinates of ``lie.retract``: the diagonal blocks of
-    the reduced camera system's inverse, landmarks and prior included, in the gauge of ``adjust`` (``fixed`` as there,
-    or (K, 6) bool, single parameters).
+    In the coordinates of ``lie.retract``: the diagonal blocks of the reduced camera system's
+    inverse, landmarks and prior included, in the gauge of ``adjust`` (``fixed`` as there, or (K,
+    6) bool, single parameters).
 
-    The information of an observation is J^T cov^-1 J times the kernel's weight rho'(s) at the solution. For Gaussian
-    noise this is right without a kernel, and for Huber at two standard deviations within 1 % (its weights make up for
-    what its bounded influence loses). It is the covariance of the observations' noise only, not of wrong
-    correspondences. Held parameters have zeros; what nothing determines has a large, finite variance. Compiled, the
-    Jacobian is rounded to single precision: some 1e-4 of the largest variance.
+    The information of an observation is J^T cov^-1 J times the kernel's weight rho'(s) at the
+    solution. For Gaussian noise this is right without a kernel, and for Huber at two standard
+    deviations within 1 % (its weights make up for what its bounded influence loses). It is the
+    covariance of the observations' noise only, not of wrong correspondences. Held parameters have
+    zeros; what nothing determines has a large, finite variance. Compiled, the Jacobian is rounded
+    to single precision: some 1e-4 of the largest variance.
     """
     with torch.inference_mode(False), torch.no_grad():
         K = len(problem.T_world_camera)
@@ -28,10 +33,11 @@ def covariance(problem: Problem, kernel: Kernel, fixed: Tensor | None = None, ba
             free = (~fixed).flatten().nonzero().squeeze(-1)
         else:
             free = free_parameters(problem.T_world_camera, fixed)
-        if backend != "eager" and problem.points.device.type == "cpu" and compiled():
+        if backend != 'eager' and problem.points.device.type == 'cpu' and compiled():
             S = torch.from_numpy(
                 compiled().reduced_system(
-                    *arrays(problem), KERNELS.index(kernel.name), float(kernel.scale), *prior_arrays(problem)[:4]
+                    *arrays(problem), KERNELS.index(kernel.name), float(kernel.scale),
+                    *prior_arrays(problem)[:4],
                 )
             )
         else:

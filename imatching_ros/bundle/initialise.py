@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-import torch
-from torch import Tensor
-
-from imatching_ros.bundle.motion import MOVING, Pair, motion_of
+from imatching_ros.bundle.motion import motion_of, MOVING, Pair
 from imatching_ros.bundle.observations import observations, pose_problem
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.registration import register
@@ -17,6 +14,8 @@ from imatching_ros.bundle.window import Window
 from imatching_ros.geometry import lie, triangulation, two_view
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
+import torch
+from torch import Tensor
 
 _ANCHORS_TRIED = 4
 _MIN_PARALLAX_PX = 2.0  #: of an anchor pair, below which no depth can be measured
@@ -26,10 +25,12 @@ _AT_ONCE = 200_000  #: tracks by pairs of keyframes whose parallax is computed a
 def initialise(
     messages: Sequence[Correspondences], camera: Camera, options: BundleOptions
 ) -> Window | None:
-    """A first window from buffered keyframes.
+    """
+    Return a first window from buffered keyframes.
 
-    messages: of the keyframes, oldest first. Returns the solved window of all that could be posed, the oldest at the
-    origin and the median landmark at distance 1, or None: too little parallax so far, or no consistent map.
+    messages: of the keyframes, oldest first. Returns the solved window of all that could be posed,
+    the oldest at the origin and the median landmark at distance 1, or None: too little parallax so
+    far, or no consistent map.
     """
     if len(messages) < 3:
         return None
@@ -42,11 +43,15 @@ def initialise(
     best = None
     for i, j in _anchors(grid, camera.focal, options):
         motions = _motions(grid, i, j, camera.focal, options)
-        grown = [one for T_j_i in motions if (one := _grow(grid, i, j, T_j_i, posed.focal, options))]
+        grown = [
+            one for T_j_i in motions if (one := _grow(grid, i, j, T_j_i, posed.focal, options))
+        ]
         if not grown:
             continue
         # A plane's two motions agree on its two views: the others tell which it was.
-        which, T, points = max(grown, key=lambda one: (len(one[0]), int(one[2].isfinite().all(-1).sum())))
+        which, T, points = max(
+            grown, key=lambda one: (len(one[0]), int(one[2].isfinite().all(-1).sum()))
+        )
         solved = solve([messages[k] for k in which], T, track, points, camera, options)
         if solved is None:
             continue
@@ -62,7 +67,11 @@ def initialise(
 
 
 def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int, int]]:
-    """Pairs worth trying as anchor, most promising first: many correspondences with much parallax."""
+    """
+    Pairs worth trying as anchor, most promising first.
+
+    Many correspondences with much parallax.
+    """
     pairs = list(combinations(range(grid.mask.shape[1]), 2))
     count, parallax = _parallax(grid, torch.tensor(pairs))
     count, parallax = count.tolist(), (parallax * focal).tolist()
@@ -74,8 +83,12 @@ def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int
 
 
 def _parallax(grid: Grid, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tracks each of the pairs (P, 2) of keyframes shares, and the median of how far (plane z = 1) they moved
-    beyond what a turn of the camera explains: the turn by a few rounds of reweighted least squares (Kabsch 1976)."""
+    """
+    Return how many tracks pairs (P, 2) of keyframes share, and how far these moved.
+
+    That is the median (plane z = 1) beyond what a turn of the camera explains; the turn by a few
+    rounds of reweighted least squares (Kabsch 1976).
+    """
     xy = grid.xy.transpose(0, 1)  # (K, N, 2)
     ray = torch.nn.functional.normalize(torch.cat((xy, torch.ones_like(xy[..., :1])), -1), dim=-1)
     counts, medians = [], []
@@ -85,20 +98,28 @@ def _parallax(grid: Grid, pairs: Tensor) -> tuple[Tensor, Tensor]:
         weight = common.double()
         for _ in range(4):
             U, _, Vt = torch.linalg.svd((weight[..., None] * b).mT @ a)
-            last = torch.diag_embed(torch.stack((*[torch.ones(len(U)).to(U)] * 2, torch.det(U @ Vt).sign()), -1))
+            last = torch.diag_embed(
+                torch.stack((*[torch.ones(len(U)).to(U)] * 2, torch.det(U @ Vt).sign()), -1)
+            )
             moved = a @ (U @ last @ Vt).mT
             distance = (moved[..., :2] / moved[..., 2:].clamp_min(1e-6) - xy[j]).norm(dim=-1)
             distance = torch.where(common, distance, torch.nan)
             median = distance.nanmedian(-1, keepdim=True).values
-            weight = torch.where(common, (1 + (distance / median.clamp_min(1e-9)).square()).pow(-2), 0.0).nan_to_num()
+            weight = torch.where(
+                common, (1 + (distance / median.clamp_min(1e-9)).square()).pow(-2), 0.0
+            ).nan_to_num()
         counts.append(common.sum(-1))
         medians.append(median.squeeze(-1).nan_to_num())
     return torch.cat(counts), torch.cat(medians)
 
 
 def _motions(grid: Grid, i: int, j: int, focal: float, options: BundleOptions) -> list[Tensor]:
-    """What T_j_i (7,) of an anchor pair may be: none where it only turned, one by the essential matrix, or two where a
-    plane explains its points better. Criterion: the least GRIC of rotation, homography and essential matrix."""
+    """
+    Return what T_j_i (7,) of an anchor pair may be.
+
+    None where it only turned, one by the essential matrix, or two where a plane explains its
+    points better. Criterion: the least GRIC of rotation, homography and essential matrix.
+    """
     common = grid.mask[:, i] & grid.mask[:, j]
     xy_i, xy_j = grid.xy[common, i], grid.xy[common, j]
     found = two_view.relative_pose(xy_i, xy_j, options.prune_px / 2, focal)
@@ -113,8 +134,9 @@ def _motions(grid: Grid, i: int, j: int, focal: float, options: BundleOptions) -
         return [found[0]]
     error = two_view.transfer_error(H, xy_i, xy_j) * focal
     sampson = two_view.sampson_error(found[0], xy_i, xy_j) * focal
-    # Here claimed variances, where too large, would turn every scene into a plane: the general model's own residuals
-    # say how exact the points are (the median of chi-squared with one degree of freedom is 0.455).
+    # Here claimed variances, where too large, would turn every scene into a plane: the general
+    # model's own residuals say how exact the points are (the median of chi-squared with one degree
+    # of freedom is 0.455).
     variance = variance * (2 * sampson.square() / variance).median().div(0.455).clamp(1e-4, 1.0)
     plane = two_view.gric(error.square() / variance, dimension=2, parameters=8)
     general = two_view.gric(2 * sampson.square() / variance, dimension=3, parameters=5)
@@ -127,7 +149,11 @@ def _motions(grid: Grid, i: int, j: int, focal: float, options: BundleOptions) -
 def _grow(
     grid: Grid, i: int, j: int, T_j_i: Tensor, focal: Tensor, options: BundleOptions
 ) -> tuple[list[int], Tensor, Tensor] | None:
-    """From the anchor pair to all keyframes: which (ascending), T_world_camera (len, 7), points (N, 3) with NaN."""
+    """
+    Go from the anchor pair to all keyframes.
+
+    Returns which (ascending), T_world_camera (len, 7), points (N, 3) with NaN.
+    """
     mean_focal = float(focal.mean())
     poses = {i: lie.identity(), j: lie.inverse(T_j_i)}
     points = _triangulate(grid, poses, mean_focal, options)
@@ -145,18 +171,23 @@ def _grow(
             points[usable], grid.xy[usable, k], cov.expand(int(usable.sum()), 3), focal, None,
             options.adjust, options.prune_px,
         )  # fmt: skip
-        if result is None or int(result.inliers.sum()) < max(options.min_landmarks, 0.3 * int(usable.sum())):
+        if result is None or int(result.inliers.sum()) < max(
+            options.min_landmarks, 0.3 * int(usable.sum())
+        ):
             continue
         poses[k] = result.T_world_camera
         points = _triangulate(grid, poses, mean_focal, options)
-    # Two views agree on many a wrong motion (a plane's second solution, a small baseline): a third must confirm.
+    # Two views agree on many a wrong motion (a plane's second solution, a small baseline): a third
+    # must confirm.
     if len(poses) < 3:
         return None
     which = sorted(poses)
     return which, torch.stack([poses[k] for k in which]), points
 
 
-def _triangulate(grid: Grid, poses: dict[int, Tensor], focal: float, options: BundleOptions) -> Tensor:
+def _triangulate(
+    grid: Grid, poses: dict[int, Tensor], focal: float, options: BundleOptions
+) -> Tensor:
     """Points (N, 3) of all tracks that the posed keyframes see with parallax; NaN elsewhere."""
     which = sorted(poses)
     T = torch.stack([poses[k] for k in which])
@@ -168,6 +199,10 @@ def _triangulate(grid: Grid, poses: dict[int, Tensor], focal: float, options: Bu
 
 
 def _at_origin(window: Window) -> Window:
-    """The window with its oldest keyframe at the origin and the median landmark at distance 1."""
+    """
+    Return the window in a frame of its own.
+
+    Its oldest keyframe is at the origin, the median landmark at distance 1.
+    """
     window = window.moved(lie.inverse(window.T_world_camera[0]))
     return window.moved(lie.identity(), 1 / float(window.points.norm(dim=-1).median()))

@@ -1,23 +1,26 @@
-"""What an image's correspondences show of the camera's motion: enough for new landmarks, a turn, or nothing at all."""
+"""
+What an image's correspondences show of the camera's motion.
+
+Enough for new landmarks, a turn, or nothing at all.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from imatching_ros.bundle.adjust import array, compiled_views
-from imatching_ros.bundle.observations import QUERY_COV, index_of
+from imatching_ros.bundle.observations import index_of, QUERY_COV
 from imatching_ros.geometry import lie, two_view
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
+import torch
+from torch import Tensor
 
-MOVING = "moving"
-STANDSTILL = "standstill"
-ROTATION = "rotation only"  #: turning on the spot: nothing new can be triangulated
-BLIND = "blind"  #: too few correspondences: a covered lens, a blank wall, the dark
-UNKNOWN = "unknown"  #: nothing to compare with yet
+MOVING = 'moving'
+STANDSTILL = 'standstill'
+ROTATION = 'rotation only'  #: turning on the spot: nothing new can be triangulated
+BLIND = 'blind'  #: too few correspondences: a covered lens, a blank wall, the dark
+UNKNOWN = 'unknown'  #: nothing to compare with yet
 
 _STILL_PX = 0.5  #: the picture as a whole moved less than this since the image some frames before
 
@@ -36,7 +39,11 @@ class Pair:
 
 
 def pair_with(message: Correspondences, stamp: int, camera: Camera) -> Pair:
-    """A message's rows with one of its past keyframes; those that are not finite are left out."""
+    """
+    Return a message's rows with one of its past keyframes.
+
+    Those that are not finite are left out.
+    """
     rows = message.ref_stamp == stamp
     xy_i, xy_j = camera.normalise(message.ref_uv[rows].double()), message.xy[rows].double()
     variance = QUERY_COV[0] + 0.5 * (message.cov[rows, 0] + message.cov[rows, 2]).double()
@@ -44,37 +51,50 @@ def pair_with(message: Correspondences, stamp: int, camera: Camera) -> Pair:
 
 
 def shared(before: Correspondences, after: Correspondences) -> Pair:
-    """The tracks of two messages: where they were, and where they are (of several rows of a track, the first)."""
+    """
+    Return the tracks of two messages.
+
+    Where they were, and where they are (of several rows of a track, the first).
+    """
     (track_i, row_i), (track_j, row_j) = _first_rows(before), _first_rows(after)
     place = index_of(track_i, track_j)
     row_i, row_j = row_i[place[place >= 0]], row_j[place >= 0]
     variance = 0.5 * (before.cov[row_i] + after.cov[row_j])[:, [0, 2]].sum(-1).double()
-    return _finite(Pair(before.stamp, before.xy[row_i].double(), after.xy[row_j].double(), variance))
+    return _finite(
+        Pair(before.stamp, before.xy[row_i].double(), after.xy[row_j].double(), variance)
+    )
 
 
 def stands_still(pair: Pair, focal: float) -> bool:
-    """The picture did not move as a whole, nor half of the tracks by more than twice their noise.
+    """
+    Return whether the picture stands still.
+
+    It did not move as a whole, nor half of the tracks by more than twice their noise.
 
     Its shift is the median over the tracks, in which the noise of single ones averages out.
     """
     moved = (pair.xy_j - pair.xy_i) * focal
-    noise = moved.square().sum(-1) / pair.variance  # chi-squared with two degrees of freedom: the median is 1.39
+    # chi-squared with two degrees of freedom: the median is 1.39
+    noise = moved.square().sum(-1) / pair.variance
     return float(moved.median(0).values.norm()) < _STILL_PX and float(noise.median()) < 2 * 1.39
 
 
 def motion_of(
-    pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0, minimum: int = 20,
-    backend: str = "auto",
+    pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0,
+    minimum: int = 20,
+    backend: str = 'auto',
 ) -> tuple[str, Tensor | None]:  # fmt: skip
-    """MOVING, or ROTATION with the turn T_j_i (7,), without translation, or BLIND.
+    """
+    Return MOVING, or ROTATION with the turn T_j_i (7,), without translation, or BLIND.
 
-    Criterion: a rotation (3 parameters) is chosen where its GRIC (Torr 1999) is no more than that of the epipolar
-    geometry (5 parameters) of ``T_j_i``, or of the best essential matrix where that is None: where the parallax is less
-    than noise. BLIND: neither explains half of the pair, or ``minimum`` of it. What a covered lens or noise is matched
-    to does not move like anything. backend: as in ``AdjustOptions``.
+    Criterion: a rotation (3 parameters) is chosen where its GRIC (Torr 1999) is no more than that
+    of the epipolar geometry (5 parameters) of ``T_j_i``, or of the best essential matrix where
+    that is None: where the parallax is less than noise. BLIND: neither explains half of the pair,
+    or ``minimum`` of it. What a covered lens or noise is matched to does not move like anything.
+    backend: as in ``AdjustOptions``.
     """
     few = max(minimum, 0.5 * len(pair))
-    turn, rotation = _turn(pair, threshold_px / focal, backend), float("inf")
+    turn, rotation = _turn(pair, threshold_px / focal, backend), float('inf')
     if turn is not None:
         error = two_view.transfer_error(lie.rotation(turn[3:]), pair.xy_i, pair.xy_j) * focal
         if int((error < threshold_px).sum()) >= few:
@@ -82,14 +102,16 @@ def motion_of(
     if T_j_i is None:
         found = two_view.relative_pose(pair.xy_i, pair.xy_j, threshold_px / 2, focal)
         T_j_i = found[0] if found else None
-    general = float("inf")
+    general = float('inf')
     if T_j_i is not None:
         sampson = two_view.sampson_error(T_j_i, pair.xy_i, pair.xy_j) * focal
         if int((sampson < threshold_px / 2).sum()) >= few:
-            general = two_view.gric(2 * sampson.square() / pair.variance, dimension=3, parameters=5)
-    if rotation <= general < float("inf") or rotation < general:
+            general = two_view.gric(
+                2 * sampson.square() / pair.variance, dimension=3, parameters=5
+            )
+    if rotation <= general < float('inf') or rotation < general:
         return ROTATION, turn
-    return (MOVING if general < float("inf") else BLIND), None
+    return (MOVING if general < float('inf') else BLIND), None
 
 
 def _turn(pair: Pair, threshold: float, backend: str) -> Tensor | None:

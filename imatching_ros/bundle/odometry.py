@@ -1,24 +1,32 @@
-"""Another odometry's poses of the camera: at an image's stamp, and what they say of the map's scale."""
+"""
+Another odometry's poses of the camera.
+
+At an image's stamp, and what they say of the map's scale.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
 
+from imatching_ros.geometry import lie
 import torch
 from torch import Tensor
 
-from imatching_ros.geometry import lie
-
 _REMEMBERED = 4000  #: poses
 _GAP_NS = 500_000_000  #: two poses farther apart than this are not interpolated
-_AHEAD_NS = 100_000_000  #: an image may be this much newer than the newest pose; motion then goes on as it was
+#: an image may be this much newer than the newest pose; motion then goes on as it was
+_AHEAD_NS = 100_000_000
 _BASELINE_M = 0.1  #: shorter ways than this say nothing of scale
 _SPREAD = 0.2  #: half of the ways must agree on the scale within this share of it
 
 
 class ExternalOdometry:
-    """Poses of the camera in the frame of another odometry, metres, in the order of their stamps."""
+    """
+    Poses of the camera in the frame of another odometry, metres.
+
+    In the order of their stamps.
+    """
 
     def __init__(self) -> None:
         self._stamps: deque[int] = deque(maxlen=_REMEMBERED)
@@ -28,23 +36,35 @@ class ExternalOdometry:
         return len(self._stamps)
 
     def add(self, stamp: int, T_world_camera: Tensor, covariance: Tensor | None = None) -> None:
-        """Raises ValueError, one sentence, where a pose is not one or does not follow the one before."""
+        """
+        Take a pose.
+
+        ValueError, one sentence, where it is not one or does not follow the one before.
+        """
         T = torch.as_tensor(T_world_camera, dtype=torch.float64)
         if T.shape != (7,) or not T.isfinite().all() or not abs(float(T[3:].norm()) - 1) < 1e-2:
-            raise ValueError(f"the odometry's pose of {stamp} ns must be seven finite numbers with a unit quaternion")
+            raise ValueError(
+                f"the odometry's pose of {stamp} ns must be seven finite numbers with a unit "
+                'quaternion'
+            )
         if self._stamps and stamp <= self._stamps[-1]:
             raise ValueError(
-                f"the odometry of {stamp} ns is not newer than the last one; reset the bundle when time goes back"
+                f'the odometry of {stamp} ns is not newer than the last one; reset the bundle '
+                'when time goes back'
             )
         if covariance is not None:
             covariance = torch.as_tensor(covariance, dtype=torch.float64)
             if covariance.shape != (6, 6) or not covariance.isfinite().all():
-                raise ValueError(f"the odometry's covariance of {stamp} ns must be 6x6 finite numbers, or left out")
+                raise ValueError(
+                    f"the odometry's covariance of {stamp} ns must be 6x6 finite numbers, or "
+                    'left out'
+                )
         self._stamps.append(stamp)
         self._poses.append((torch.cat((T[:3], T[3:] / T[3:].norm())), covariance))
 
     def at(self, stamp: int) -> tuple[Tensor, Tensor | None] | None:
-        """T_world_camera (7,) at ``stamp`` and the covariance that came with the nearest pose.
+        """
+        T_world_camera (7,) at ``stamp`` and the covariance that came with the nearest pose.
 
         Interpolated between its neighbours; None where these are too far apart, or there are none.
         """
@@ -63,9 +83,12 @@ class ExternalOdometry:
         return lie.retract(before, share * lie.local(before, T)), covariance
 
     def scale_of(self, stamps: list[int], positions: Tensor) -> float | None:
-        """Metres per unit of the map's ``positions`` (K, 3): the median, over the ways between any two keyframes that
-        the odometry takes for a tenth of a metre or longer, of the lengths' ratios. None where there are fewer than
-        three such ways, or they do not agree.
+        """
+        Return the metres per unit of the map's ``positions`` (K, 3).
+
+        The median, over the ways between any two keyframes that the odometry takes for a tenth of
+        a metre or longer, of the lengths' ratios. None where there are fewer than three such ways,
+        or they do not agree.
         """
         known = [(i, found[0][:3]) for i, stamp in enumerate(stamps) if (found := self.at(stamp))]
         if len(known) < 3:

@@ -1,25 +1,32 @@
-"""What a keyframe leaves behind when it leaves the window: a Gaussian prior on the poses that stay (paper 3.1.2)."""
+"""
+What a keyframe leaves behind when it leaves the window.
+
+A Gaussian prior on the poses that stay (paper 3.1.2).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from imatching_ros.bundle.problem import PosePrior, Problem
 from imatching_ros.bundle.robust import Kernel
 from imatching_ros.bundle.system import System
 from imatching_ros.geometry import lie
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Prior:
-    """1/2 d'H d + g'd of P poses, where d (6P,) holds each pose's ``lie.local`` coordinates about its linearisation
-    point: c - c0 and Log(R R0^T). Float64, on the CPU.
+    """
+    The quadratic 1/2 d'H d + g'd of P poses.
 
-    It says how the poses lie to one another, but nothing of where, which way round and how large: H takes the seven
-    directions of a similarity transform of the world to zero, and g has no part of them.
+    There, d (6P,) holds each pose's ``lie.local`` coordinates about its linearisation point: c -
+    c0 and Log(R R0^T). Float64, on the CPU.
+
+    It says how the poses lie to one another, but nothing of where, which way round and how large:
+    H takes the seven directions of a similarity transform of the world to zero, and g has no part
+    of them.
     """
 
     stamps: Tensor  #: (P,) int64 ns
@@ -28,38 +35,56 @@ class Prior:
     gradient: Tensor  #: g (6P,)
 
     def on(self, stamps: Tensor) -> PosePrior:
-        """For ``Problem.prior``, where the problem's poses are those of ``stamps`` (K,).
+        """
+        For ``Problem.prior``, where the problem's poses are those of ``stamps`` (K,).
 
         Raises ValueError where the prior speaks of a pose that is not among them.
         """
         found = self.stamps[:, None] == stamps
         if not bool(found.any(-1).all()):
-            raise ValueError("the prior speaks of a keyframe that is not in the window; marginalise it first")
-        # A quadratic may be negative, a cost that is compared relatively must not be: its least value becomes zero.
+            raise ValueError(
+                'the prior speaks of a keyframe that is not in the window; marginalise it first'
+            )
+        # A quadratic may be negative, a cost that is compared relatively must not be: its least
+        # value becomes zero.
         values, vectors = torch.linalg.eigh(self.information)
         along = vectors.T @ self.gradient
         sound = values > 1e-12 * values.max()
         least = torch.where(sound, along.square() / torch.where(sound, values, 1.0), 0.0).sum() / 2
-        return PosePrior(found.int().argmax(-1), self.T_world_camera, self.information, self.gradient, least)
+        return PosePrior(
+            found.int().argmax(-1), self.T_world_camera, self.information, self.gradient, least
+        )
 
     def transformed(self, T: Tensor, scale: float = 1.0) -> Prior:
-        """The same prior after the world has been enlarged by ``scale`` and then moved by T (7,)."""
+        """
+        Return the same prior in another world.
+
+        This has been enlarged by ``scale`` and then moved by T (7,).
+        """
         R = lie.rotation(T[3:])
-        undo = torch.block_diag(*[part for _ in self.stamps for part in (R / scale, R)])  # d = undo' d_new
+        # d = undo' d_new
+        undo = torch.block_diag(*[part for _ in self.stamps for part in (R / scale, R)])
         scaled = torch.cat((self.T_world_camera[:, :3] * scale, self.T_world_camera[:, 3:]), -1)
         information = undo @ self.information @ undo.T
         return Prior(
-            self.stamps, lie.compose(T, scaled), (information + information.T) / 2, undo @ self.gradient
+            self.stamps, lie.compose(T, scaled), (information + information.T) / 2,
+            undo @ self.gradient,
         )
 
 
-def marginalise(problem: Problem, kernel: Kernel, stamps: Tensor, poses: Tensor, landmarks: Tensor) -> Prior | None:
-    """What the leaving poses and landmarks know of the poses that stay, by the Schur complement.
+def marginalise(
+    problem: Problem, kernel: Kernel, stamps: Tensor, poses: Tensor, landmarks: Tensor
+) -> Prior | None:
+    """
+    Return what the leaving poses and landmarks know of the poses that stay.
 
-    problem: at its solution, with any earlier prior. stamps: (K,) of its poses. poses: (K,) bool and landmarks: (L,)
-    bool, those that leave. Used are all observations of the leaving landmarks, with the kernel's weights at the
-    solution, and the earlier prior, linearised anew. What a leaving pose sees of landmarks that stay is dropped: it
-    would tie them together. Returns None where nothing is known of the poses that stay.
+    By the Schur complement.
+
+    problem: at its solution, with any earlier prior. stamps: (K,) of its poses. poses: (K,) bool
+    and landmarks: (L,) bool, those that leave. Used are all observations of the leaving landmarks,
+    with the kernel's weights at the solution, and the earlier prior, linearised anew. What a
+    leaving pose sees of landmarks that stay is dropped: it would tie them together. Returns None
+    where nothing is known of the poses that stay.
     """
     with torch.inference_mode(False), torch.no_grad():
         leaving = problem.select(landmarks[problem.landmark])
@@ -72,7 +97,9 @@ def marginalise(problem: Problem, kernel: Kernel, stamps: Tensor, poses: Tensor,
         if problem.prior is not None:
             known = torch.searchsorted(which, problem.prior.pose)
             at = (6 * known[:, None] + torch.arange(6)).flatten()
-            H_prior, g_prior = _invariant(*problem.prior.linearise(problem.T_world_camera), T[known])
+            H_prior, g_prior = _invariant(
+                *problem.prior.linearise(problem.T_world_camera), T[known]
+            )
             H[at[:, None], at] += H_prior
             g[at] += g_prior
         stays = ~poses[which]
@@ -91,7 +118,11 @@ def marginalise(problem: Problem, kernel: Kernel, stamps: Tensor, poses: Tensor,
 
 
 def _reduced(problem: Problem, kernel: Kernel, which: Tensor) -> tuple[Tensor, Tensor]:
-    """Hessian and gradient of the poses ``which``, all that are observed among them, landmarks eliminated."""
+    """
+    Hessian and gradient of the poses ``which``.
+
+    Of all that are observed among them, landmarks eliminated.
+    """
     n = 6 * len(which)
     if len(problem.pose) == 0:
         return torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
@@ -106,21 +137,31 @@ def _reduced(problem: Problem, kernel: Kernel, which: Tensor) -> tuple[Tensor, T
 
 
 def _eliminate(H: Tensor, g: Tensor, stays: Tensor) -> tuple[Tensor, Tensor]:
-    """The Schur complement on the coordinates that stay (bool). What leaves without being known takes nothing along."""
+    """
+    Return the Schur complement on the coordinates that stay (bool).
+
+    What leaves without being known takes nothing along.
+    """
     leaves = ~stays
     scale = H.diagonal()[leaves].clamp_min(1e-300).rsqrt()
     values, vectors = torch.linalg.eigh(H[leaves][:, leaves] * scale * scale[:, None])
     known = values > 1e-11
-    root = torch.where(known, torch.where(known, values, 1.0).rsqrt(), 0.0) * vectors * scale[:, None]
+    root = (
+        torch.where(known, torch.where(known, values, 1.0).rsqrt(), 0.0) * vectors * scale[:, None]
+    )
     tied = H[stays][:, leaves] @ root
     return H[stays][:, stays] - tied @ tied.T, g[stays] - tied @ (root.T @ g[leaves])
 
 
 def _invariant(H: Tensor, g: Tensor, T_world_camera: Tensor) -> tuple[Tensor, Tensor]:
-    """H and g without what they claim to know of a similarity transform of the world at these poses (P, 7).
+    """
+    Return H and g without knowledge of a similarity transform of the world.
 
-    With the first pose and one translation component of the pose farthest from it held, which is how ``adjust`` holds a
-    window, they stay as they are; in the seven directions of the gauge they are then what invariance asks for.
+    ``poses``: (P, 7), where they are linearised.
+
+    With the first pose and one translation component of the pose farthest from it held, which is
+    how ``adjust`` holds a window, they stay as they are; in the seven directions of the gauge they
+    are then what invariance asks for.
     """
     offset = T_world_camera[:, :3] - T_world_camera[0, :3]
     directions = torch.zeros(len(offset), 6, 7, dtype=torch.float64)
@@ -129,7 +170,8 @@ def _invariant(H: Tensor, g: Tensor, T_world_camera: Tensor) -> tuple[Tensor, Te
     directions[:, :3, 6] = offset
     farthest = int(offset.norm(dim=-1).argmax())
     component = int(offset[farthest].abs().argmax())
-    held = [*range(6), 6 * farthest + component][: 7 if farthest else 6]  # all in one place: they have no scale
+    # all in one place: they have no scale
+    held = [*range(6), 6 * farthest + component][:7 if farthest else 6]
     N = directions.view(-1, 7)[:, : len(held)]
     P = torch.eye(len(N), dtype=torch.float64)
     P[:, held] -= N @ torch.linalg.inv(N[held])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from imatching_ros.bundle.adjust import AdjustOptions, array, compiled_views
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
-from imatching_ros.bundle.robust import KERNELS, Kernel
+from imatching_ros.bundle.robust import Kernel, KERNELS
 from imatching_ros.geometry import lie, triangulation, two_view
+import torch
+from torch import Tensor
 
 _GUESSED = 0.5  #: where the motion model agrees with this share of the points, PnP is not asked
 
@@ -23,16 +22,24 @@ class Registration:
 
 
 def register(
-    points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, guess: Tensor | None, options: AdjustOptions,
+    points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, guess: Tensor | None,
+    options: AdjustOptions,
     inlier_px: float,
 ) -> Registration | None:  # fmt: skip
-    """Pose by 2D-3D registration: the better of PnP and the motion model's guess, refined under the robust kernel.
+    """
+    Pose by 2D-3D registration.
 
-    points: (N, 3), world. xy: (N, 2) on the plane z = 1, cov: (N, 3) undistorted px^2, focal: (2,) px.
-    guess: T_world_camera (7,) or None. Returns None where there is neither a guess nor a model.
+    The better of PnP and the motion model's guess, refined under the robust kernel.
+
+    points: (N, 3), world. xy: (N, 2) on the plane z = 1, cov: (N, 3) undistorted px^2, focal: (2,)
+    px. guess: T_world_camera (7,) or None. Returns None where there is neither a guess nor a
+    model.
     """
     backend = options.backend
-    T, inliers = guess, None if guess is None else _inliers(guess, points, xy, focal, inlier_px, backend)
+    T, inliers = (
+        guess,
+        None if guess is None else _inliers(guess, points, xy, focal, inlier_px, backend),
+    )
     if inliers is None or int(inliers.sum()) < _GUESSED * len(points):
         found = two_view.absolute_pose(points, xy, inlier_px, float(focal.mean()))
         if found is not None:
@@ -42,21 +49,28 @@ def register(
                 T, inliers = other, agreeing
     if T is None:
         return None
-    for _ in range(2):  # on inliers only: with half the rows wrong, the kernel alone would be pulled aside
-        T, H = refine(T, points[inliers], xy[inliers], cov[inliers], focal, options.kernel, backend=backend)
+    # on inliers only: with half the rows wrong, the kernel alone would be pulled aside
+    for _ in range(2):
+        T, H = refine(
+            T, points[inliers], xy[inliers], cov[inliers], focal, options.kernel, backend=backend
+        )
         inliers = _inliers(T, points, xy, focal, inlier_px, backend)
     return Registration(T, torch.linalg.pinv(H, hermitian=True), inliers)
 
 
 def refine(
     T_world_camera: Tensor, points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, kernel: Kernel,
-    iterations: int = 10, backend: str = "auto",
+    iterations: int = 10, backend: str = 'auto',
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Levenberg-Marquardt on one pose (7,); returns it and its Hessian (6, 6). Arguments as in :func:`register`,
-    ``backend`` as in ``AdjustOptions``."""
+    """
+    Levenberg-Marquardt on one pose (7,); returns it and its Hessian (6, 6).
+
+    Arguments as in :func:`register`, ``backend`` as in ``AdjustOptions``.
+    """
     if views := compiled_views(backend):
         T, H = views.refine(
-            *map(array, (T_world_camera, points, xy, cov)), *focal.tolist(), KERNELS.index(kernel.name),
+            *map(array, (T_world_camera, points, xy, cov)), *focal.tolist(),
+            KERNELS.index(kernel.name),
             float(kernel.scale), iterations,
         )  # fmt: skip
         return torch.from_numpy(T), torch.from_numpy(H)
@@ -81,7 +95,9 @@ def refine(
     return T, H
 
 
-def _normal_equations(T, points, xy, information, focal, kernel: Kernel) -> tuple[float, Tensor, Tensor]:
+def _normal_equations(
+    T, points, xy, information, focal, kernel: Kernel
+) -> tuple[float, Tensor, Tensor]:
     """points: (3, N), xy: (2, N), information: (3, N): rows of N numbers, as in adjust.py."""
     R, d = lie.rotation(T[3:]), points - T[:3, None]
     q = R.T @ d
@@ -93,7 +109,8 @@ def _normal_equations(T, points, xy, information, focal, kernel: Kernel) -> tupl
     gx, gy = xx * ex + uv * ey, uv * ex + yy * ey
     s = torch.where(front, ex * gx + ey * gy, BEHIND_PX**2)
     weight = torch.where(front, kernel.weight(s), 0.0)
-    A = (R.T[:2, :, None] - z[:, None] * R.T[2, :, None]) * (focal[:, None] * inverse)[:, None]  # (2, 3, N)
+    # (2, 3, N)
+    A = (R.T[:2, :, None] - z[:, None] * R.T[2, :, None]) * (focal[:, None] * inverse)[:, None]
     Jx, Jy = torch.cat((-A, torch.linalg.cross(A, d.expand_as(A), dim=1)), 1)  # (6, N) each
     H = (weight * (xx * Jx + uv * Jy)) @ Jx.T + (weight * (uv * Jx + yy * Jy)) @ Jy.T
     g = Jx @ (weight * gx) + Jy @ (weight * gy)
@@ -102,6 +119,8 @@ def _normal_equations(T, points, xy, information, focal, kernel: Kernel) -> tupl
 
 def _inliers(T, points, xy, focal, inlier_px: float, backend: str) -> Tensor:
     if views := compiled_views(backend):
-        return torch.from_numpy(views.agreeing(*map(array, (T, points, xy)), *focal.tolist(), inlier_px))
+        return torch.from_numpy(
+            views.agreeing(*map(array, (T, points, xy)), *focal.tolist(), inlier_px)
+        )
     predicted, depth = triangulation.reproject(T, points)
     return (depth > MIN_DEPTH) & (((predicted - xy) * focal).norm(dim=-1) < inlier_px)

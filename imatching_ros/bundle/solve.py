@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+import math
 
-import torch
-from torch import Tensor
-
-from imatching_ros.bundle.adjust import Solution, adjust, array, compiled_views
+from imatching_ros.bundle.adjust import adjust, array, compiled_views, Solution
 from imatching_ros.bundle.observations import index_of, observations, pose_problem, survives
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import Prior
@@ -18,11 +15,18 @@ from imatching_ros.bundle.window import Window
 from imatching_ros.geometry import lie, triangulation
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
+import torch
+from torch import Tensor
 
-_LOOSE = 3.0  #: before the first adjustment the newest pose is only predicted: prune at this many times the bound
-_AT_ONCE = 8_000_000  #: cells of landmarks by pairs of keyframes whose parallax is computed at once
-_ROUNDS = 6  #: of prune and adjust, before landmarks whose observations come and go are dropped altogether
-_ROUNDS_BATCH = 25  #: the same over all keyframes of a recording: the more observations, the more come and go
+#: before the first adjustment the newest pose is only predicted: prune at this many times the
+#: bound
+_LOOSE = 3.0
+#: cells of landmarks by pairs of keyframes whose parallax is computed at once
+_AT_ONCE = 8_000_000
+#: of prune and adjust, before landmarks whose observations come and go are dropped altogether
+_ROUNDS = 6
+#: the same over all keyframes of a recording: the more observations, the more come and go
+_ROUNDS_BATCH = 25
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Grid:
         xy, mask = torch.zeros(N, K, 2, dtype=torch.float64), torch.zeros(N, K, dtype=torch.bool)
         cell = posed.landmark * K + posed.pose
         last = torch.full((N * K,), -1, dtype=torch.int64)
-        last.scatter_reduce_(0, cell, torch.arange(len(cell)), "amax")
+        last.scatter_reduce_(0, cell, torch.arange(len(cell)), 'amax')
         filled = last >= 0
         xy.view(-1, 2)[filled] = posed.xy[last[filled]]
         mask.view(-1)[filled] = True
@@ -58,22 +62,27 @@ def solve(
     prior: Prior | None = None,
     rounds: int = _ROUNDS,
 ) -> tuple[Window, Solution, Problem] | None:
-    """The window of these keyframes, at a stationary point of the objective over the observations that survive; and
-    the problem that these pose there, as ``observations.surviving`` puts it together from the window.
+    """
+    Return the window of these keyframes.
 
-    messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to be; they are held
-    where ``options.poses`` is "external".
-    track, points: (L,) ascending and (L, 3), the landmarks known so far; all other tracks are triangulated.
-    prior: what keyframes that left know of these.
-    rounds: of prune and adjust, before landmarks whose observations come and go are dropped; at most twice as many.
-    Returns None where fewer landmarks than ``options.min_landmarks`` survive.
+    At a stationary point of the objective over the observations that survive; and the problem that
+    these pose there, as ``observations.surviving`` puts it together from the window.
+
+    messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to
+    be; they are held where ``options.poses`` is "external". track, points: (L,) ascending and (L,
+    3), the landmarks known so far; all other tracks are triangulated. prior: what keyframes that
+    left know of these. rounds: of prune and adjust, before landmarks whose observations come and
+    go are dropped; at most twice as many. Returns None where fewer landmarks than
+    ``options.min_landmarks`` survive.
     """
     stamps = torch.tensor([message.stamp for message in messages])
     observed = observations(messages, camera)
     candidates = torch.unique_consecutive(observed.track)
     known = index_of(track, candidates)
-    start = torch.where((known >= 0)[:, None], points[known], torch.nan) if len(track) else points.new_full(
-        (len(candidates), 3), torch.nan
+    start = (
+        torch.where((known >= 0)[:, None], points[known], torch.nan)
+        if len(track)
+        else points.new_full((len(candidates), 3), torch.nan)
     )
     zeros = torch.zeros(len(candidates), 3, dtype=torch.float64)
     _, posed = pose_problem(observed, stamps, T_world_camera, candidates, zeros, camera)
@@ -88,9 +97,11 @@ def solve(
 
 
 def refine(
-    messages: Sequence[Correspondences], T_world_camera: Tensor, camera: Camera, options: BundleOptions
+    messages: Sequence[Correspondences], T_world_camera: Tensor, camera: Camera,
+    options: BundleOptions,
 ) -> Window | None:
-    """All keyframes of a recording adjusted together, offline: one window over all of them.
+    """
+    All keyframes of a recording adjusted together, offline: one window over all of them.
 
     messages: of the K keyframes, oldest first. T_world_camera: (K, 7), as the bundle left them
     (``Bundle.trajectory``). The first pose stays; the scale is the one that the poses came with.
@@ -101,8 +112,14 @@ def refine(
 
 
 def rescaled_to(window: Window, T_world_camera: Tensor) -> Window:
-    """The window about its first pose as large as poses (K, 7) of its keyframes: by the median distance from it."""
-    ours, theirs = ((T[1:, :3] - T[0, :3]).norm(dim=-1) for T in (window.T_world_camera, T_world_camera))
+    """
+    Return the window about its first pose as large as poses (K, 7) of its keyframes.
+
+    By the median distance from it.
+    """
+    ours, theirs = (
+        (T[1:, :3] - T[0, :3]).norm(dim=-1) for T in (window.T_world_camera, T_world_camera)
+    )
     ratio = (theirs / ours)[ours > 0]
     scale = float(ratio.median()) if len(ratio) else 1.0
     origin = window.T_world_camera[0, :3]
@@ -110,17 +127,27 @@ def rescaled_to(window: Window, T_world_camera: Tensor) -> Window:
 
 
 def shift(t: Tensor) -> Tensor:
-    """The pose (7,) that moves by t (3,)."""
+    """Return the pose (7,) that moves by t (3,)."""
     return torch.cat((t, lie.identity()[3:]))
 
 
 class _Solver:
-    """The tracks of a window between its rounds: poses, points (NaN where a track has none) and observations."""
+    """
+    The tracks of a window between its rounds.
 
-    def __init__(self, posed: Problem, points: Tensor, focal: float, options: BundleOptions, rounds: int) -> None:
-        self.posed, self.points, self.focal, self.options, self.rounds = posed, points, focal, options, rounds
+    Poses, points (NaN where a track has none) and observations.
+    """
+
+    def __init__(
+        self, posed: Problem, points: Tensor, focal: float, options: BundleOptions, rounds: int
+    ) -> None:
+        self.posed, self.points, self.focal, self.options, self.rounds = (
+            posed, points, focal, options, rounds,
+        )
         self.T = posed.T_world_camera
-        self.held = torch.ones(len(self.T), dtype=torch.bool) if options.poses == "external" else None
+        self.held = (
+            torch.ones(len(self.T), dtype=torch.bool) if options.poses == 'external' else None
+        )
         self.views = compiled_views(options.adjust.backend)
         self.grid = None if self.views else Grid.of(posed)
         self.columns = tuple(map(array, (posed.pose, posed.landmark, posed.xy, posed.cov)))
@@ -129,9 +156,13 @@ class _Solver:
         self.dropped = torch.zeros(len(points), dtype=torch.bool)
 
     def adjust(self, prune_px: float, once: bool = False) -> bool:
-        """Re-triangulate what has no sound landmark, then prune and adjust until pruning changes nothing.
+        """
+        Re-triangulate what has no sound landmark.
 
-        Roughly while the survivors still change, exactly at the end. False where too few landmarks survive.
+        Then prune and adjust until pruning changes nothing.
+
+        Roughly while the survivors still change, exactly at the end. False where too few landmarks
+        survive.
         """
         self._triangulate(prune_px)
         keep = self._survivors(prune_px)
@@ -149,7 +180,8 @@ class _Solver:
             if once or (tight and settled):
                 return True
             if turn >= self.rounds:
-                # An observation that is in when left out and out when taken in: do without its landmark.
+                # An observation that is in when left out and out when taken in: do without its
+                # landmark.
                 self.dropped[self.posed.landmark[keep != self.kept]] = True
                 keep = self._survivors(prune_px)
             tight = tight or settled or turn >= 2
@@ -168,12 +200,17 @@ class _Solver:
         return Problem(self.T, self.points, pose, landmark, xy, cov, posed.focal, posed.prior)
 
     def _survivors(self, prune_px: float) -> Tensor:
-        """(O,) bool: observations that reproject well, of landmarks that two keyframes or more see with parallax. Of so
-        many landmarks: ``alive``."""
+        """
+        Return (O,) bool, which observations reproject well.
+
+        They are of landmarks that two keyframes or more see with parallax. Of so many landmarks:
+        ``alive``.
+        """
         finite = self.points.isfinite().all(-1) & ~self.dropped
         if self.views:
             keep, self.alive = self.views.survivors(
-                *map(array, (self.T, self.points, finite)), *self.columns[:3], *self.posed.focal.tolist(), prune_px,
+                *map(array, (self.T, self.points, finite)), *self.columns[:3],
+                *self.posed.focal.tolist(), prune_px,
                 math.cos(math.radians(self.options.min_parallax_deg)),
             )  # fmt: skip
             return torch.from_numpy(keep)
@@ -183,10 +220,14 @@ class _Solver:
         return keep
 
     def _wide(self, rows: Tensor) -> Tensor:
-        """(N,) bool: landmarks whose rays, those of the observations ``rows``, are ``min_parallax_deg`` apart.
+        """
+        (N,) bool: landmarks whose rays, those of the observations ``rows``.
 
-        The ray farthest from the mean direction, by an angle a, has another one at least a away, and no two are more
-        than 2 a apart: most landmarks are decided by a alone, without looking at every pair.
+        Are ``min_parallax_deg`` apart.
+
+        The ray farthest from the mean direction, by an angle a, has another one at least a away,
+        and no two are more than 2 a apart: most landmarks are decided by a alone, without looking
+        at every pair.
         """
         N, bound = len(self.points), math.radians(self.options.min_parallax_deg)
         pose, landmark = self.posed.pose[rows], self.posed.landmark[rows]
@@ -195,7 +236,7 @@ class _Solver:
         mean = torch.zeros(N, 3, dtype=ray.dtype).index_add_(0, landmark, ray)
         mean = mean / mean.norm(dim=-1, keepdim=True).clamp_min(1e-300)
         cosine = (ray * mean[landmark]).sum(-1)
-        farthest = torch.ones(N, dtype=ray.dtype).scatter_reduce_(0, landmark, cosine, "amin")
+        farthest = torch.ones(N, dtype=ray.dtype).scatter_reduce_(0, landmark, cosine, 'amin')
         wide = farthest < math.cos(bound)
         unsure = ~wide & (farthest < math.cos(0.5 * bound))
         some = unsure.nonzero().squeeze(-1)
@@ -205,13 +246,21 @@ class _Solver:
             toward = self.points[part, None] - self.T[:, :3]  # (n, K, 3)
             toward = toward / toward.norm(dim=-1, keepdim=True)
             both = seen[part, :, None] & seen[part, None]
-            wide[part] = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(1) < math.cos(bound)
+            wide[part] = torch.where(both, toward @ toward.mT, 1.0).flatten(1).amin(1) < math.cos(
+                bound
+            )
         return wide
 
     def _triangulate(self, prune_px: float) -> None:
-        """Robust triangulation of every track that has no landmark, or whose landmark fails in some keyframe."""
+        """
+        Triangulate, robustly, every track that has no landmark.
+
+        Also one whose landmark fails in some keyframe.
+        """
         if self.views:
-            found = self.views.triangulate(array(self.T), array(self.points), *self.columns[:3], prune_px / self.focal)
+            found = self.views.triangulate(
+                array(self.T), array(self.points), *self.columns[:3], prune_px / self.focal
+            )
             self.points = torch.from_numpy(found)
             return
         agree = torch.zeros_like(self.grid.mask)
@@ -232,7 +281,10 @@ class _Solver:
     def result(
         self, stamps: Tensor, track: Tensor, carried: Tensor, prior: Prior | None
     ) -> tuple[Window, Solution, Problem]:
-        """The window, in the scale of the landmarks that were known before: a scale that one pose fixes wanders.
+        """
+        Return the window, in the scale of the landmarks that were known before.
+
+        A scale that one pose fixes wanders.
 
         The prior knows nothing of scale, and is enlarged with the window.
         """
@@ -243,16 +295,20 @@ class _Solver:
         total = torch.zeros(len(track), dtype=torch.float64).index_add_(0, landmark, squared)
         alive = count > 0
         window = Window(
-            stamps, self.T, track[alive], self.points[alive], count[alive], (total / count)[alive].sqrt(), prior
+            stamps, self.T, track[alive], self.points[alive], count[alive],
+            (total / count)[alive].sqrt(), prior,
         )
         same = carried & alive & self.start.isfinite().all(-1)
         if self.held is None and same.any():
             origin = self.T[0, :3]
-            ratio = (self.start[same] - origin).norm(dim=-1) / (self.points[same] - origin).norm(dim=-1)
+            ratio = (self.start[same] - origin).norm(dim=-1) / (self.points[same] - origin).norm(
+                dim=-1
+            )
             scale = float(ratio.median())
             window = window.moved(shift((1 - scale) * origin), scale)
         posed = replace(
             posed, T_world_camera=window.T_world_camera, points=window.points,
-            landmark=(alive.cumsum(0) - 1)[landmark], prior=window.prior and window.prior.on(stamps),
+            landmark=(alive.cumsum(0) - 1)[landmark],
+            prior=window.prior and window.prior.on(stamps),
         )  # fmt: skip
         return window, self.solution, posed

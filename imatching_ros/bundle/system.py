@@ -1,10 +1,11 @@
-"""The normal equations of bundle adjustment in plain torch: the reference of every back end.
+"""
+The normal equations of bundle adjustment in plain torch: the reference of every back end.
 
-For pose k = (R, c) and landmark p let d = p - c. An observation's residual e has the Jacobian A = de/dp (2x3);
-moving the camera by ``lie.retract`` gives de/dc = -A and, for a rotation about the world's axes, de/dw = A [d]x:
-J_c^T = -[I; [d]x] A^T. All observations of one (pose, landmark) cell share A and d, so that they are first summed to a
-2x2 information M = C C^T and a 2-vector gradient; with W = A^T C (3x2) and V = [I; [d]x] W (6x2) the blocks of the
-normal equations are
+For pose k = (R, c) and landmark p let d = p - c. An observation's residual e has the Jacobian A =
+de/dp (2x3); moving the camera by ``lie.retract`` gives de/dc = -A and, for a rotation about the
+world's axes, de/dw = A [d]x: J_c^T = -[I; [d]x] A^T. All observations of one (pose, landmark) cell
+share A and d, so that they are first summed to a 2x2 information M = C C^T and a 2-vector
+gradient; with W = A^T C (3x2) and V = [I; [d]x] W (6x2) the blocks of the normal equations are
 
     Hcc = sum_l V V^T,   Hpp = sum_k W W^T,   Hcp = -V W^T.
 """
@@ -13,12 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, Problem
 from imatching_ros.bundle.robust import Kernel
 from imatching_ros.geometry import lie
+import torch
+from torch import Tensor
 
 _WIDE = 24  #: more poses than this, and landmarks are told apart by where they are seen
 _STEP = 8  #: poses between two strips
@@ -50,16 +50,21 @@ class Estimate:
 
 
 class System:
-    """The normal equations of a problem.
+    """
+    The normal equations of a problem.
 
-    free: indices of the free ones among the 6 K pose parameters. dtype: of the Jacobian and of the elimination's
-    products; a single precision only the step feels, by about seven digits, and the next one repairs it.
+    free: indices of the free ones among the 6 K pose parameters. dtype: of the Jacobian and of the
+    elimination's products; a single precision only the step feels, by about seven digits, and the
+    next one repairs it.
 
-    A window is one grid of all its poses and landmarks. Of a long path it would be mostly empty: there, landmarks that
-    are first seen at about the same pose, and for about as long, form a strip with a grid of its own.
+    A window is one grid of all its poses and landmarks. Of a long path it would be mostly empty:
+    there, landmarks that are first seen at about the same pose, and for about as long, form a
+    strip with a grid of its own.
     """
 
-    def __init__(self, problem: Problem, kernel: Kernel, free: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, problem: Problem, kernel: Kernel, free: Tensor, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.problem, self.kernel, self.free = problem, kernel, free
         K, L = len(problem.T_world_camera), len(problem.points)
         device = problem.pose.device
@@ -67,14 +72,19 @@ class System:
         self.observed = torch.zeros(L, dtype=torch.bool, device=device)
         self.observed[problem.landmark] = True
         if problem.prior is not None:
-            self.known = (6 * problem.prior.pose[:, None] + torch.arange(6, device=device)).flatten()
+            self.known = (
+                6 * problem.prior.pose[:, None] + torch.arange(6, device=device)
+            ).flatten()
         if K <= _WIDE:
             self.order = torch.arange(L, device=device)
             self.strips = [_Strip(problem, dtype, slice(0, K), slice(0, L))]
             return
-        first, last = torch.full((L,), K - 1, device=device), torch.zeros(L, dtype=torch.int64, device=device)
-        first.scatter_reduce_(0, problem.landmark, problem.pose, "amin")
-        last.scatter_reduce_(0, problem.landmark, problem.pose, "amax")
+        first, last = (
+            torch.full((L,), K - 1, device=device),
+            torch.zeros(L, dtype=torch.int64, device=device),
+        )
+        first.scatter_reduce_(0, problem.landmark, problem.pose, 'amin')
+        last.scatter_reduce_(0, problem.landmark, problem.pose, 'amax')
         last = torch.where(self.observed, last, K - 1)
         length = ((last - first + 1).clamp_min(1) / 16).log2().ceil().clamp_min(0).long()
         strip = first // _STEP * 64 + length
@@ -85,14 +95,16 @@ class System:
         counts = torch.unique(strip, return_counts=True)[1].tolist()
         self.strips, begin, row = [], 0, 0
         for count in counts:
-            which = self.order[begin : begin + count]
-            seen = rows[row : row + int((strip[problem.landmark] == strip[which[0]]).sum())]
+            which = self.order[begin:begin + count]
+            seen = rows[row:row + int((strip[problem.landmark] == strip[which[0]]).sum())]
             poses = slice(int(first[which].min()), int(last[which].max()) + 1)
-            self.strips.append(_Strip(problem, dtype, poses, slice(begin, begin + count), seen, place))
+            self.strips.append(
+                _Strip(problem, dtype, poses, slice(begin, begin + count), seen, place)
+            )
             begin, row = begin + count, row + len(seen)
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
-        """q (K, 4), c (K, 3), p (3, L), centred."""
+        """Return q (K, 4), c (K, 3), p (3, L), centred."""
         T = self.problem.T_world_camera
         # Landmarks that nothing observes may be anything: keep them out of the arithmetic.
         points = torch.where(self.observed[:, None], self.problem.points, self.origin)
@@ -113,9 +125,13 @@ class System:
         return Estimate(q, c, p, cost, parts)
 
     def linearise(self, at: Estimate, curved: Tensor | bool) -> None:
-        """The blocks at a state. ``curved``: with the kernel's true curvature along the residual, held above a fifth
-        of the weight so that the system stays definite; reweighting alone converges only linearly. Far from the optimum
-        it overshoots: only once the cost falls by less than 1e-4."""
+        """
+        Compute the blocks at a state.
+
+        ``curved``: with the kernel's true curvature along the residual, held above a fifth of the
+        weight so that the system stays definite; reweighting alone converges only linearly. Far
+        from the optimum it overshoots: only once the cost falls by less than 1e-4.
+        """
         K = len(at.q)
         self.gc, blocks = at.c.new_zeros(K, 6), at.c.new_zeros(K, 6, 6)
         self.energy, gp, Hpp = 0.0, [], []
@@ -137,14 +153,22 @@ class System:
             self.energy = self.energy + 2 * self.problem.prior.cost(T)
 
     def gradient_norm(self) -> Tensor:
-        """The largest cosine between the whitened residual and a column of its Jacobian, scalar."""
+        """
+        Return, a scalar, how far from stationary this is.
+
+        The largest cosine between the whitened residual and a column of its Jacobian.
+        """
         camera = self.gc.abs() / self.Hcc.diagonal().clamp_min(1e-300).sqrt()
         point = self.gp.T.abs() / self.Hpp.diagonal(dim1=0, dim2=1).clamp_min(1e-300).sqrt()
         worst = torch.cat((camera[self.free], point.reshape(-1))).max()
         return torch.where(self.energy > 0, worst / self.energy.clamp_min(1e-300).sqrt(), 0.0)
 
     def reduce(self, damping: Tensor | float) -> tuple[Tensor, Tensor]:
-        """The reduced camera system, landmarks eliminated: its matrix (6 K, 6 K) and gradient (6 K,)."""
+        """
+        Return the reduced camera system, landmarks eliminated.
+
+        Its matrix (6 K, 6 K) and gradient (6 K,).
+        """
         S, gradient = self.Hcc.clone(), self.gc.clone()
         S.diagonal().mul_(1 + damping)
         for strip in self.strips:
@@ -156,15 +180,22 @@ class System:
         return S, gradient
 
     def solve(self, damping: Tensor | float) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """The damped step, poses (6 K,) and landmarks (3, L); and whether the reduced system is definite. If not, the
-        step is zero."""
+        """
+        Return the damped step, and whether the reduced system is definite.
+
+        The step is of poses (6 K,) and landmarks (3, L). If the system is not definite, the step
+        is zero.
+        """
         S, gradient = self.reduce(damping)
         S.diagonal().add_(self.Hcc.diagonal() == 0)  # what nothing observes stays where it is
         factor, failed = torch.linalg.cholesky_ex(S[self.free][:, self.free])
         camera = torch.zeros_like(gradient)
         camera[self.free] = torch.cholesky_solve(-gradient[self.free, None], factor).squeeze(-1)
         camera = torch.where(failed == 0, camera, 0.0)
-        point = [strip.substitute(camera[6 * strip.poses.start : 6 * strip.poses.stop]) for strip in self.strips]
+        point = [
+            strip.substitute(camera[6 * strip.poses.start:6 * strip.poses.stop])
+            for strip in self.strips
+        ]
         return (camera, torch.cat(point, -1)), failed == 0
 
     def predicted_decrease(self, step: tuple[Tensor, Tensor], damping: Tensor) -> Tensor:
@@ -181,17 +212,26 @@ class System:
 
 
 class _Strip:
-    """Landmarks and the poses that see them, on a pose x landmark grid: planes of (k, l), so that every sum is one
-    product. Cells that no observation fills carry no information."""
+    """
+    Landmarks and the poses that see them, on a pose x landmark grid.
+
+    Planes of (k, l), so that every sum is one product. Cells that no observation fills carry no
+    information.
+    """
 
     def __init__(
-        self, problem: Problem, dtype: torch.dtype, poses: slice, landmarks: slice, rows: Tensor | None = None,
+        self, problem: Problem, dtype: torch.dtype, poses: slice, landmarks: slice,
+        rows: Tensor | None = None,
         place: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """rows: the strip's observations, all by default. place: of each landmark among the strips', as it is by
-        default."""
+        """
+        Lay out the strip.
+
+        rows: its observations, all by default. place: of each landmark among the strips', as it is
+        by default.
+        """
         self.poses, self.landmarks, self.dtype = poses, landmarks, dtype
-        self.k, self.l = poses.stop - poses.start, landmarks.stop - landmarks.start
+        self.l, self.k = landmarks.stop - landmarks.start, poses.stop - poses.start
         pose, landmark, cov, xy = problem.pose, problem.landmark, problem.cov, problem.xy
         if rows is not None:
             pose, landmark, cov, xy = pose[rows], place[landmark[rows]], cov[rows], xy[rows]
@@ -219,12 +259,19 @@ class _Strip:
     def linearise(
         self, at: Projection, kernel: Kernel, curved: Tensor | bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The weighted residuals' square, gp (3, l), gc (k, 6), Hpp (3, 3, l) and the diagonal blocks Hcc (k, 6, 6)."""
+        """
+        Return the normal equations' blocks.
+
+        The weighted residuals' square, gp (3, l), gc (k, 6), Hpp (3, 3, l), and the diagonal
+        blocks Hcc (k, 6, 6).
+        """
         weight = torch.where(at.seen, kernel.weight(at.s), 0.0)
         energy = (weight * at.s).sum()
         m = weight * self.information
         if isinstance(curved, Tensor) or curved:
-            bend = curved * weight * (1 - kernel.radial(at.s).clamp_min(0.2)) / at.s.clamp_min(1e-12)
+            bend = (
+                curved * weight * (1 - kernel.radial(at.s).clamp_min(0.2)) / at.s.clamp_min(1e-12)
+            )
             gx, gy = at.g
             m = m - bend * torch.stack((gx * gx, gx * gy, gy * gy))
         cells = self.x.new_zeros(5, self.k * self.l)
@@ -243,15 +290,19 @@ class _Strip:
         W = torch.stack((c00 * ax + c10 * ay, c11 * ay)).to(self.dtype)  # (2, k, 3, l)
         self.V = torch.cat((W, _cross(at.d.to(self.dtype), W)), 2)  # (2, k, 6, l)
         self.W = W.double()
-        Hpp = torch.einsum("akil,akjl->ijl", self.W, self.W)
+        Hpp = torch.einsum('akil,akjl->ijl', self.W, self.W)
         return energy, b.sum(0), gc, Hpp, (self.V @ self.V.mT).sum(0).double()
 
     def eliminate(self, Hpp: Tensor, gp: Tensor, lift: Tensor | float) -> tuple[Tensor, Tensor]:
-        """E E^T (6 k, 6 k) and E y (6 k,) of E = -Hcp L^-T and y = L^-1 gp, for the closed-form Cholesky factors L L^T
-        of the damped Hpp (3, 3, l)."""
+        """
+        Return E E^T (6 k, 6 k) and E y (6 k,) of E = -Hcp L^-T and y = L^-1 gp.
+
+        For the closed-form Cholesky factors L L^T of the damped Hpp (3, 3, l).
+        """
         (h00, h10, h20), (_, h11, h21), (_, _, h22) = Hpp
         trace = h00 + h11 + h22
-        # Far landmarks hardly know their depth, unobserved ones nothing at all: never divide by less than this.
+        # Far landmarks hardly know their depth, unobserved ones nothing at all: never divide by
+        # less than this.
         floor = torch.where(trace > 0, 1e-14 * trace, 1.0)
         l00 = (h00 * lift).clamp_min(floor).rsqrt()  # the factor's diagonal is kept as its inverse
         l10, l20 = h10 * l00, h20 * l00
@@ -272,7 +323,7 @@ class _Strip:
         return (E @ E.T).double(), (E @ y.view(-1).to(self.dtype)).double()
 
     def substitute(self, camera: Tensor) -> Tensor:
-        """The landmarks' step (3, l) that follows the cameras' (6 k,)."""
+        """Return the landmarks' step (3, l) that follows the cameras' (6 k,)."""
         l00, l10, l11, l20, l21, l22, y = self.factor
         E = self.E.view(6 * self.k, 3 * self.l)
         z0, z1, z2 = (E.T @ camera.to(self.dtype)).double().view(3, self.l) - y
@@ -282,6 +333,6 @@ class _Strip:
 
 
 def _cross(d: Tensor, x: Tensor) -> Tensor:
-    """d x x along the last dimension but one, broadcasting."""
+    """Return d x x along the last dimension but one, broadcasting."""
     (dx, dy, dz), (ax, ay, az) = d.unbind(-2), x.unbind(-2)
     return torch.stack((dy * az - dz * ay, dz * ax - dx * az, dx * ay - dy * ax), -2)

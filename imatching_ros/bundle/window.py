@@ -4,29 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from imatching_ros.bundle.prior import Prior
+from imatching_ros.geometry import lie
 import pypose
 import torch
 from torch import Tensor
 
-from imatching_ros.bundle.prior import Prior
-from imatching_ros.geometry import lie
-
 
 @dataclass(frozen=True)
 class Window:
-    """One solved keyframe window. With the keyframes' correspondences it is enough to rebuild every residual
-    (``observations.surviving``)."""
+    """
+    One solved keyframe window.
+
+    With the keyframes' correspondences it is enough to rebuild every residual
+    (``observations.surviving``).
+    """
 
     stamps: Tensor  #: (K,) int64 ns, keyframes, oldest first
     T_world_camera: Tensor  #: (K, 7) float64
     track: Tensor  #: (L,) int64, id of each landmark's track, ascending
     points: Tensor  #: (L, 3) float64, world
     observations: Tensor  #: (L,) int64, number of surviving observations
-    error_px: Tensor  #: (L,) float64, RMS reprojection error over the surviving observations, undistorted px
-    prior: Prior | None = None  #: what keyframes that left know of these poses; the window was solved with it
+    #: (L,) float64, RMS reprojection error over the surviving observations, undistorted px
+    error_px: Tensor
+    #: what keyframes that left know of these poses; the window was solved with it
+    prior: Prior | None = None
 
     def moved(self, T: Tensor, scale: float = 1.0) -> Window:
-        """The window enlarged by ``scale`` about the world's origin and then moved by T (7,)."""
+        """
+        Return the window enlarged by ``scale`` and then moved by T (7,).
+
+        It grows about the world's origin.
+        """
         poses = torch.cat((self.T_world_camera[:, :3] * scale, self.T_world_camera[:, 3:]), -1)
         return replace(
             self, T_world_camera=lie.compose(T, poses), points=lie.act(T, self.points * scale),
@@ -35,5 +44,5 @@ class Window:
 
     @property
     def poses(self) -> pypose.LieTensor:
-        """The poses as pypose.SE3 (K, 7)."""
+        """Return the poses as pypose.SE3 (K, 7)."""
         return pypose.SE3(self.T_world_camera)

@@ -1,4 +1,8 @@
-"""Recordings: ROS 1 bags, rosbag2 sqlite3 and MCAP, with the ground truth that may lie beside them."""
+"""
+Recordings: ROS 1 bags, rosbag2 sqlite3 and MCAP.
+
+With the ground truth that may lie beside them.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,21 @@ from functools import cached_property
 from pathlib import Path
 
 import cv2
-import numpy as np
-import torch
-from rosbags.highlevel import AnyReader
-from rosbags.interfaces import Connection
-from rosbags.typesys import Stores, get_typestore
-from torch import Tensor
-
 from imatching_ros.data.images import decode_compressed, decode_image
 from imatching_ros.geometry.camera import Camera
+import numpy as np
+from rosbags.highlevel import AnyReader
+from rosbags.interfaces import Connection
+from rosbags.typesys import get_typestore, Stores
+import torch
+from torch import Tensor
 
-IMAGE, COMPRESSED = "sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage"
-CAMERA_INFO, POSE = "sensor_msgs/msg/CameraInfo", "geometry_msgs/msg/PoseStamped"
-BAG_FILES = (".bag", ".mcap", ".db3")
+IMAGE, COMPRESSED = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage'
+CAMERA_INFO, POSE = 'sensor_msgs/msg/CameraInfo', 'geometry_msgs/msg/PoseStamped'
+BAG_FILES = ('.bag', '.mcap', '.db3')
 
-#: Bags of older ROS 2 releases carry no message definitions; these stand in. ROS 1 messages are brought to them too.
+#: Bags of older ROS 2 releases carry no message definitions; these stand in. ROS 1 messages are
+#: brought to them too.
 STORE = get_typestore(Stores.ROS2_HUMBLE)
 
 
@@ -33,11 +37,13 @@ class RecordingError(ValueError):
 
 @dataclass(frozen=True)
 class Recording:
-    """One camera's images in a bag, in the bag's order.
+    """
+    One camera's images in a bag, in the bag's order.
 
-    Iterating yields ``(stamp_ns, image)``, image (H, W) uint8 grey, and may be done any number of times. A stamp is
-    the message's header stamp, or the time of recording where the header has none; stamps are handed on as they
-    are, even where they repeat or run backwards. Raises RecordingError where the bag or an image is damaged.
+    Iterating yields ``(stamp_ns, image)``, image (H, W) uint8 grey, and may be done any number of
+    times. A stamp is the message's header stamp, or the time of recording where the header has
+    none; stamps are handed on as they are, even where they repeat or run backwards. Raises
+    RecordingError where the bag or an image is damaged.
     """
 
     bag: Path  #: the bag folder or file
@@ -54,42 +60,52 @@ class Recording:
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         for number, (stamp, _, _, message) in enumerate(self._read([self.image_topic])):
             try:
-                if self.transport == "compressed":
+                if self.transport == 'compressed':
                     image = decode_compressed(message.data)
                 else:
                     image = decode_image(
-                        message.encoding, message.height, message.width, message.step, message.data,
+                        message.encoding, message.height, message.width, message.step,
+                        message.data,
                         message.is_bigendian,
                     )  # fmt: skip
             except ValueError as error:
-                raise RecordingError(f"image {number} of {self.image_topic} in {self.bag}: {error}") from None
+                raise RecordingError(
+                    f'image {number} of {self.image_topic} in {self.bag}: {error}'
+                ) from None
             if image.shape != (self.camera.height, self.camera.width):
                 raise RecordingError(
-                    f"image {number} of {self.image_topic} in {self.bag} is {image.shape[1]}x{image.shape[0]}, but "
-                    f"{self.camera_info_topic} is for {self.camera.width}x{self.camera.height}; "
-                    "choose the camera_info of this camera with --camera-info-topic"
+                    f'image {number} of {self.image_topic} in {self.bag} is '
+                    f'{image.shape[1]}x{image.shape[0]}, but '
+                    f'{self.camera_info_topic} is for {self.camera.width}x{self.camera.height}; '
+                    'choose the camera_info of this camera with --camera-info-topic'
                 )
             yield stamp, image
 
     def messages(self) -> Iterator[tuple[int, str, str, object]]:
-        """Image and camera_info messages in the bag's order: (stamp_ns, "image" or "camera_info", type, message).
+        """
+        Image and camera_info messages in the bag's order.
+
+        (stamp_ns, "image" or "camera_info", type, message).
 
         Messages are those of `rosbags` with ROS 2's field names, also where the bag is of ROS 1.
         """
-        kinds = {self.image_topic: "image", self.camera_info_topic: "camera_info"}
+        kinds = {self.image_topic: 'image', self.camera_info_topic: 'camera_info'}
         for stamp, topic, msgtype, message in self._read(kinds):
             yield stamp, kinds[topic], msgtype, message
 
     @cached_property
     def ground_truth(self) -> tuple[Tensor, Tensor] | None:
-        """Stamps (N,) int64, nanoseconds, and T_world_camera (N, 7) float64, or None where there is none.
+        """
+        Stamps (N,) int64, ns, and T_world_camera (N, 7) float64, or None.
 
-        From the bag's topic of PoseStamped that has "ground" and "truth" in its name, else from `groundtruth.txt`
-        (TUM: seconds tx ty tz qx qy qz qw).
+        From the bag's topic of PoseStamped that has "ground" and "truth" in its name, else from
+        `groundtruth.txt` (TUM: seconds tx ty tz qx qy qz qw).
         """
         with _opened(self.bag) as reader:
             topics = {c.topic for c in reader.connections if c.msgtype == POSE and c.msgcount}
-        topics = sorted(topic for topic in topics if "ground" in topic.lower() and "truth" in topic.lower())
+        topics = sorted(
+            topic for topic in topics if 'ground' in topic.lower() and 'truth' in topic.lower()
+        )
         if topics:
             stamps, rows = [], []
             for stamp, _, _, message in self._read(topics[:1]):
@@ -97,49 +113,61 @@ class Recording:
                 stamps.append(stamp)
                 rows.append((p.x, p.y, p.z, q.x, q.y, q.z, q.w))
             return torch.tensor(stamps, dtype=torch.int64), torch.tensor(rows, dtype=torch.float64)
-        file = self.folder / "groundtruth.txt"
+        file = self.folder / 'groundtruth.txt'
         return _read_tum(file) if file.is_file() else None
 
     def depth(self, stamp: int) -> np.ndarray | None:
-        """Depth (H, W) float32 along the optical axis, metres, 0 where unknown, of the image of that stamp, or None.
+        """
+        Read the image's depth, (H, W) float32, or None where it has none.
+
+        It is Along the optical axis, metres, 0 where unknown.
 
         From `depth/<stamp in ns>.npz` (array `depth`), `.npy`, or 16-bit `.png` in millimetres.
         """
-        base = self.folder / "depth" / str(int(stamp))
+        base = self.folder / 'depth' / str(int(stamp))
         try:
-            if (file := base.with_suffix(".npz")).is_file():
+            if (file := base.with_suffix('.npz')).is_file():
                 with np.load(file) as arrays:
-                    depth = arrays["depth"]
-            elif (file := base.with_suffix(".npy")).is_file():
+                    depth = arrays['depth']
+            elif (file := base.with_suffix('.npy')).is_file():
                 depth = np.load(file)
-            elif (file := base.with_suffix(".png")).is_file():
+            elif (file := base.with_suffix('.png')).is_file():
                 depth = cv2.imread(str(file), cv2.IMREAD_UNCHANGED)
                 if depth is None or depth.dtype != np.uint16:
-                    raise ValueError("it is not a 16-bit picture")
+                    raise ValueError('it is not a 16-bit picture')
                 depth = depth / np.float32(1000)
             else:
                 return None
             if depth.shape != (self.camera.height, self.camera.width):
-                raise ValueError(f"its shape is {depth.shape}, not {(self.camera.height, self.camera.width)}")
+                raise ValueError(
+                    f'its shape is {depth.shape}, not {(self.camera.height, self.camera.width)}'
+                )
         except (ValueError, KeyError, OSError, EOFError) as error:
-            raise RecordingError(f"depth {file} cannot be read: {_first_line(error)}") from None
+            raise RecordingError(f'depth {file} cannot be read: {_first_line(error)}') from None
         return depth.astype(np.float32, copy=False)
 
     def _read(self, topics: Collection[str]) -> Iterator[tuple[int, str, str, object]]:
         """(stamp_ns, topic, message type, message) of some topics."""
         with _opened(self.bag) as reader:
-            yield from _messages(self.bag, reader, [c for c in reader.connections if c.topic in topics])
+            yield from _messages(
+                self.bag, reader, [c for c in reader.connections if c.topic in topics]
+            )
 
 
 def open_recording(
     path: Path | str, image_topic: str | None = None, camera_info_topic: str | None = None
 ) -> Recording:
-    """Open a recording: a .bag, .mcap or .db3 file, a rosbag2 folder, or a folder that holds one of these, or `bag/`.
+    """
+    Open a recording.
 
-    Where the bag has one image topic it is taken, else `image_topic` must choose. `camera_info_topic` is by default
-    the one beside the image topic (``/camera/image_raw`` has ``/camera/camera_info``), else the bag's only one.
-    Raises RecordingError, one sentence: no such path, no bag there, a damaged bag, no images, several image topics and
-    none chosen, no camera_info, an uncalibrated camera.
+    It is a .bag, .mcap or .db3 file, a rosbag2 folder, or a folder that holds one of these, or
+    `bag/`.
+
+    Where the bag has one image topic it is taken, else `image_topic` must choose.
+    `camera_info_topic` is by default the one beside the image topic (``/camera/image_raw`` has
+    ``/camera/camera_info``), else the bag's only one. Raises RecordingError, one sentence: no such
+    path, no bag there, a damaged bag, no images, several image topics and none chosen, no
+    camera_info, an uncalibrated camera.
     """
     bag, folder = _find(Path(path))
     with _opened(bag) as reader:
@@ -148,82 +176,110 @@ def open_recording(
         infos = sorted({c.topic for c in filled if c.msgtype == CAMERA_INFO})
         image_topic = _choose_image(bag, image_topic, images, sorted({c.topic for c in filled}))
         camera_info_topic = _choose_info(bag, camera_info_topic, infos, image_topic)
-        about = next(_messages(bag, reader, [c for c in filled if c.topic == camera_info_topic]))[3]
+        about = next(_messages(bag, reader, [c for c in filled if c.topic == camera_info_topic]))[
+            3
+        ]
         count = sum(c.msgcount for c in filled if c.topic == image_topic)
     try:
         roi = about.roi
         camera = (
-            Camera.from_camera_info(about.width, about.height, about.k, about.d, about.distortion_model)
+            Camera.from_camera_info(
+                about.width, about.height, about.k, about.d, about.distortion_model
+            )
             .cropped(roi.x_offset, roi.y_offset, roi.width, roi.height)
             .binned(about.binning_x or 1, about.binning_y or 1)
         )
     except ValueError as error:
-        raise RecordingError(f"{camera_info_topic} in {bag}: {error}") from None
-    transport = "compressed" if images[image_topic] == COMPRESSED else "raw"
+        raise RecordingError(f'{camera_info_topic} in {bag}: {error}') from None
+    transport = 'compressed' if images[image_topic] == COMPRESSED else 'raw'
     return Recording(bag, folder, camera, image_topic, camera_info_topic, transport, count)
 
 
 def _choose_image(bag: Path, wanted: str | None, images: dict[str, str], topics: list[str]) -> str:
     if not images:
-        have = f"only {', '.join(topics)}" if topics else "no messages at all"
-        raise RecordingError(f"{bag} has no images (sensor_msgs Image or CompressedImage), {have}")
-    listed = ", ".join(sorted(images))
+        have = f'only {", ".join(topics)}' if topics else 'no messages at all'
+        raise RecordingError(f'{bag} has no images (sensor_msgs Image or CompressedImage), {have}')
+    listed = ', '.join(sorted(images))
     if wanted is not None:
         if wanted not in images:
-            raise RecordingError(f"{bag} has no images on {wanted}; --image-topic may be one of {listed}")
+            raise RecordingError(
+                f'{bag} has no images on {wanted}; --image-topic may be one of {listed}'
+            )
         return wanted
     if len(images) > 1:
-        raise RecordingError(f"{bag} has {len(images)} image topics; choose one with --image-topic: {listed}")
+        raise RecordingError(
+            f'{bag} has {len(images)} image topics; choose one with --image-topic: {listed}'
+        )
     return next(iter(images))
 
 
 def _choose_info(bag: Path, wanted: str | None, infos: list[str], image_topic: str) -> str:
     if not infos:
-        raise RecordingError(f"{bag} has no camera_info (sensor_msgs CameraInfo); record it together with the images")
-    listed = ", ".join(infos)
+        raise RecordingError(
+            f'{bag} has no camera_info (sensor_msgs CameraInfo); record it together with the '
+            'images'
+        )
+    listed = ', '.join(infos)
     if wanted is not None:
         if wanted not in infos:
-            raise RecordingError(f"{bag} has no camera_info on {wanted}; --camera-info-topic may be one of {listed}")
+            raise RecordingError(
+                f'{bag} has no camera_info on {wanted}; --camera-info-topic may be one of {listed}'
+            )
         return wanted
-    beside = image_topic.removesuffix("/compressed").rpartition("/")[0] + "/camera_info"
+    beside = image_topic.removesuffix('/compressed').rpartition('/')[0] + '/camera_info'
     if beside in infos:
         return beside
     if len(infos) > 1:
         raise RecordingError(
-            f"{bag} has {len(infos)} camera_info topics, none beside {image_topic}; "
-            f"choose one with --camera-info-topic: {listed}"
+            f'{bag} has {len(infos)} camera_info topics, none beside {image_topic}; '
+            f'choose one with --camera-info-topic: {listed}'
         )
     return infos[0]
 
 
 def _find(path: Path) -> tuple[Path, Path]:
-    """The bag (a rosbag2 folder or a bag file) that `path` means, and the folder of its ground truth."""
+    """
+    Return the bag (a rosbag2 folder or a bag file) that `path` means.
+
+    Also the folder of its ground truth.
+    """
     if not path.exists():
-        raise RecordingError(f"recording {path} does not exist")
+        raise RecordingError(f'recording {path} does not exist')
     if path.is_file():
         if path.suffix not in BAG_FILES:
-            raise RecordingError(f"{path} is not a recording; give a folder or a {', '.join(BAG_FILES)} file")
+            raise RecordingError(
+                f'{path} is not a recording; give a folder or a {", ".join(BAG_FILES)} file'
+            )
         return path, _truth_folder(path.parent)
-    for folder in (path, path / "bag"):
-        if (folder / "metadata.yaml").is_file():
+    for folder in (path, path / 'bag'):
+        if (folder / 'metadata.yaml').is_file():
             return folder, _truth_folder(folder)
-        files = sorted(file for file in folder.glob("*") if file.suffix in BAG_FILES) if folder.is_dir() else []
+        files = (
+            sorted(file for file in folder.glob('*') if file.suffix in BAG_FILES)
+            if folder.is_dir()
+            else []
+        )
         if len(files) > 1:
-            names = ", ".join(file.name for file in files)
-            raise RecordingError(f"{folder} holds several bags and no metadata.yaml; give one of them: {names}")
+            names = ', '.join(file.name for file in files)
+            raise RecordingError(
+                f'{folder} holds several bags and no metadata.yaml; give one of them: {names}'
+            )
         if files:
             return files[0], _truth_folder(folder)
-    raise RecordingError(f"folder {path} holds no recording: no metadata.yaml, no {', '.join(BAG_FILES)} file, no bag/")
+    raise RecordingError(
+        f'folder {path} holds no recording: no metadata.yaml, no {", ".join(BAG_FILES)} file, '
+        'no bag/'
+    )
 
 
 def _truth_folder(folder: Path) -> Path:
     """Ground truth lies beside the bag's files, or beside the folder `bag/` that holds them."""
-    return folder.resolve().parent if folder.resolve().name == "bag" else folder
+    return folder.resolve().parent if folder.resolve().name == 'bag' else folder
 
 
 @contextmanager
 def _opened(bag: Path) -> Iterator[AnyReader]:
-    """The bag, open."""
+    """Return the bag, open."""
     try:
         reader = AnyReader([bag], default_typestore=STORE)
         reader.open()
@@ -238,7 +294,11 @@ def _opened(bag: Path) -> Iterator[AnyReader]:
 def _messages(
     bag: Path, reader: AnyReader, connections: list[Connection]
 ) -> Iterator[tuple[int, str, str, object]]:
-    """(stamp_ns, topic, message type, message) of some connections, in the bag's order, all of them or an error."""
+    """
+    Yield (stamp_ns, topic, message type, message) of some connections.
+
+    In the bag's order, all of them or an error.
+    """
     left = sum(c.msgcount for c in connections)
     stream = reader.messages(connections=connections)
     while True:
@@ -254,12 +314,18 @@ def _messages(
         left -= 1
         yield stamp or recorded, connection.topic, connection.msgtype, message
     if left > 0:
-        raise RecordingError(f"{bag} ends early: {left} of its messages are missing; copy or record it again")
+        raise RecordingError(
+            f'{bag} ends early: {left} of its messages are missing; copy or record it again'
+        )
 
 
 def _as_ros2(message):
-    """A ROS 1 message of `rosbags` in its ROS 2 form: CameraInfo's D K R P in small letters, no header.seq."""
-    if not hasattr(message, "__msgtype__"):
+    """
+    Return a ROS 1 message of `rosbags` in its ROS 2 form.
+
+    CameraInfo's D K R P in small letters, no header.seq.
+    """
+    if not hasattr(message, '__msgtype__'):
         return message
     ros2 = STORE.types[message.__msgtype__]
     names = [field.name for field in fields(ros2) if field.init]
@@ -271,25 +337,31 @@ def _read_tum(file: Path) -> tuple[Tensor, Tensor]:
     stamps, rows = [], []
     for number, line in enumerate(file.read_text().splitlines(), 1):
         words = line.split()
-        if not words or words[0].startswith("#"):
+        if not words or words[0].startswith('#'):
             continue
         try:
-            seconds, _, fraction = words[0].partition(".")
+            seconds, _, fraction = words[0].partition('.')
             # As a float, a stamp of today has lost its last 200 nanoseconds.
-            stamps.append(int(seconds) * 10**9 + int(fraction[:9].ljust(9, "0")))
+            stamps.append(int(seconds) * 10**9 + int(fraction[:9].ljust(9, '0')))
             row = [float(word) for word in words[1:]]
             if len(row) != 7:
                 raise ValueError
         except ValueError:
-            raise RecordingError(f"{file}, line {number}: 'seconds tx ty tz qx qy qz qw' is expected") from None
+            raise RecordingError(
+                f"{file}, line {number}: 'seconds tx ty tz qx qy qz qw' is expected"
+            ) from None
         rows.append(row)
-    return torch.tensor(stamps, dtype=torch.int64), torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
+    return torch.tensor(stamps, dtype=torch.int64), torch.tensor(
+        rows, dtype=torch.float64
+    ).reshape(-1, 7)
 
 
 def _damaged(bag: Path, error: Exception) -> RecordingError:
     if isinstance(error, PermissionError):
-        return RecordingError(f"{bag} may not be read: permission denied")
-    return RecordingError(f"{bag} is damaged or truncated ({_first_line(error)}); copy or record it again")
+        return RecordingError(f'{bag} may not be read: permission denied')
+    return RecordingError(
+        f'{bag} is damaged or truncated ({_first_line(error)}); copy or record it again'
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,28 +1,31 @@
-"""Recordings made by the program: textured 3-D scenes, camera paths, a camera's faults, exact ground truth.
+"""
+Recordings made by the program.
 
-A scene is a list of textured parallelograms. A pixel's ray meets each of their planes in closed form, so depth
-is exact and needs no GL; the nearest one wins. World frame: z up, metres. Camera frame: optical.
+Textured 3-D scenes, camera paths, a camera's faults, exact ground truth.
+
+A scene is a list of textured parallelograms. A pixel's ray meets each of their planes in closed
+form, so depth is exact and needs no GL; the nearest one wins. World frame: z up, metres. Camera
+frame: optical.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+import shutil
+import tempfile
 
 import cv2
-import numpy as np
-import torch
-from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_typestore
-from torch import Tensor
-
 from imatching_ros.data import textures
 from imatching_ros.geometry import lie
 from imatching_ros.geometry.camera import Camera
+import numpy as np
+from rosbags.rosbag2 import StoragePlugin, Writer
+from rosbags.typesys import get_typestore, Stores
+import torch
+from torch import Tensor
 
 LEVELS = 7  #: of a texture's pyramid; sizes are multiples of 2^(LEVELS - 1)
 PAD = 2  #: texels repeated around each level, so that interpolation never reads its neighbour
@@ -36,26 +39,35 @@ Motion = Callable[[np.ndarray], np.ndarray]  # seconds (N,) -> T_world_camera (N
 
 @dataclass(frozen=True)
 class Sensor:
-    """What a camera does to the light that reaches it.
+    """
+    What a camera does to the light that reaches it.
 
-    Out of the scene's irradiance E in [0, 1] comes ``255 * (gain * vignette * E + pattern + noise) ** gamma``, where
-    gain and gamma wander with time. Noise is Gaussian; at E = 1/2 a fifth of its variance is read noise, the rest
-    shot noise, which grows with E. The pattern stays: most of it is columns, as the amplifiers of a CMOS sensor make.
+    Out of the scene's irradiance E in [0, 1] comes ``255 * (gain * vignette * E + pattern + noise)
+    ** gamma``, where gain and gamma wander with time. Noise is Gaussian; at E = 1/2 a fifth of its
+    variance is read noise, the rest shot noise, which grows with E. The pattern stays: most of it
+    is columns, as the amplifiers of a CMOS sensor make.
     """
 
     noise: float = 2.0  #: standard deviation at mid-grey, grey levels of 255
-    fixed_pattern: float = 0.0  #: standard deviation of what each column and pixel adds to every image, grey levels
-    grain_px: float = 0.0  #: noise is blurred by a Gaussian of this deviation (as in-camera processing does)
+    #: standard deviation of what each column and pixel adds to every image, grey levels
+    fixed_pattern: float = 0.0
+    #: noise is blurred by a Gaussian of this deviation (as in-camera processing does)
+    grain_px: float = 0.0
     exposure_s: float = 0.008  #: the shutter's opening: how long motion is averaged
     brightness: float = 1.0  #: mean gain
-    wander: float = 0.15  #: by how much the gain (in e-folds) and the gamma change over some seconds
+    #: by how much the gain (in e-folds) and the gamma change over some seconds
+    wander: float = 0.15
     vignetting: float = 0.25  #: loss of light in the corners, 0 to 1
 
     @classmethod
     def low_light(cls, strength: float) -> Sensor:
-        """A camera in the dark: 0 is daylight, 1 a picture whose noise (25 grey levels) all but hides the texture."""
+        """
+        Return a sensor in the dark.
+
+        0 is daylight, 1 a picture whose noise (25 grey levels) all but hides the texture.
+        """
         if not 0.0 <= strength <= 1.0:
-            raise ValueError(f"low light has a strength from 0 to 1, {strength:g} was given")
+            raise ValueError(f'low light has a strength from 0 to 1, {strength:g} was given')
         return cls(
             noise=2.0 + 23.0 * strength,
             grain_px=0.6 * strength,
@@ -66,15 +78,26 @@ class Sensor:
         )
 
     def pattern(self, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        """The sensor's fixed pattern (H, W) float32, in units of full light, for images of ``size`` (W, H)."""
+        """
+        Return the sensor's fixed pattern, (H, W) float32, in units of full light.
+
+        It is for images of ``size`` (W, H).
+        """
         columns = rng.standard_normal((1, size[0]), dtype=np.float32)
         pixels = rng.standard_normal(size[::-1], dtype=np.float32)
-        return np.float32(self.fixed_pattern / 255) * (np.float32(0.9) * columns + np.float32(0.44) * pixels)
+        return np.float32(self.fixed_pattern / 255) * (
+            np.float32(0.9) * columns + np.float32(0.44) * pixels
+        )
 
     def expose(
-        self, irradiance: np.ndarray, wander: np.ndarray, rng: np.random.Generator, pattern: np.ndarray | float = 0.0
+        self, irradiance: np.ndarray, wander: np.ndarray, rng: np.random.Generator,
+        pattern: np.ndarray | float = 0.0,
     ) -> np.ndarray:
-        """The image (H, W) uint8 of an irradiance (H, W) float32 in [0, 1]; wander: two values, about -1 to 1."""
+        """
+        Return the image (H, W) uint8 of an irradiance (H, W) float32 in [0, 1].
+
+        wander: two values, about -1 to 1.
+        """
         height, width = irradiance.shape
         gain = np.float32(self.brightness * np.exp(self.wander * wander[0]))
         light = irradiance * gain * self._vignette(height, width)
@@ -88,37 +111,56 @@ class Sensor:
         return np.rint(255 * light).astype(np.uint8)
 
     def _vignette(self, height: int, width: int) -> np.ndarray:
-        y, x = np.linspace(-1, 1, height, dtype=np.float32)[:, None], np.linspace(-1, 1, width, dtype=np.float32)
+        y, x = (
+            np.linspace(-1, 1, height, dtype=np.float32)[:, None],
+            np.linspace(-1, 1, width, dtype=np.float32),
+        )
         return 1 - np.float32(self.vignetting / 2) * (x * x + y * y)
 
 
 class Scene:
-    """Textured parallelograms: a point is ``origin + s * right + t * down`` with s, t in [0, 1].
+    """
+    Textured parallelograms: a point is ``origin + s * right + t * down`` with s, t in [0, 1].
 
-    Each is seen from the side where `right` points right and `down` points down; from behind it is not there.
+    Each is seen from the side where `right` points right and `down` points down; from behind it is
+    not there.
     """
 
     def __init__(
         self, quads: np.ndarray, texture: np.ndarray, shade: np.ndarray, images: list[np.ndarray]
     ) -> None:
-        """quads (Q, 3, 3) float64: rows origin, right, down, metres; texture (Q,): index of its image (H, W) uint8;
-        shade (Q,): factor on its brightness."""
+        """
+        Take the surfaces and their images. quads (Q, 3, 3) float64.
+
+        Rows origin, right, down, metres; texture (Q,): index of its image (H, W) uint8; shade
+        (Q,): factor on its brightness.
+        """
         self.quads = quads
         self.atlas, place = _pack(images)  # one picture of all pyramids: a frame is two look-ups
         self.place = place[texture]  # (Q, 4): x, y, width, height of level 0
         self.shade = shade.astype(np.float32)
 
     def render(self, T_world_camera: Tensor, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-        """Irradiance (H, W) float32 in [0, 1] and depth (H, W) float32 of a camera at rest at T_world_camera (7,).
-
-        Depth is that of the pixel's centre along the optical axis, metres, exact; 0 where nothing is seen.
         """
-        return self.image(T_world_camera.expand(len(SAMPLES), 7), camera), self.depth(T_world_camera, camera)
+        Return irradiance (H, W) float32 in [0, 1] and depth (H, W) float32.
+
+        They are of a camera at rest at T_world_camera (7,).
+
+        Depth is that of the pixel's centre along the optical axis, metres, exact; 0 where nothing
+        is seen.
+        """
+        return self.image(T_world_camera.expand(len(SAMPLES), 7), camera), self.depth(
+            T_world_camera, camera
+        )
 
     def image(self, T_world_camera: Tensor, camera: Camera) -> np.ndarray:
-        """Irradiance (H, W) float32 in [0, 1], averaged over the exposure's poses T_world_camera (4, 7).
+        """
+        Irradiance (H, W) float32 in [0, 1].
 
-        The four poses share out the four samples of every pixel, so that motion blur costs nothing.
+        Averaged over the exposure's poses T_world_camera (4, 7).
+
+        The four poses share out the four samples of every pixel, so that motion blur costs
+        nothing.
         """
         total = np.zeros((camera.height, camera.width), np.float32)
         for pose, offset in zip(T_world_camera, SAMPLES, strict=True):
@@ -126,20 +168,31 @@ class Scene:
         return total / np.float32(255 * len(SAMPLES))
 
     def depth(self, T_world_camera: Tensor, camera: Camera) -> np.ndarray:
-        """Depth (H, W) float32 of the pixels' centres along the optical axis, metres, seen from T_world_camera (7,)."""
-        return _inverse(self._cast(T_world_camera, _rays(camera, (0.0, 0.0), np.float64))[1]).astype(np.float32)
+        """
+        Depth (H, W) float32 of the pixels' centres along the optical axis, metres.
 
-    def _cast(self, pose: Tensor, rays: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The nearest quad along each ray: its index (H, W), 1 / depth (H, W), and the linear forms (Q, 3, 3).
+        Seen from T_world_camera (7,).
+        """
+        return _inverse(
+            self._cast(T_world_camera, _rays(camera, (0.0, 0.0), np.float64))[1]
+        ).astype(np.float32)
 
-        With the camera frame's o + s r + t d = z (x, y, 1), the rows of the inverse of [r d o] times (x, y, 1) are
-        s / z, t / z and 1 / z: all three are linear in the ray.
+    def _cast(
+        self, pose: Tensor, rays: tuple[np.ndarray, ...]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """
+        Return the nearest quad along each ray.
+
+        Its index (H, W), 1 / depth (H, W), and the linear forms (Q, 3, 3).
+
+        With the camera frame's o + s r + t d = z (x, y, 1), the rows of the inverse of [r d o]
+        times (x, y, 1) are s / z, t / z and 1 / z: all three are linear in the ray.
         """
         x, y, columns, rows = rays
         R, t = lie.rotation(pose[3:]).numpy(), pose[:3].numpy()
         local = self.quads @ R
         local[:, 0] -= t @ R
-        front = np.einsum("qi,qi->q", np.cross(local[:, 1], local[:, 2]), local[:, 0]) > 1e-9
+        front = np.einsum('qi,qi->q', np.cross(local[:, 1], local[:, 2]), local[:, 0]) > 1e-9
         forms = np.zeros((len(local), 3, 3))
         forms[front] = np.linalg.inv(local[front][:, [1, 2, 0]].transpose(0, 2, 1))
         exact = forms.astype(x.dtype)
@@ -162,17 +215,24 @@ class Scene:
         return index, nearest, forms
 
     def _sample(self, pose: Tensor, camera: Camera, offset: tuple[float, float]) -> np.ndarray:
-        """Grey values (H, W) float32 in [0, 255] along the rays through one point of each pixel."""
+        """
+        Return grey values (H, W) float32 in [0, 255].
+
+        They are along the rays through one point of each pixel.
+        """
         x, y, *_ = rays = _rays(camera, offset, np.float32)
         index, nearest, forms = self._cast(pose, rays)
         depth = _inverse(nearest)
         width, height = self.place[:, 2], self.place[:, 3]
         forms[:, 0] *= width[:, None]
         forms[:, 1] *= height[:, None]
-        a, b, c, d, e, f, g, h, _ = (np.ascontiguousarray(v, np.float32).take(index) for v in forms.reshape(-1, 9).T)
+        a, b, c, d, e, f, g, h, _ = (
+            np.ascontiguousarray(v, np.float32).take(index) for v in forms.reshape(-1, 9).T
+        )
         u = (a * x + b * y + c) * depth
         v = (d * x + e * y + f) * depth
-        # The pixel's longer side on the texture, in texels; one level finer, as four samples share the pixel.
+        # The pixel's longer side on the texture, in texels; one level finer, as four samples share
+        # the pixel.
         along_x = (np.square(a - u * g) + np.square(d - v * g)) / np.float32(camera.fx**2)
         along_y = (np.square(b - u * h) + np.square(e - v * h)) / np.float32(camera.fy**2)
         side = np.maximum(np.maximum(along_x, along_y) * depth * depth, 1e-12)
@@ -193,25 +253,40 @@ class Scene:
         return cv2.remap(self.atlas, map_x, map_y, cv2.INTER_LINEAR).astype(np.float32)
 
 
-def room(rng: np.random.Generator, texels_per_m: float, surfaces: str = "mixed") -> Scene:
-    """A furnished room, 7 x 6 x 3 m about the origin of x and y; its middle, 3 x 2.4 m, is left free for the camera.
+def room(rng: np.random.Generator, texels_per_m: float, surfaces: str = 'mixed') -> Scene:
+    """
+    Return a furnished room, 7 x 6 x 3 m about the origin of x and y.
 
-    surfaces: "mixed"; "plain", weak textures and no pictures on the walls; or "repetitive", bricks and boards alone.
+    Its middle, 3 x 2.4 m, is left free for the camera.
+
+    surfaces: "mixed"; "plain", weak textures and no pictures on the walls; or "repetitive", bricks
+    and boards alone.
     """
     build = _Builder(rng, texels_per_m)
     wall = (textures.bricks, textures.stains, textures.plaster, textures.boards)
-    kinds = (textures.shapes, textures.poster, textures.bricks, textures.boards, textures.stains, textures.plaster)
-    if surfaces == "plain":
+    kinds = (
+        textures.shapes, textures.poster, textures.bricks, textures.boards, textures.stains,
+        textures.plaster,
+    )
+    if surfaces == 'plain':
         wall, kinds = (textures.plaster,) * 4, (textures.plaster,) * 5 + (textures.stains,)
-    elif surfaces == "repetitive":
+    elif surfaces == 'repetitive':
         wall, kinds = (textures.bricks,) * 4, (textures.bricks, textures.boards) * 3
-    build.box((0, 0, 1.5), (7, 6, 3), 0.0, [*rng.permutation(4), int(rng.choice([1, 3])), 2], wall, inside=True)
+    build.box(
+        (0, 0, 1.5), (7, 6, 3), 0.0, [*rng.permutation(4), int(rng.choice([1, 3])), 2], wall,
+        inside=True,
+    )
 
-    for ahead, reach, wide in ((0, 3.48, 6), (1, 2.98, 7), (2, 3.48, 6), (3, 2.98, 7)):  # pictures on the walls
+    # pictures on the walls
+    for ahead, reach, wide in ((0, 3.48, 6), (1, 2.98, 7), (2, 3.48, 6), (3, 2.98, 7)):
         out, right = _planar(ahead * np.pi / 2), _planar((ahead - 1) * np.pi / 2)
-        for left in np.arange(-wide / 2 + 0.2, wide / 2 - 1.4, 1.25) if surfaces != "plain" else ():
+        for left in (
+            np.arange(-wide / 2 + 0.2, wide / 2 - 1.4, 1.25) if surfaces != 'plain' else ()
+        ):
             across, down = rng.uniform(0.5, 1.1), rng.uniform(0.4, 1.0)
-            corner = out * reach + right * (left + rng.uniform(0, 0.2)) + (0, 0, rng.uniform(1.5, 2.7))
+            corner = (
+                out * reach + right * (left + rng.uniform(0, 0.2)) + (0, 0, rng.uniform(1.5, 2.7))
+            )
             shape = [64 * round(edge * texels_per_m / 64) or 64 for edge in (down, across)]
             (picture,) = build.pool((kinds[rng.integers(2)],), 1, shape)
             build.quad(corner, across * right, (0, 0, -down), picture, 1.0)
@@ -235,9 +310,16 @@ def room(rng: np.random.Generator, texels_per_m: float, surfaces: str = "mixed")
 
 
 def street(rng: np.random.Generator, road: Road) -> Scene:
-    """A winding street along `road`: ground, houses on both sides, parked cars, posts, far hills and a sky."""
+    """
+    Return a winding street along `road`.
+
+    Ground, houses on both sides, parked cars, posts, far hills and a sky.
+    """
     build = _Builder(rng)
-    build.box((0, 0, 100), (900, 900, 210), 0.0, [0] * 6, (textures.clouds,), inside=True, texels=(512, 1024))
+    build.box(
+        (0, 0, 100), (900, 900, 210), 0.0, [0] * 6, (textures.clouds,), inside=True,
+        texels=(512, 1024),
+    )
 
     ground = build.pool((textures.stains, textures.stains, textures.bricks), 6, (1024, 1024))
     build.quad((-450, 450, -0.1), (900, 0, 0), (0, -900, 0), ground[0], 0.8)
@@ -245,24 +327,33 @@ def street(rng: np.random.Generator, road: Road) -> Scene:
     for x in np.arange(first[0] - 30, last[0] + 30, 10.0):
         for y in np.arange(first[1] - 30, last[1] + 30, 10.0):
             if road.distance(np.array([x + 5, y + 5])) < 22:
-                build.quad((x, y + 10, 0), (10, 0, 0), (0, -10, 0), int(rng.choice(ground)), rng.uniform(0.8, 1.0))
+                build.quad(
+                    (x, y + 10, 0), (10, 0, 0), (0, -10, 0), int(rng.choice(ground)),
+                    rng.uniform(0.8, 1.0),
+                )
     paint = build.pool((textures.plaster,), 2, (64, 256))
     for s in np.arange(-15.0, road.length, 7.0):
         at, heading = road.at(s)
         along, across = _planar(heading), _planar(heading - np.pi / 2)
         for offset, long in ((0.0, 3.0), (-3.0, 7.0), (3.0, 7.0)):
             corner = np.array([*at, 0.01]) + across * (offset - 0.09)
-            build.quad(corner + long * along, 0.18 * across, -long * along, paint[offset == 0], 1.3)
+            build.quad(
+                corner + long * along, 0.18 * across, -long * along, paint[offset == 0], 1.3
+            )
 
     fronts = build.pool((textures.facade,), 12, (640, 960))
     sides = build.pool((textures.bricks, textures.stains, textures.plaster), 6, (512, 512))
-    bodies = build.pool((textures.shapes, textures.poster, textures.boards, textures.stains), 10, (256, 384))
+    bodies = build.pool(
+        (textures.shapes, textures.poster, textures.boards, textures.stains), 10, (256, 384)
+    )
     for side in (-1, 1):
         s = -20.0
         while s < road.length:
             size = np.array([rng.uniform(6, 12), 8.0, rng.uniform(4.5, 10)])
             at, heading = road.at(s + size[0] / 2)
-            centre = np.array([*at, size[2] / 2]) + side * _planar(heading + np.pi / 2) * (rng.uniform(6.5, 8.5) + 4)
+            centre = np.array([*at, size[2] / 2]) + side * _planar(heading + np.pi / 2) * (
+                rng.uniform(6.5, 8.5) + 4
+            )
             face = rng.choice(fronts, 6)
             face[[0, 1]] = rng.choice(sides, 2)
             build.box(centre, size, heading, face)
@@ -278,9 +369,14 @@ def street(rng: np.random.Generator, road: Road) -> Scene:
                 build.box(centre + (0, 0, 0.68), (2.2, 1.5, 0.56), heading, rng.choice(bodies, 6))
             elif kind < 0.8:  # a crate, a kiosk
                 size = rng.uniform((0.6, 0.6, 0.7), (1.6, 1.4, 2.4))
-                build.box(np.array([*at, size[2] / 2]) + out * 5.2, size, heading, rng.choice(bodies, 6))
+                build.box(
+                    np.array([*at, size[2] / 2]) + out * 5.2, size, heading, rng.choice(bodies, 6)
+                )
             else:
-                build.box(np.array([*at, 2.5]) + out * 4.9, (0.18, 0.18, 5), heading, rng.choice(bodies, 6))
+                build.box(
+                    np.array([*at, 2.5]) + out * 4.9, (0.18, 0.18, 5), heading,
+                    rng.choice(bodies, 6),
+                )
             s += rng.uniform(3.5, 8)
     return build.scene()
 
@@ -307,7 +403,11 @@ class Road:
 
 
 def handheld(rng: np.random.Generator) -> Motion:
-    """A hand-held path through the free middle of `room`: it strolls, looks about, and trembles a little."""
+    """
+    Return a hand-held path through the free middle of `room`.
+
+    It strolls, looks about, and trembles a little.
+    """
     travel = [_wander(rng, size, (0.055, 0.19, 1.1, 2.6)) for size in (
         (1.0, 0.2, 0.004, 0.001), (0.8, 0.2, 0.004, 0.001), (0.2, 0.07, 0.005, 0.001)
     )]  # fmt: skip
@@ -325,9 +425,15 @@ def handheld(rng: np.random.Generator) -> Motion:
 
 
 def driving(rng: np.random.Generator, road: Road, speed: float) -> Motion:
-    """A car's path along `road` at `speed` m/s: it follows the bends, sways in its lane and rocks on its springs."""
+    """
+    Return a car's path along `road` at `speed` m/s.
+
+    It follows the bends, sways in its lane and rocks on its springs.
+    """
     sway = _wander(rng, (0.5, 0.1), (0.11, 0.3))
-    rock = [_wander(rng, size, (0.6, 1.7)) for size in ((0.015, 0.004), (0.006, 0.003), (0.006, 0.003))]
+    rock = [
+        _wander(rng, size, (0.6, 1.7)) for size in ((0.015, 0.004), (0.006, 0.003), (0.006, 0.003))
+    ]
 
     def path(t: np.ndarray) -> np.ndarray:
         s = speed * t
@@ -348,43 +454,53 @@ def render_recording(
     seed: int = 0,
     frames: int = 150,
     size: tuple[int, int] = (640, 480),
-    path: str = "handheld",
-    surfaces: str = "mixed",
+    path: str = 'handheld',
+    surfaces: str = 'mixed',
     rate_hz: float = 20.0,
     sensor: Sensor | None = None,
     depth_every: int = 1,
     camera: Camera | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Render a recording with exact ground truth into the new folder `out_dir` and return its path.
+    """
+    Render a recording with exact ground truth into the new folder `out_dir` and return its path.
 
-    The folder holds `bag/` (rosbag2, MCAP: /camera/image_raw mono8, /camera/camera_info, /ground_truth/pose),
-    `groundtruth.txt` (TUM: T_world_camera at mid-exposure, the image's stamp), `intrinsics.txt` and, for every
-    `depth_every`-th frame, `depth/<stamp in ns>.npz` (array `depth`, float32, metres along the optical axis).
+    The folder holds `bag/` (rosbag2, MCAP: /camera/image_raw mono8, /camera/camera_info,
+    /ground_truth/pose), `groundtruth.txt` (TUM: T_world_camera at mid-exposure, the image's
+    stamp), `intrinsics.txt` and, for every `depth_every`-th frame, `depth/<stamp in ns>.npz`
+    (array `depth`, float32, metres along the optical axis).
 
-    Args:
+    Of the arguments,
         seed: scene, path and noise all follow from it (and from the other arguments).
-        size: width and height in pixels, where no `camera` is given; its focal length is 0.8 times the width.
+        size: width and height in pixels, where no `camera` is given; the focal length is then
+            0.8 times the width.
         path: "handheld" (a furnished room) or "driving" (a winding street).
         surfaces: of the room: "mixed", "plain" or "repetitive" (`room`).
         sensor: noise, blur and exposure; `Sensor()` where None, see also `Sensor.low_light`.
         progress: called with (frames done, frames) after each frame.
 
-    The folder appears whole or not at all. Raises ValueError for an unknown path, fewer than two frames or rates and
-    steps that are not positive, FileExistsError where out_dir exists already.
+    The folder appears whole or not at all. Raises ValueError for an unknown path, fewer than two
+    frames or rates and steps that are not positive, FileExistsError where out_dir exists already.
     """
     out_dir = Path(out_dir)
-    if path not in ("handheld", "driving"):
+    if path not in ('handheld', 'driving'):
         raise ValueError(f"a synthetic recording's path is 'handheld' or 'driving', not '{path}'")
-    if surfaces not in ("mixed", "plain", "repetitive"):
-        raise ValueError(f"a room's surfaces are 'mixed', 'plain' or 'repetitive', not '{surfaces}'")
+    if surfaces not in ('mixed', 'plain', 'repetitive'):
+        raise ValueError(
+            f"a room's surfaces are 'mixed', 'plain' or 'repetitive', not '{surfaces}'"
+        )
     if frames < 2 or not rate_hz > 0 or depth_every < 1:
-        raise ValueError("a synthetic recording needs two frames or more, a positive rate and depth_every from 1")
+        raise ValueError(
+            'a synthetic recording needs two frames or more, a positive rate and depth_every '
+            'from 1'
+        )
     if out_dir.exists():
-        raise FileExistsError(f"{out_dir} exists already; remove it or choose another folder")
+        raise FileExistsError(f'{out_dir} exists already; remove it or choose another folder')
     sensor = sensor or Sensor()
     width, height = (camera.width, camera.height) if camera else size
-    camera = camera or Camera(width, height, 0.8 * width, 0.8 * width, (width - 1) / 2, (height - 1) / 2)
+    camera = camera or Camera(
+        width, height, 0.8 * width, 0.8 * width, (width - 1) / 2, (height - 1) / 2
+    )
 
     scene, path_at = make_scene(path, seed, camera, frames / rate_hz, surfaces)
     rng = np.random.default_rng([seed, 2])
@@ -396,26 +512,32 @@ def render_recording(
     shutter = sensor.exposure_s * ((np.arange(len(SAMPLES)) + 0.5) / len(SAMPLES) - 0.5)
 
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}-", dir=out_dir.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f'.{out_dir.name}-', dir=out_dir.parent))
     try:
-        (partial / "depth").mkdir()
-        with _Bag(partial / "bag", camera) as bag:
+        (partial / 'depth').mkdir()
+        with _Bag(partial / 'bag', camera) as bag:
             for k, stamp in enumerate(stamps.tolist()):
                 light = scene.image(torch.from_numpy(path_at(times[k] + shutter)), camera)
                 wander = np.array([move(times[k]) for move in exposure])
                 bag.write(stamp, sensor.expose(light, wander, rng, pattern), poses[k])
                 if k % depth_every == 0:
-                    np.savez(partial / "depth" / f"{stamp}.npz", depth=scene.depth(poses[k], camera))
+                    np.savez(
+                        partial / 'depth' / f'{stamp}.npz', depth=scene.depth(poses[k], camera)
+                    )
                 if progress:
                     progress(k + 1, frames)
         rows = [
-            f"{stamp // 10**9}.{stamp % 10**9:09d} " + " ".join(f"{value:.12g}" for value in pose)
+            f'{stamp // 10**9}.{stamp % 10**9:09d} ' + ' '.join(f'{value:.12g}' for value in pose)
             for stamp, pose in zip(stamps.tolist(), poses.tolist(), strict=True)
         ]
-        rows.insert(0, "# timestamp tx ty tz qx qy qz qw (camera_optical in world)")
-        (partial / "groundtruth.txt").write_text("\n".join(rows) + "\n")
+        rows.insert(0, '# timestamp tx ty tz qx qy qz qw (camera_optical in world)')
+        (partial / 'groundtruth.txt').write_text('\n'.join(rows) + '\n')
         K = [[camera.fx, 0, camera.cx], [0, camera.fy, camera.cy], [0, 0, 1]]
-        np.savetxt(partial / "intrinsics.txt", K, header=f"pinhole K, pixel centres at integers; {width} x {height}")
+        np.savetxt(
+            partial / 'intrinsics.txt',
+            K,
+            header=f'pinhole K, pixel centres at integers; {width} x {height}',
+        )
         partial.chmod(0o755)  # mkdtemp's folder is the owner's alone
         partial.rename(out_dir)
     except BaseException:
@@ -425,11 +547,15 @@ def render_recording(
 
 
 def make_scene(
-    path: str, seed: int, camera: Camera, seconds: float, surfaces: str = "mixed"
+    path: str, seed: int, camera: Camera, seconds: float, surfaces: str = 'mixed'
 ) -> tuple[Scene, Motion]:
-    """The scene and the camera path of `render_recording` with the same path, seed, camera and surfaces."""
+    """
+    Return the scene and the camera path of `render_recording`.
+
+    With the same path, seed, camera and surfaces.
+    """
     build, move = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
-    if path == "handheld":
+    if path == 'handheld':
         # Finer texture than this costs more memory than a large picture's sharpness is worth.
         return room(build, min(camera.focal, 800) / 1.5, surfaces), handheld(move)
     speed = 4.5
@@ -445,7 +571,11 @@ class _Builder:
         self.quads, self.texture, self.shade, self.images = [], [], [], []
 
     def pool(self, kinds, count: int, texels: tuple[int, int]) -> list[int]:
-        """Indices of `count` new textures of (height, width) texels, their kinds in turn."""
+        """
+        Return indices of `count` new textures of (height, width) texels.
+
+        Their kinds in turn.
+        """
         first = len(self.images)
         self.images += [kinds[k % len(kinds)](self.rng, *texels) for k in range(count)]
         return list(range(first, first + count))
@@ -455,9 +585,15 @@ class _Builder:
         self.texture.append(texture)
         self.shade.append(shade)
 
-    def box(self, centre, size, yaw: float, faces, kinds=None, inside: bool = False, texels=None) -> None:
-        """A box turned by yaw about z, seen from outside or inside; faces -x +x -y +y -z +z carry the pool's textures
-        `faces`, or, where `kinds` is given, new ones of these kinds."""
+    def box(
+        self, centre, size, yaw: float, faces, kinds=None, inside: bool = False, texels=None
+    ) -> None:
+        """
+        Add a box turned by yaw about z, seen from outside or inside.
+
+        Faces -x +x -y +y -z +z carry the pool's textures `faces`, or, where `kinds` is given, new
+        ones of these kinds.
+        """
         up = np.array([0.0, 0.0, 1.0])
         ahead, aside = _planar(yaw), _planar(yaw + np.pi / 2)
         normals = (-ahead, ahead, -aside, aside, -up, up)
@@ -469,13 +605,18 @@ class _Builder:
             right, down = right * across * (-1 if inside else 1), down * along
             origin = np.asarray(centre) + normal * size[face // 2] / 2 - right / 2 - down / 2
             if kinds is not None:
-                shape = texels or [max(64, 64 * round(edge * self.texels_per_m / 64)) for edge in (along, across)]
+                shape = texels or [
+                    max(64, 64 * round(edge * self.texels_per_m / 64)) for edge in (along, across)
+                ]
                 (kind,) = self.pool((kinds[kind],), 1, shape)
-            light = (0.90, 1.05, 0.97, 1.12, 0.85, 1.1)[face]  # one fixed light: faces of a box differ
+            # one fixed light: faces of a box differ
+            light = (0.90, 1.05, 0.97, 1.12, 0.85, 1.1)[face]
             self.quad(origin, right, down, int(kind), 1.0 if texels else light)
 
     def scene(self) -> Scene:
-        return Scene(np.stack(self.quads), np.array(self.texture), np.array(self.shade), self.images)
+        return Scene(
+            np.stack(self.quads), np.array(self.texture), np.array(self.shade), self.images
+        )
 
 
 class _Bag:
@@ -491,9 +632,9 @@ class _Bag:
         self.topics = [
             self.writer.add_connection(topic, msgtype, typestore=self.store)
             for topic, msgtype in (
-                ("/camera/camera_info", "sensor_msgs/msg/CameraInfo"),
-                ("/camera/image_raw", "sensor_msgs/msg/Image"),
-                ("/ground_truth/pose", "geometry_msgs/msg/PoseStamped"),
+                ('/camera/camera_info', 'sensor_msgs/msg/CameraInfo'),
+                ('/camera/image_raw', 'sensor_msgs/msg/Image'),
+                ('/ground_truth/pose', 'geometry_msgs/msg/PoseStamped'),
             )
         ]
         return self
@@ -503,25 +644,28 @@ class _Bag:
 
     def write(self, stamp: int, image: np.ndarray, pose: Tensor) -> None:
         types, camera = self.store.types, self.camera
-        time = types["builtin_interfaces/msg/Time"](stamp // 10**9, stamp % 10**9)
-        header = types["std_msgs/msg/Header"](time, "camera_optical_frame")
+        time = types['builtin_interfaces/msg/Time'](stamp // 10**9, stamp % 10**9)
+        header = types['std_msgs/msg/Header'](time, 'camera_optical_frame')
         f, c = (camera.fx, camera.fy), (camera.cx, camera.cy)
-        info = types["sensor_msgs/msg/CameraInfo"](
+        info = types['sensor_msgs/msg/CameraInfo'](
             header=header, height=camera.height, width=camera.width,
-            distortion_model="plumb_bob" if camera.distortion_model == "none" else camera.distortion_model,
+            distortion_model='plumb_bob' if camera.distortion_model == 'none'
+            else camera.distortion_model,
             d=np.array(camera.distortion or (0.0,) * 5),
             k=np.array([f[0], 0, c[0], 0, f[1], c[1], 0, 0, 1.0]), r=np.eye(3).ravel(),
-            p=np.array([f[0], 0, c[0], 0, 0, f[1], c[1], 0, 0, 0, 1.0, 0]), binning_x=0, binning_y=0,
-            roi=types["sensor_msgs/msg/RegionOfInterest"](0, 0, 0, 0, False),
+            p=np.array([f[0], 0, c[0], 0, 0, f[1], c[1], 0, 0, 0, 1.0, 0]), binning_x=0,
+            binning_y=0,
+            roi=types['sensor_msgs/msg/RegionOfInterest'](0, 0, 0, 0, False),
         )  # fmt: skip
-        picture = types["sensor_msgs/msg/Image"](
-            header, camera.height, camera.width, "mono8", 0, camera.width, image.ravel()
+        picture = types['sensor_msgs/msg/Image'](
+            header, camera.height, camera.width, 'mono8', 0, camera.width, image.ravel()
         )
         x, y, z, qx, qy, qz, qw = pose.tolist()
-        truth = types["geometry_msgs/msg/PoseStamped"](
-            types["std_msgs/msg/Header"](time, "world"),
-            types["geometry_msgs/msg/Pose"](
-                types["geometry_msgs/msg/Point"](x, y, z), types["geometry_msgs/msg/Quaternion"](qx, qy, qz, qw)
+        truth = types['geometry_msgs/msg/PoseStamped'](
+            types['std_msgs/msg/Header'](time, 'world'),
+            types['geometry_msgs/msg/Pose'](
+                types['geometry_msgs/msg/Point'](x, y, z),
+                types['geometry_msgs/msg/Quaternion'](qx, qy, qz, qw),
             ),
         )
         for topic, message in zip(self.topics, (info, picture, truth), strict=True):
@@ -529,7 +673,11 @@ class _Bag:
 
 
 def _wander(rng: np.random.Generator, sizes, frequencies_hz) -> Callable[[np.ndarray], np.ndarray]:
-    """A smooth random function of time: sines of about the given amplitudes and frequencies."""
+    """
+    Return a smooth random function of time.
+
+    Sines of about the given amplitudes and frequencies.
+    """
     sizes = np.array(sizes) * rng.uniform(0.8, 1.2, len(sizes))
     rates = 2 * np.pi * np.array(frequencies_hz) * rng.uniform(0.8, 1.2, len(sizes))
     phases = rng.uniform(0, 2 * np.pi, len(sizes))
@@ -541,7 +689,11 @@ def _planar(angle: float) -> np.ndarray:
 
 
 def _poses(at: np.ndarray, yaw: np.ndarray, pitch: np.ndarray, roll: np.ndarray) -> np.ndarray:
-    """T_world_camera (N, 7) of cameras at (N, 3) that look along yaw about z, pitched up, rolled clockwise."""
+    """
+    Return T_world_camera (N, 7) of cameras at (N, 3).
+
+    They look along yaw about z, pitched up, rolled clockwise.
+    """
     out = np.empty((*at.shape[:-1], 7))
     out[..., :3] = at
     # Optical axes of yaw 0: z forward is x of the world, x right is -y, y down is -z.
@@ -570,18 +722,36 @@ def _inverse(nearest: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _rays(camera: Camera, offset: tuple[float, float], dtype: type) -> tuple[np.ndarray, ...]:
-    """Rays (x, y, 1) through the pixels' points: x (H, W), y (H, W), and x's range by column, y's by row."""
+    """
+    Rays (x, y, 1) through the pixels' points.
+
+    X (H, W), y (H, W), and x's range by column, y's by row.
+    """
     v, u = torch.meshgrid(
-        torch.arange(camera.height, dtype=torch.float64), torch.arange(camera.width, dtype=torch.float64), indexing="ij"
+        torch.arange(camera.height, dtype=torch.float64),
+        torch.arange(camera.width, dtype=torch.float64), indexing='ij',
     )
-    x, y = camera.normalise(torch.stack((u + offset[0], v + offset[1]), -1)).numpy().transpose(2, 0, 1).astype(dtype)
+    x, y = (
+        camera.normalise(torch.stack((u + offset[0], v + offset[1]), -1))
+        .numpy()
+        .transpose(2, 0, 1)
+        .astype(dtype)
+    )
     x, y = np.ascontiguousarray(x), np.ascontiguousarray(y)
     return x, y, (x.min(0), x.max(0)), (y.min(1), y.max(1))
 
 
-def _visible(local: np.ndarray, front: np.ndarray, columns, rows) -> Iterator[tuple[int, tuple[slice, slice]]]:
-    """The quads (camera frame) that the image may show, each with the rows and columns of pixels that may see it."""
-    corners = local[:, :1] + np.einsum("ck,qki->qci", [[0, 0], [1, 0], [1, 1], [0, 1]], local[:, 1:])
+def _visible(
+    local: np.ndarray, front: np.ndarray, columns, rows
+) -> Iterator[tuple[int, tuple[slice, slice]]]:
+    """
+    Return the quads (camera frame) that the image may show.
+
+    Each with the rows and columns of pixels that may see it.
+    """
+    corners = local[:, :1] + np.einsum(
+        'ck,qki->qci', [[0, 0], [1, 0], [1, 1], [0, 1]], local[:, 1:]
+    )
     z = corners[..., 2]
     xy = corners[..., :2] / np.maximum(z, NEAR)[..., None]
     low, high = xy.min(1), xy.max(1)
@@ -593,7 +763,9 @@ def _visible(local: np.ndarray, front: np.ndarray, columns, rows) -> Iterator[tu
             here, there = corners[q], np.roll(corners[q], -1, 0)
             crossing = (here[:, 2] < NEAR) != (there[:, 2] < NEAR)
             a, b = here[crossing], there[crossing]
-            kept = np.concatenate((here[here[:, 2] >= NEAR], a + (b - a) * ((NEAR - a[:, 2:]) / (b - a)[:, 2:])))
+            kept = np.concatenate(
+                (here[here[:, 2] >= NEAR], a + (b - a) * ((NEAR - a[:, 2:]) / (b - a)[:, 2:]))
+            )
             kept = kept[:, :2] / kept[:, 2:]
             low[q], high[q] = kept.min(0), kept.max(0)
         across = np.flatnonzero((right >= low[q, 0]) & (left <= high[q, 0]))
@@ -603,12 +775,16 @@ def _visible(local: np.ndarray, front: np.ndarray, columns, rows) -> Iterator[tu
 
 
 def _pack(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """One picture of all images' pyramids and the place (N, 4) of each level 0: x, y, width, height.
+    """
+    One picture of all images' pyramids and the place (N, 4) of each level 0: x, y, width, height.
 
     Level l lies to the right of level l - 1 and is half as large; shelves of pyramids are stacked.
     """
     step = 2 ** (LEVELS - 1)
-    images = [cv2.copyMakeBorder(i, 0, -i.shape[0] % step, 0, -i.shape[1] % step, cv2.BORDER_REFLECT) for i in images]
+    images = [
+        cv2.copyMakeBorder(i, 0, -i.shape[0] % step, 0, -i.shape[1] % step, cv2.BORDER_REFLECT)
+        for i in images
+    ]
     spans = [2 * i.shape[1] + 2 * PAD * LEVELS for i in images]
     limit = max(8192, *spans)
     place = np.zeros((len(images), 4))
@@ -622,13 +798,15 @@ def _pack(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         x += spans[k]
     atlas = np.zeros((y + shelf, limit), np.uint8)
     if max(atlas.shape) >= 2**15:
-        raise ValueError("the scene's textures are too large; render smaller images or a shorter recording")
+        raise ValueError(
+            "the scene's textures are too large; render smaller images or a shorter recording"
+        )
     for image, (left, top, *_) in zip(images, place.astype(int), strict=True):
         for level in range(LEVELS):
             if level:
                 image = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
             padded = cv2.copyMakeBorder(image, PAD, PAD, PAD, PAD, cv2.BORDER_REPLICATE)
             height, width = padded.shape
-            atlas[top - PAD : top - PAD + height, left - PAD : left - PAD + width] = padded
+            atlas[top - PAD:top - PAD + height, left - PAD:left - PAD + width] = padded
             left += image.shape[1] + 2 * PAD
     return atlas, place

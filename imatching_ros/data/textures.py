@@ -1,8 +1,9 @@
-"""Grey textures made by the program: the wallpaper of the synthetic scenes.
+"""
+Grey textures made by the program: the wallpaper of the synthetic scenes.
 
-Every function takes a random generator and a size in pixels and returns an (H, W) uint8 array. All carry
-structure at several scales, down to the single texel, so that a near view is not blurry; some are weak on
-purpose, for a matcher must also meet plain walls.
+Every function takes a random generator and a size in pixels and returns an (H, W) uint8 array. All
+carry structure at several scales, down to the single texel, so that a near view is not blurry;
+some are weak on purpose, for a matcher must also meet plain walls.
 """
 
 from __future__ import annotations
@@ -10,38 +11,57 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-GLYPHS = np.array(list("ABCDEFGHKLMNPRSTUVXYZabdefghkmnprst0123456789&%#?+"))
+GLYPHS = np.array(list('ABCDEFGHKLMNPRSTUVXYZabdefghkmnprst0123456789&%#?+'))
 
 
-def fractal(rng: np.random.Generator, height: int, width: int, coarse: float, gain: float = 0.6) -> np.ndarray:
-    """Noise of zero mean and unit deviation, (H, W) float32: octaves from `coarse` texels down to one."""
+def fractal(
+    rng: np.random.Generator, height: int, width: int, coarse: float, gain: float = 0.6
+) -> np.ndarray:
+    """
+    Noise of zero mean and unit deviation, (H, W) float32.
+
+    Octaves from `coarse` texels down to one.
+    """
     total = np.zeros((height, width), np.float32)
     weight, cell = 1.0, float(coarse)
     while cell >= 1.0:
-        grid = rng.standard_normal((int(height / cell) + 3, int(width / cell) + 3), dtype=np.float32)
+        grid = rng.standard_normal(
+            (int(height / cell) + 3, int(width / cell) + 3), dtype=np.float32
+        )
         total += weight * cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
         weight, cell = weight * gain, cell / 2.1
     return (total - total.mean()) / total.std()
 
 
 def plaster(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A weak texture: a gradient, faint stains, fine grain."""
-    ramp = np.linspace(-1, 1, width)[None] * rng.uniform(-25, 25) + np.linspace(-1, 1, height)[:, None] * 12
+    """Return a weak texture: a gradient, faint stains, fine grain."""
+    ramp = (
+        np.linspace(-1, 1, width)[None] * rng.uniform(-25, 25)
+        + np.linspace(-1, 1, height)[:, None] * 12
+    )
     return _grey(rng.uniform(120, 190) + ramp + 6 * fractal(rng, height, width, width / 5, 0.75))
 
 
 def stains(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Stone, concrete, worn floor: noise of many octaves with scratches."""
-    out = _grey(rng.uniform(115, 175) + 28 * fractal(rng, height, width, min(height, width) / 6, 0.8))
+    out = _grey(
+        rng.uniform(115, 175) + 28 * fractal(rng, height, width, min(height, width) / 6, 0.8)
+    )
     for _ in range(60):
         start = rng.uniform(0, (width, height))
         steps = rng.normal(0, min(height, width) / 25, (6, 2)).cumsum(0)
-        cv2.polylines(out, [(start + steps).astype(np.int32)], False, rng.uniform(20, 230), 1, cv2.LINE_AA)
+        cv2.polylines(
+            out, [(start + steps).astype(np.int32)], False, rng.uniform(20, 230), 1, cv2.LINE_AA
+        )
     return out
 
 
 def bricks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Bricks or tiles: cells of their own grey with joints and grain; odd rows shifted by half a cell or not."""
+    """
+    Bricks or tiles: cells of their own grey with joints and grain.
+
+    Odd rows shifted by half a cell or not.
+    """
     rows = int(rng.integers(8, 18))
     cell_h = height / rows
     cell_w = cell_h * rng.uniform(1.0, 2.6)
@@ -58,7 +78,9 @@ def bricks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def boards(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Wooden boards: noise stretched along the grain, each board of its own tone."""
-    grain = cv2.resize(fractal(rng, height, max(8, width // 12), height / 20, 0.8), (width, height))
+    grain = cv2.resize(
+        fractal(rng, height, max(8, width // 12), height / 20, 0.8), (width, height)
+    )
     count = int(rng.integers(4, 9))
     board = np.arange(height) * count // height
     tone = rng.uniform(70, 170, count)[board][:, None]
@@ -75,7 +97,10 @@ def shapes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         grey = rng.uniform(15, 240)
         kind = rng.integers(3)
         if kind == 0:
-            axes = (max(1, int(size * rng.uniform(0.3, 1))), max(1, int(size * rng.uniform(0.3, 1))))
+            axes = (
+                max(1, int(size * rng.uniform(0.3, 1))),
+                max(1, int(size * rng.uniform(0.3, 1))),
+            )
             cv2.ellipse(out, (x, y), axes, rng.uniform(0, 180), 0, 360, grey, -1, cv2.LINE_AA)
         else:
             corners = np.array([x, y]) + rng.normal(0, size, (3 + kind, 2))
@@ -94,21 +119,30 @@ def poster(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         size = unit * rng.choice([0.03, 0.045, 0.07, 0.12])
         y += 1.6 * size
         if rng.random() < 0.15:
-            cv2.rectangle(out, (0, int(y)), (int(width * rng.uniform(0.3, 1)), int(y + size)), rng.uniform(20, 230), -1)
+            cv2.rectangle(
+                out, (0, int(y)), (int(width * rng.uniform(0.3, 1)), int(y + size)),
+                rng.uniform(20, 230), -1,
+            )
             continue
-        text = "".join(rng.choice(GLYPHS, int(width / size * 1.4)))
+        text = ''.join(rng.choice(GLYPHS, int(width / size * 1.4)))
         x = int(rng.uniform(0, 0.2) * width)
         thick = max(1, int(size / 9))
-        cv2.putText(out, text, (x, int(y)), cv2.FONT_HERSHEY_SIMPLEX, size / 22, ink, thick, cv2.LINE_AA)
+        cv2.putText(
+            out, text, (x, int(y)), cv2.FONT_HERSHEY_SIMPLEX, size / 22, ink, thick, cv2.LINE_AA
+        )
     for _ in range(2):
         h, w = int(height * rng.uniform(0.2, 0.35)), int(width * rng.uniform(0.2, 0.35))
         top, left = int(rng.uniform(0, height - h)), int(rng.uniform(0, width - w))
-        out[top : top + h, left : left + w] = shapes(rng, h, w)
+        out[top:top + h, left:left + w] = shapes(rng, h, w)
     return _grain(rng, out, 4)
 
 
 def facade(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """The front of a house: windows with frames and reflections, storeys, a shop sign, over brick or plaster."""
+    """
+    Return the front of a house.
+
+    Windows with frames and reflections, storeys, a shop sign, over brick or plaster.
+    """
     out = (bricks if rng.random() < 0.5 else stains)(rng, height, width)
     out = _grey(0.5 * out + rng.uniform(50, 120))
     storeys, columns = int(rng.integers(2, 5)), int(rng.integers(3, 8))
@@ -116,26 +150,37 @@ def facade(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     tall, wide = step_y * rng.uniform(0.45, 0.65), step_x * rng.uniform(0.35, 0.65)
     frame = rng.uniform(10, 240)
     for storey in range(storeys):
-        cv2.line(out, (0, int(storey * step_y)), (width, int(storey * step_y)), frame, max(1, int(step_y / 40)))
+        cv2.line(
+            out, (0, int(storey * step_y)), (width, int(storey * step_y)), frame,
+            max(1, int(step_y / 40)),
+        )
         for column in range(columns):
             h, w = int(tall), int(wide)
             top, left = int((storey + 0.25) * step_y), int((column + 0.5) * step_x - wide / 2)
             pane = _grey(rng.uniform(15, 110) + 14 * fractal(rng, h, w, w / 2))
-            out[top : top + h, left : left + w] = pane[: height - top]
+            out[top:top + h, left:left + w] = pane[:height - top]
             cv2.rectangle(out, (left, top), (left + w, top + h), frame, max(1, int(step_x / 40)))
-            cv2.line(out, (left + w // 2, top), (left + w // 2, top + h), frame, max(1, int(step_x / 60)))
+            cv2.line(
+                out, (left + w // 2, top), (left + w // 2, top + h), frame,
+                max(1, int(step_x / 60)),
+            )
             if rng.random() < 0.5:
-                cv2.line(out, (left, top + h // 3), (left + w, top + h // 3), frame, max(1, int(step_x / 60)))
+                cv2.line(
+                    out, (left, top + h // 3), (left + w, top + h // 3), frame,
+                    max(1, int(step_x / 60)),
+                )
     sign_h = int(step_y * 0.2)
     top = int((storeys - 1) * step_y)
     left, right = sorted(rng.uniform(0, width, 2).astype(int))
     if right - left > sign_h:
-        out[top : top + sign_h, left:right] = cv2.resize(poster(rng, 8 * sign_h, 8 * sign_h), (right - left, sign_h))
+        out[top:top + sign_h, left:right] = cv2.resize(
+            poster(rng, 8 * sign_h, 8 * sign_h), (right - left, sign_h)
+        )
     return _grain(rng, out, 6)
 
 
 def clouds(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A bright sky, brighter at the horizon, with soft clouds."""
+    """Return a bright sky, brighter at the horizon, with soft clouds."""
     ramp = np.linspace(170, 215, height)[:, None]
     return _grey(ramp + 13 * fractal(rng, height, width, width / 5, 0.45))
 

@@ -1,4 +1,8 @@
-"""Video files and folders of pictures, with intrinsics from a file beside them: recordings without ROS."""
+"""
+Video files and folders of pictures, with intrinsics from a file beside them.
+
+Recordings without ROS.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
+from imatching_ros.data.recording import BAG_FILES, open_recording, Recording, RecordingError
+from imatching_ros.geometry.camera import Camera
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
 
-from imatching_ros.data.recording import BAG_FILES, Recording, RecordingError, open_recording
-from imatching_ros.geometry.camera import Camera
-
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".pgm", ".tif", ".tiff")
+VIDEOS = ('.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v')
+PICTURES = ('.png', '.jpg', '.jpeg', '.bmp', '.pgm', '.tif', '.tiff')
 RATE_HZ = 30.0  #: where neither file nor file names tell the time
 NANOSECONDS = 10**15  #: a file name that is a number from here on is a stamp
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """The images of a video file, or of a folder of pictures in the order of their names.
+    """
+    The images of a video file, or of a folder of pictures in the order of their names.
 
-    Iterating yields ``(stamp_ns, image)``, image (H, W) uint8 grey, any number of times. A picture whose name is a
-    number of nanoseconds has that stamp; all else is evenly spaced from zero. Raises RecordingError where a file is
-    damaged or of another size than the camera.
+    Iterating yields ``(stamp_ns, image)``, image (H, W) uint8 grey, any number of times. A picture
+    whose name is a number of nanoseconds has that stamp; all else is evenly spaced from zero.
+    Raises RecordingError where a file is damaged or of another size than the camera.
     """
 
     bag: Path  #: the file or the folder
@@ -40,11 +44,14 @@ class Pictures:
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         for k, (name, image) in enumerate(self._images()):
             if image is None:
-                raise RecordingError(f"{name} cannot be read as a picture; copy it again or remove it")
+                raise RecordingError(
+                    f'{name} cannot be read as a picture; copy it again or remove it'
+                )
             if image.shape != (self.camera.height, self.camera.width):
                 raise RecordingError(
-                    f"{name} is {image.shape[1]}x{image.shape[0]}, but the camera is {self.camera.width}x"
-                    f"{self.camera.height}; all pictures of a recording must have one size"
+                    f'{name} is {image.shape[1]}x{image.shape[0]}, but the camera is '
+                    f'{self.camera.width}x'
+                    f'{self.camera.height}; all pictures of a recording must have one size'
                 )
             stem = name.stem
             named = self.bag.is_dir() and stem.isdecimal() and int(stem) >= NANOSECONDS
@@ -52,7 +59,9 @@ class Pictures:
 
     def _images(self) -> Iterator[tuple[Path, np.ndarray | None]]:
         if self.bag.is_dir():
-            yield from ((file, cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)) for file in _pictures(self.bag))
+            yield from (
+                (file, cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)) for file in _pictures(self.bag)
+            )
             return
         video = cv2.VideoCapture(str(self.bag))
         try:
@@ -60,7 +69,10 @@ class Pictures:
                 read, image = video.read()
                 if not read:
                     return
-                yield self.bag, cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
+                yield (
+                    self.bag,
+                    cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image,
+                )
         finally:
             video.release()
 
@@ -71,11 +83,13 @@ def open_images(
     camera_info_topic: str | None = None,
     intrinsics: Sequence[float] | None = None,
 ) -> Recording | Pictures:
-    """A recording (``recording.open_recording``), a video file, or a folder of pictures.
+    """
+    Return a recording (``recording.open_recording``), a video file, or a folder of pictures.
 
-    intrinsics: ``fx fy cx cy`` and distortion coefficients (plumb_bob with four or five), pixels; where None, a video's
-    or a folder's are those of ``camera_info.yaml`` (as ROS calibration writes it) or ``intrinsics.txt`` (a 3x3 matrix)
-    beside or in it. Raises RecordingError, one sentence, where there is nothing to be read, or no intrinsics.
+    intrinsics: ``fx fy cx cy`` and distortion coefficients (plumb_bob with four or five), pixels;
+    where None, a video's or a folder's are those of ``camera_info.yaml`` (as ROS calibration
+    writes it) or ``intrinsics.txt`` (a 3x3 matrix) beside or in it. Raises RecordingError, one
+    sentence, where there is nothing to be read, or no intrinsics.
     """
     path = Path(path)
     video = path.is_file() and path.suffix.lower() in VIDEOS
@@ -89,12 +103,16 @@ def open_images(
         read, first = capture.read()
         capture.release()
         if not read:
-            raise RecordingError(f"{path} holds no video that can be read; convert it to H.264, or to pictures")
+            raise RecordingError(
+                f'{path} holds no video that can be read; convert it to H.264, or to pictures'
+            )
     else:
         files = _pictures(path)
         first, count = cv2.imread(str(files[0])), len(files)
         if first is None:
-            raise RecordingError(f"{files[0]} cannot be read as a picture; copy it again or remove it")
+            raise RecordingError(
+                f'{files[0]} cannot be read as a picture; copy it again or remove it'
+            )
     camera = _camera(path, first.shape[1], first.shape[0], intrinsics)
     if count <= 0:
         count = sum(1 for _ in Pictures(path, camera, 0, rate))
@@ -103,7 +121,9 @@ def open_images(
 
 def _has_bag(folder: Path) -> bool:
     inside = {file.name for file in folder.iterdir()}
-    return bool(inside & {"bag", "metadata.yaml"}) or any(name.endswith(BAG_FILES) for name in inside)
+    return bool(inside & {'bag', 'metadata.yaml'}) or any(
+        name.endswith(BAG_FILES) for name in inside
+    )
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -111,28 +131,42 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _camera(path: Path, width: int, height: int, intrinsics: Sequence[float] | None) -> Camera:
-    source = "--camera"
+    source = '--camera'
     try:
         if intrinsics is not None:
             if len(intrinsics) not in (4, 8, 9):
-                raise ValueError(f"{len(intrinsics)} numbers, but fx fy cx cy and 0, 4 or 5 of distortion are expected")
+                raise ValueError(
+                    f'{len(intrinsics)} numbers, but fx fy cx cy and 0, 4 or 5 of distortion '
+                    'are expected'
+                )
             fx, fy, cx, cy, *D = intrinsics
-            return Camera.from_camera_info(width, height, [fx, 0, cx, 0, fy, cy, 0, 0, 1], D, "plumb_bob")
+            return Camera.from_camera_info(
+                width, height, [fx, 0, cx, 0, fy, cy, 0, 0, 1], D, 'plumb_bob'
+            )
         for folder in (path, path.parent) if path.is_dir() else (path.parent,):
-            if (source := folder / "camera_info.yaml").is_file():
-                about = YAML(typ="safe").load(source.read_text())
-                if (about["image_width"], about["image_height"]) != (width, height):
-                    raise ValueError(f"it is for {about['image_width']}x{about['image_height']}, not {width}x{height}")
-                D, model = about["distortion_coefficients"]["data"], about.get("distortion_model", "")
-                return Camera.from_camera_info(width, height, about["camera_matrix"]["data"], D, model)
-            if (source := folder / "intrinsics.txt").is_file():
+            if (source := folder / 'camera_info.yaml').is_file():
+                about = YAML(typ='safe').load(source.read_text())
+                if (about['image_width'], about['image_height']) != (width, height):
+                    raise ValueError(
+                        f'it is for {about["image_width"]}x{about["image_height"]}, not '
+                        f'{width}x{height}'
+                    )
+                D, model = (
+                    about['distortion_coefficients']['data'],
+                    about.get('distortion_model', ''),
+                )
+                return Camera.from_camera_info(
+                    width, height, about['camera_matrix']['data'], D, model
+                )
+            if (source := folder / 'intrinsics.txt').is_file():
                 K = np.loadtxt(source)
                 if K.shape != (3, 3):
-                    raise ValueError(f"a 3x3 matrix is expected, its shape is {K.shape}")
-                return Camera.from_camera_info(width, height, K.ravel().tolist(), [], "")
+                    raise ValueError(f'a 3x3 matrix is expected, its shape is {K.shape}')
+                return Camera.from_camera_info(width, height, K.ravel().tolist(), [], '')
     except (ValueError, KeyError, TypeError, YAMLError) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RecordingError(f"the intrinsics in {source} cannot be used: {line}") from None
+        raise RecordingError(f'the intrinsics in {source} cannot be used: {line}') from None
     raise RecordingError(
-        f"{path} has no intrinsics: give --camera fx fy cx cy, or put camera_info.yaml or intrinsics.txt beside it"
+        f'{path} has no intrinsics: give --camera fx fy cx cy, or put camera_info.yaml or '
+        'intrinsics.txt beside it'
     )

@@ -1,6 +1,8 @@
-"""Matching accuracy (MMA) against depth and poses, and accuracy of the relative pose (AUC).
+"""
+Matching accuracy (MMA) against depth and poses, and accuracy of the relative pose (AUC).
 
-A matcher is measured on every query that is visible in both images: it cannot win by rejecting the hard ones.
+A matcher is measured on every query that is visible in both images: it cannot win by rejecting the
+hard ones.
 """
 
 from __future__ import annotations
@@ -13,19 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .trajectory import associate
 from ..geometry import lie
 from ..geometry.camera import Camera
 from ..geometry.two_view import relative_pose
 from ..matching.detector import detect
 from ..matching.protocol import Matcher
-from ..matching.tracker import TrackerOptions, round_trip
-from .trajectory import associate
+from ..matching.tracker import round_trip, TrackerOptions
 
 if TYPE_CHECKING:
     from ..data.recording import Recording
 
-POSE_TOLERANCE_NS = 1_000_000  # an image's pose is its own: 1 ms allows for stamps rounded in a text file
-DEPTH_TOLERANCE = 0.03  # relative: above the noise of depth cameras, below the step at an occlusion
+# an image's pose is its own: 1 ms allows for stamps rounded in a text file
+POSE_TOLERANCE_NS = 1_000_000
+# relative: above the noise of depth cameras, below the step at an occlusion
+DEPTH_TOLERANCE = 0.03
 BORDER_PX = 4.0  # true matches nearer to the border of the target are not counted
 MIN_POINTS = 10  # a pair with fewer visible queries says nothing
 MIN_BASELINE = 0.02  # of the median depth; below, the direction of translation is noise
@@ -39,7 +43,8 @@ class Pair:
 
     reference: int  #: stamp, ns
     target: int  #: stamp, ns
-    T_target_reference: Tensor  #: (7,) float64, takes points of the reference camera to the target camera
+    #: (7,) float64, takes points of the reference camera to the target camera
+    T_target_reference: Tensor
     baseline: bool  #: long enough for its direction to be known
 
 
@@ -55,13 +60,18 @@ class PairMatches:
     true_uv: Tensor  #: (N, 2) float32 px in the target, by depth and pose; NaN where not visible
     visible: Tensor  #: (N,) bool, the true match is known, in frame and not occluded
     error_px: Tensor  #: (N,) float32, NaN where not visible
-    rotation_deg: float | None  #: error of the relative pose; inf where none was found, None without a baseline
+    #: error of the relative pose; inf where none was found, None without a baseline
+    rotation_deg: float | None
     translation_deg: float | None  #: the same, angle between the directions of translation
 
 
 @dataclass(frozen=True)
 class MatchingAccuracy:
-    """Percentages; None where the recording has no depth (mma) or no pair with poses and a baseline (auc)."""
+    """
+    Percentages.
+
+    None where the recording has no depth (mma) or no pair with poses and a baseline (auc).
+    """
 
     mma_1px: float | None
     mma_2px: float | None
@@ -74,37 +84,51 @@ class MatchingAccuracy:
 
 
 def evaluation_pairs(
-    recording: Recording, first_index: int, last_index: int, steps: Sequence[int] = (5, 10, 20), per_step: int = 20
+    recording: Recording, first_index: int, last_index: int, steps: Sequence[int] = (5, 10, 20),
+    per_step: int = 20,
 ) -> list[Pair]:
-    """At most ``per_step`` pairs for each step (frames apart), evenly spread over frames first to last, inclusive.
+    """
+    At most ``per_step`` pairs for each step (frames apart).
 
-    Both images have a true pose and, if the recording has depth at all, depth. Empty without ground truth.
+    Evenly spread over frames first to last, inclusive.
+
+    Both images have a true pose and, if the recording has depth at all, depth. Empty without
+    ground truth.
     """
     if recording.ground_truth is None:
         return []
-    stamps = [stamp for stamp, kind, *_ in recording.messages() if kind == "image"][
-        max(first_index, 0) : last_index + 1
+    stamps = [stamp for stamp, kind, *_ in recording.messages() if kind == 'image'][
+        max(first_index, 0):last_index + 1
     ]
     index, true_index = associate(np.asarray(stamps), recording.ground_truth[0], POSE_TOLERANCE_NS)
     poses = torch.as_tensor(recording.ground_truth[1], dtype=torch.float64)
-    poses = torch.cat((poses[:, :3], torch.nn.functional.normalize(poses[:, 3:], dim=-1)), -1)  # text files round
+    # text files round
+    poses = torch.cat((poses[:, :3], torch.nn.functional.normalize(poses[:, 3:], dim=-1)), -1)
     posed = dict(zip(index.tolist(), poses[torch.as_tensor(true_index)], strict=True))
     deep = {i for i in posed if recording.depth(stamps[i]) is not None}
     usable = deep or posed.keys()
     pairs = []
     for step in steps:
         starts = [i for i in sorted(usable) if i + step in usable]
-        chosen = np.unique(np.linspace(0, len(starts) - 1, min(per_step, len(starts))).round().astype(int))
+        chosen = np.unique(
+            np.linspace(0, len(starts) - 1, min(per_step, len(starts))).round().astype(int)
+        )
         for i in (starts[k] for k in chosen):
             motion = lie.compose(lie.inverse(posed[i + step]), posed[i])
-            pairs.append(Pair(stamps[i], stamps[i + step], motion, _moved(recording, stamps[i], motion)))
+            pairs.append(
+                Pair(stamps[i], stamps[i + step], motion, _moved(recording, stamps[i], motion))
+            )
     return pairs
 
 
 def match_pairs(
     matcher: Matcher, recording: Recording, pairs: Sequence[Pair], queries: int = 500
 ) -> Iterator[PairMatches]:
-    """Match each pair at up to ``queries`` points of the frozen detector: the same points for every matcher."""
+    """
+    Match each pair at up to ``queries`` points of the frozen detector.
+
+    The same points for every matcher.
+    """
     needed = {stamp for pair in pairs for stamp in (pair.reference, pair.target)}
     images = {stamp: image for stamp, image in recording if stamp in needed}
     for pair in pairs:
@@ -112,13 +136,16 @@ def match_pairs(
         points = torch.as_tensor(detect(reference, queries), dtype=torch.float32).reshape(-1, 2)
         uv, kept = _match(matcher, reference, target, points)
         true_uv, visible = true_matches(
-            recording.camera, pair, points, recording.depth(pair.reference), recording.depth(pair.target)
+            recording.camera, pair, points, recording.depth(pair.reference),
+            recording.depth(pair.target),
         )
         error = torch.where(visible, (uv - true_uv).norm(dim=-1).nan_to_num(torch.inf), torch.nan)
         rotation, translation = None, None
         if pair.baseline:
             rotation, translation = pose_errors(recording.camera, pair, points[kept], uv[kept])
-        yield PairMatches(pair, reference, target, points, uv, true_uv, visible, error, rotation, translation)
+        yield PairMatches(
+            pair, reference, target, points, uv, true_uv, visible, error, rotation, translation
+        )
 
 
 def evaluate_matching(
@@ -129,7 +156,11 @@ def evaluate_matching(
 
 
 def accuracy(matches: Iterable[PairMatches]) -> MatchingAccuracy:
-    """Mean matching accuracy (per pair, then averaged) and area under the recall of relative poses."""
+    """
+    Return mean matching accuracy and the area under the recall of relative poses.
+
+    The former is taken per pair and then averaged.
+    """
     mma: list[list[float]] = []
     errors: list[float] = []
     pairs = points = 0
@@ -138,7 +169,9 @@ def accuracy(matches: Iterable[PairMatches]) -> MatchingAccuracy:
         error = match.error_px[match.visible]
         points += len(error)
         if len(error) >= MIN_POINTS:
-            mma.append([100 * (error <= threshold).double().mean().item() for threshold in (1, 2, 5)])
+            mma.append(
+                [100 * (error <= threshold).double().mean().item() for threshold in (1, 2, 5)]
+            )
         if match.rotation_deg is not None and match.translation_deg is not None:
             errors.append(max(match.rotation_deg, match.translation_deg))
     means = np.mean(mma, axis=0).tolist() if mma else [None] * 3
@@ -147,10 +180,13 @@ def accuracy(matches: Iterable[PairMatches]) -> MatchingAccuracy:
 
 
 def pose_auc(errors: Sequence[float], threshold: float) -> float:
-    """Area under recall over angular error, from 0 to ``threshold`` degrees, in percent of the whole (SuperGlue, 5.2).
+    """
+    Area under recall over angular error, from 0 to ``threshold`` degrees.
 
-    Recall is linear from (0, 0) through each sorted error (e_k, k / n), then constant up to the threshold.
-    A failed pair is an infinite error.
+    In percent of the whole (SuperGlue, 5.2).
+
+    Recall is linear from (0, 0) through each sorted error (e_k, k / n), then constant up to the
+    threshold. A failed pair is an infinite error.
     """
     error = np.sort(np.asarray(errors, np.float64))
     below = error[error < threshold]
@@ -161,13 +197,18 @@ def pose_auc(errors: Sequence[float], threshold: float) -> float:
 
 
 def true_matches(
-    camera: Camera, pair: Pair, queries: Tensor, depth_reference: np.ndarray | None, depth_target: np.ndarray | None
+    camera: Camera, pair: Pair, queries: Tensor, depth_reference: np.ndarray | None,
+    depth_target: np.ndarray | None,
 ) -> tuple[Tensor, Tensor]:
-    """Where queries (N, 2), px, truly lie in the target: uv (N, 2) float32, NaN where not visible, and visible (N,).
+    """
+    Where queries (N, 2), px, truly lie in the target.
 
-    Depths are (H, W), metres along the optical axis, 0 where unknown, or None. A query is visible if its depth is
-    known and its point lands in the target's frame on a surface of the same depth. At an edge of the depth
-    image the truth is uncertain, in the reference as in the target: such a query is not counted.
+    Uv (N, 2) float32, NaN where not visible, and visible (N,).
+
+    Depths are (H, W), metres along the optical axis, 0 where unknown, or None. A query is visible
+    if its depth is known and its point lands in the target's frame on a surface of the same depth.
+    At an edge of the depth image the truth is uncertain, in the reference as in the target: such a
+    query is not counted.
     """
     unknown = torch.full_like(queries, torch.nan), torch.zeros(len(queries), dtype=torch.bool)
     if depth_reference is None or depth_target is None or not len(queries):
@@ -186,7 +227,10 @@ def true_matches(
 
 
 def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
-    """Depth (N,) at pixels (N, 2), and whether it is certain: all four neighbours known, on one surface.
+    """
+    Depth (N,) at pixels (N, 2), and whether it is certain.
+
+    All four neighbours known, on one surface.
 
     Inverse depth is interpolated: on a plane it is linear in the pixel.
     """
@@ -204,13 +248,24 @@ def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _match(matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """uv (N, 2) of all queries, and (N,) which of them the tracker would keep: in frame, and found back."""
+def _match(
+    matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    Return uv (N, 2) of all queries, and (N,) which of them the tracker would keep.
+
+    In frame, and found back.
+    """
     if not len(queries):
         return queries, torch.zeros(0, dtype=torch.bool)
-    device = next((p.device for p in matcher.parameters()), "cpu") if isinstance(matcher, torch.nn.Module) else "cpu"
+    device = (
+        next((p.device for p in matcher.parameters()), 'cpu')
+        if isinstance(matcher, torch.nn.Module)
+        else 'cpu'
+    )
     first, second = (
-        matcher.encode(torch.tensor(image, device=device)[None, None].float() / 255) for image in (reference, target)
+        matcher.encode(torch.tensor(image, device=device)[None, None].float() / 255)
+        for image in (reference, target)
     )
     matches, distance = round_trip(matcher, first, second, queries[None].to(device))
     uv = matches.uv[0].cpu().float()
@@ -220,12 +275,17 @@ def _match(matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries:
 
 
 def pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:
-    """Angular errors, degrees, of rotation and of the direction of translation; infinite where there is no pose."""
+    """
+    Angular errors, degrees, of rotation and of the direction of translation.
+
+    Infinite where there is no pose.
+    """
     found = relative_pose(
-        camera.normalise(uv_i.double()), camera.normalise(uv_j.double()), POSE_THRESHOLD_PX, camera.focal
+        camera.normalise(uv_i.double()), camera.normalise(uv_j.double()), POSE_THRESHOLD_PX,
+        camera.focal,
     )
     if found is None:
-        return float("inf"), float("inf")
+        return float('inf'), float('inf')
     estimate, truth = found[0].double().cpu(), pair.T_target_reference
     cosine = (estimate[3:] * truth[3:]).sum().abs() / (estimate[3:].norm() * truth[3:].norm())
     rotation = 2 * torch.acos(cosine.clamp(max=1.0))

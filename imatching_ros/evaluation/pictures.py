@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import base64
-import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+import io
+import re
 
 import cv2
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
+import numpy as np
 
 from .matching import PairMatches
 from .trajectory import TrajectoryAccuracy
 
 #: Upper limit of the error, px, with its colour and name.
 ERROR_CLASSES = (
-    (1.0, "#35c46a", "under 1 px"),
-    (2.0, "#f2d43d", "1 to 2 px"),
-    (5.0, "#ff9130", "2 to 5 px"),
-    (np.inf, "#ff3b4e", "over 5 px"),
+    (1.0, '#35c46a', 'under 1 px'),
+    (2.0, '#f2d43d', '1 to 2 px'),
+    (5.0, '#ff9130', '2 to 5 px'),
+    (np.inf, '#ff3b4e', 'over 5 px'),
 )
-NEUTRAL = "#4db8ff"
-BLUE, GREEN, RED, GREY = "#3f83f0", "#1fa35b", "#e0475b", "#8a8f98"
-INK = "#010203"  # stands for the page's own text colour in a matplotlib figure
+NEUTRAL = '#4db8ff'
+BLUE, GREEN, RED, GREY = '#3f83f0', '#1fa35b', '#e0475b', '#8a8f98'
+INK = '#010203'  # stands for the page's own text colour in a matplotlib figure
 STYLE = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10.5,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
-    "axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6,
-    "legend.frameon": False, "legend.fontsize": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left",
+    'svg.fonttype': 'none', 'font.family': 'sans-serif', 'font.size': 10.5,
+    'text.color': INK, 'axes.labelcolor': INK, 'axes.edgecolor': GREY, 'xtick.color': INK,
+    'ytick.color': INK,
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.linewidth': 0.8,
+    'axes.grid': True, 'grid.color': GREY, 'grid.alpha': 0.25, 'grid.linewidth': 0.6,
+    'legend.frameon': False, 'legend.fontsize': 10, 'axes.titlesize': 10.5,
+    'axes.titlelocation': 'left',
 }  # fmt: skip
 
 
@@ -42,7 +44,7 @@ class Event:
     step: int
     kind: str  #: "promoted", "refused" (both verdicts of the gate) or "rollback"
     version: int | None = None  #: of the weights that were promoted or gone back to
-    reason: str = ""
+    reason: str = ''
 
 
 def error_counts(matches: PairMatches) -> list[int]:
@@ -52,10 +54,11 @@ def error_counts(matches: PairMatches) -> list[int]:
 
 
 def matches_svg(matches: PairMatches) -> str:
-    """Reference and target side by side: each visible query, coloured by its error.
+    """
+    Draw reference and target side by side: each visible query, coloured by its error.
 
-    In the target a line leads from the match to where it truly lies. Without depth the truth is not known:
-    the matches are drawn in one colour, with the way they came.
+    In the target a line leads from the match to where it truly lies. Without depth the truth is
+    not known: the matches are drawn in one colour, with the way they came.
     """
     height, width = matches.reference.shape
     gap = round(width * 0.015)
@@ -65,20 +68,27 @@ def matches_svg(matches: PairMatches) -> str:
         index = np.flatnonzero(matches.visible.numpy())
         colour = [ERROR_CLASSES[c][1] for c in _classes(matches.error_px.numpy()[index])]
         origin = matches.true_uv.numpy()
-        order = np.argsort(matches.error_px.numpy()[index], kind="stable")  # the worst on top
+        order = np.argsort(matches.error_px.numpy()[index], kind='stable')  # the worst on top
     else:
         index = np.flatnonzero(np.isfinite(uv).all(-1))
         colour, origin, order = [NEUTRAL] * len(index), queries, np.arange(len(index))
     left, right = [], []
     for k in order:
         i, c = index[k], colour[k]
-        left.append(f'<circle cx="{queries[i, 0]:.1f}" cy="{queries[i, 1]:.1f}" r="{radius:.2f}" fill="{c}"/>')
+        left.append(
+            f'<circle cx="{queries[i, 0]:.1f}" cy="{queries[i, 1]:.1f}" r="{radius:.2f}" '
+            f'fill="{c}"/>'
+        )
         if not np.isfinite(uv[i]).all():
             continue
         ends = (*uv[i], *origin[i])
-        right.append('<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" stroke="{}"/>'.format(*ends, c))
-        right.append(f'<circle cx="{uv[i, 0]:.1f}" cy="{uv[i, 1]:.1f}" r="{radius:.2f}" fill="{c}"/>')
-    halves = "".join(
+        right.append(
+            '<line x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}" stroke="{}"/>'.format(*ends, c)
+        )
+        right.append(
+            f'<circle cx="{uv[i, 0]:.1f}" cy="{uv[i, 1]:.1f}" r="{radius:.2f}" fill="{c}"/>'
+        )
+    halves = ''.join(
         f'<svg x="{x}" y="0" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
         f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{_jpeg(image)}"/>'
         f'<g stroke-width="{radius * 0.45:.2f}">{"".join(marks)}</g></svg>'
@@ -88,77 +98,116 @@ def matches_svg(matches: PairMatches) -> str:
 
 
 def trajectory_svg(trajectory: TrajectoryAccuracy) -> str:
-    """The aligned path over the true one, seen along the axis of least extent, and the error along the way."""
+    """
+    Return the aligned path over the true one, and the error along the way.
+
+    The paths are seen along the axis of least extent.
+    """
     truth, estimate = trajectory.truth, trajectory.estimate
     first, second = sorted(np.argsort(np.ptp(truth, axis=0))[1:])
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+        figure = Figure(figsize=(9.6, 4.2), layout='constrained')
         path, error = figure.subplots(1, 2, width_ratios=(3, 2))
-        path.plot(truth[:, first], truth[:, second], color=GREY, linewidth=2.5, label="ground truth")
-        path.plot(estimate[:, first], estimate[:, second], color=BLUE, linewidth=1.3, label="estimate, aligned")
-        path.plot(*truth[0, [first, second]], "o", color=GREY, markersize=6, label="start")
-        path.set_aspect("equal", adjustable="datalim")
-        path.set(xlabel=f"{'xyz'[first]}, m", ylabel=f"{'xyz'[second]}, m", title="Path in its two longest axes")
-        path.legend(loc="best")
+        path.plot(
+            truth[:, first], truth[:, second], color=GREY, linewidth=2.5, label='ground truth'
+        )
+        path.plot(
+            estimate[:, first],
+            estimate[:, second],
+            color=BLUE,
+            linewidth=1.3,
+            label='estimate, aligned',
+        )
+        path.plot(*truth[0, [first, second]], 'o', color=GREY, markersize=6, label='start')
+        path.set_aspect('equal', adjustable='datalim')
+        path.set(
+            xlabel=f'{"xyz"[first]}, m',
+            ylabel=f'{"xyz"[second]}, m',
+            title='Path in its two longest axes',
+        )
+        path.legend(loc='best')
         distance = 100 * np.linalg.norm(estimate - truth, axis=1)
         error.plot(distance, color=BLUE, linewidth=1.3)
-        error.axhline(100 * (trajectory.ate_m or 0.0), color=GREY, linewidth=1, linestyle="--")
-        error.set(xlabel="pose", ylabel="cm", title="Position error (dashed: RMSE)", ylim=(0, None))
-        return _svg(figure, "trajectory")
+        error.axhline(100 * (trajectory.ate_m or 0.0), color=GREY, linewidth=1, linestyle='--')
+        error.set(
+            xlabel='pose', ylabel='cm', title='Position error (dashed: RMSE)', ylim=(0, None)
+        )
+        return _svg(figure, 'trajectory')
 
 
 def learning_svg(loss: Sequence[tuple[int, float]], events: Sequence[Event]) -> str:
     """Loss over gradient steps, with the gate's verdicts and rollbacks where they fell."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+        figure = Figure(figsize=(9.6, 3.4), layout='constrained')
         axes = figure.subplots()
         if loss:
             steps, values = np.asarray(loss, np.float64).T
             axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.35)
-            axes.plot(steps, _running_median(values), color=BLUE, linewidth=1.8, label="loss, running median")
+            axes.plot(
+                steps,
+                _running_median(values),
+                color=BLUE,
+                linewidth=1.8,
+                label='loss, running median',
+            )
             finite = values[np.isfinite(values)]
             low, high = np.percentile(finite, (5, 95)) if len(finite) else (0, 0)
             if finite.min(initial=1.0) > 0 and high > 20 * low:
-                axes.set_yscale("log")
+                axes.set_yscale('log')
         edge = axes.get_xaxis_transform()
-        looks = {"promoted": (GREEN, "-"), "rollback": (RED, "--"), "refused": (GREY, ":")}
+        looks = {'promoted': (GREEN, '-'), 'rollback': (RED, '--'), 'refused': (GREY, ':')}
         for kind, (colour, line) in looks.items():
             marks = [event for event in events if event.kind == kind]
             for k, event in enumerate(marks):
                 axes.axvline(
-                    event.step, color=colour, linestyle=line, linewidth=1.3, alpha=0.8, label=None if k else kind
+                    event.step, color=colour, linestyle=line, linewidth=1.3, alpha=0.8,
+                    label=None if k else kind,
                 )
-                if event.version is not None and kind != "refused" and len(marks) <= 15:
+                if event.version is not None and kind != 'refused' and len(marks) <= 15:
                     axes.text(
-                        event.step, 1.0, f"v{event.version}", color=colour, transform=edge, va="bottom", ha="center"
+                        event.step, 1.0, f'v{event.version}', color=colour, transform=edge,
+                        va='bottom', ha='center',
                     )
-        axes.set(xlabel="gradient step", ylabel="loss")
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-        return _svg(figure, "learning")
+        axes.set(xlabel='gradient step', ylabel='loss')
+        axes.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0))
+        return _svg(figure, 'learning')
 
 
 def _classes(error: np.ndarray) -> np.ndarray:
-    return np.searchsorted([limit for limit, *_ in ERROR_CLASSES[:-1]], error, side="left")
+    return np.searchsorted([limit for limit, *_ in ERROR_CLASSES[:-1]], error, side='left')
 
 
 def _running_median(values: np.ndarray) -> np.ndarray:
     half = max(len(values) // 40, 1)
-    return np.array([np.median(values[max(k - half, 0) : k + half + 1]) for k in range(len(values))])
+    return np.array(
+        [np.median(values[max(k - half, 0):k + half + 1]) for k in range(len(values))]
+    )
 
 
 def _jpeg(image: np.ndarray) -> str:
-    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
+    data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 80])[1]
     return base64.b64encode(data.tobytes()).decode()
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """A figure as an SVG element for inclusion in HTML: no prolog, no namespaces, the page's text colour."""
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # the ids of two figures on one page must differ
+    """
+    Return a figure as an SVG element for inclusion in HTML.
+
+    No prolog, no namespaces, the page's text colour.
+    """
+    # the ids of two figures on one page must differ
+    with matplotlib.rc_context({'svg.hashsalt': name}):
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True)
+        figure.savefig(buffer, format='svg', transparent=True)
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
-    svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" ', r"<svg \1", svg, count=1)
-    return svg.replace(INK, "currentColor").replace("<svg ", '<svg class="plot" role="img" ', 1).replace("xlink:", "")
+    svg = svg[svg.index('<svg'):]
+    svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', '', svg)
+    svg = re.sub(
+        r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*" ', r'<svg \1', svg, count=1
+    )
+    return (
+        svg.replace(INK, 'currentColor')
+        .replace('<svg ', '<svg class="plot" role="img" ', 1)
+        .replace('xlink:', '')
+    )

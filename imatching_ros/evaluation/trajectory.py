@@ -1,13 +1,17 @@
-"""Absolute trajectory error after Sim(3) alignment: monocular scale, orientation and origin are arbitrary."""
+"""
+Absolute trajectory error after Sim(3) alignment.
+
+Monocular scale, orientation and origin are arbitrary.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from evo.core.geometry import GeometryException
 from evo.core.metrics import APE, PoseRelation, StatisticsType
 from evo.core.trajectory import PosePath3D
+import numpy as np
 
 TOLERANCE_NS = 10_000_000  # a third of a frame at 30 Hz: never the neighbouring frame's pose
 
@@ -20,20 +24,29 @@ class TrajectoryAccuracy:
     path_m: float | None  #: length of the true path through the matched stamps, metres
     ate_percent: float | None  #: 100 ate_m / path_m
     poses: int  #: estimated poses that have a true one
-    estimate: np.ndarray  #: (poses, 3) aligned positions, metres; empty where alignment is impossible
+    #: (poses, 3) aligned positions, metres; empty where alignment is impossible
+    estimate: np.ndarray
     truth: np.ndarray  #: (poses, 3) true positions of the same stamps, metres
 
 
-def associate(stamps: np.ndarray, others: np.ndarray, tolerance_ns: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices into ``stamps`` (N,) and ``others`` (M,), int64 ns, of stamps that are nearest and within tolerance."""
+def associate(
+    stamps: np.ndarray, others: np.ndarray, tolerance_ns: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Return indices into ``stamps`` (N,) and ``others`` (M,), int64 ns.
+
+    They are those of stamps that are nearest and within tolerance.
+    """
     stamps, others = np.asarray(stamps, np.int64), np.asarray(others, np.int64)
     if not len(stamps) or not len(others):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    order = np.argsort(others, kind="stable")
+    order = np.argsort(others, kind='stable')
     ordered = others[order]
     after = np.searchsorted(ordered, stamps).clip(0, len(others) - 1)
     before = (after - 1).clip(0)
-    nearest = np.where(np.abs(ordered[before] - stamps) <= np.abs(ordered[after] - stamps), before, after)
+    nearest = np.where(
+        np.abs(ordered[before] - stamps) <= np.abs(ordered[after] - stamps), before, after
+    )
     index = np.flatnonzero(np.abs(ordered[nearest] - stamps) <= tolerance_ns)
     return index, order[nearest[index]]
 
@@ -44,10 +57,14 @@ def trajectory_accuracy(
     ground_truth: tuple[np.ndarray, np.ndarray] | None,
     tolerance_ns: int = TOLERANCE_NS,
 ) -> TrajectoryAccuracy:
-    """The error of poses (N, 7) ``tx ty tz qx qy qz qw`` at ``stamps`` (N,), int64 ns, in order of time.
+    """
+    Return the error of poses (N, 7) ``tx ty tz qx qy qz qw``.
 
-    ``ground_truth`` is (stamps (M,), T_world_camera (M, 7)), or None where the recording has none. Arrays or tensors.
-    Without at least three matched poses on a path that fixes a Sim(3) the error is None.
+    They are at ``stamps`` (N,), int64 ns, in order of time.
+
+    ``ground_truth`` is (stamps (M,), T_world_camera (M, 7)), or None where the recording has none.
+    Arrays or tensors. Without at least three matched poses on a path that fixes a Sim(3) the error
+    is None.
     """
     nothing = np.empty((0, 3))
     if ground_truth is None:
@@ -60,7 +77,7 @@ def trajectory_accuracy(
     path_m = float(truth.path_length)
     try:
         if poses < 3:
-            raise GeometryException("two points do not fix a rotation")
+            raise GeometryException('two points do not fix a rotation')
         estimate.align(truth, correct_scale=True)
     except GeometryException:
         return TrajectoryAccuracy(None, path_m, None, poses, nothing, truth.positions_xyz)
@@ -68,7 +85,9 @@ def trajectory_accuracy(
     metric.process_data((truth, estimate))
     ate_m = float(metric.get_statistic(StatisticsType.rmse))
     percent = 100 * ate_m / path_m if path_m > 0 else None
-    return TrajectoryAccuracy(ate_m, path_m, percent, poses, estimate.positions_xyz, truth.positions_xyz)
+    return TrajectoryAccuracy(
+        ate_m, path_m, percent, poses, estimate.positions_xyz, truth.positions_xyz
+    )
 
 
 def _path(poses: np.ndarray, index: np.ndarray) -> PosePath3D:

@@ -1,16 +1,18 @@
-"""Keyframes, matches, two-view geometries and the solved map in the form that COLMAP reads.
+"""
+Keyframes, matches, two-view geometries and the solved map in the form that COLMAP reads.
 
-The database has the tables that every COLMAP knows; the newer ones of rigs and frames COLMAP adds by itself. In COLMAP
-the upper left corner of the image is (0, 0) and the first pixel's centre (0.5, 0.5), so half a pixel is added here.
+The database has the tables that every COLMAP knows; the newer ones of rigs and frames COLMAP adds
+by itself. In COLMAP the upper left corner of the image is (0, 0) and the first pixel's centre
+(0.5, 0.5), so half a pixel is added here.
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+import os
 from pathlib import Path
+import sqlite3
 
 import cv2
 import numpy as np
@@ -23,7 +25,7 @@ from ..geometry.correspondences import Correspondences
 from ..geometry.two_view import relative_pose
 from ..matching.weights import write
 
-DATABASE, IMAGES, MODEL = "database.db", "images", "sparse"
+DATABASE, IMAGES, MODEL = 'database.db', 'images', 'sparse'
 PAIR = 2**31 - 1  #: COLMAP numbers a pair of images PAIR * first + second
 CALIBRATED = 2  #: COLMAP's mark of a two-view geometry from an essential matrix
 EPIPOLAR_PX = 2.0  #: of an inlier of a two-view geometry
@@ -31,13 +33,18 @@ CENTRE = 0.5
 
 SCHEMA = """
 CREATE TABLE cameras (camera_id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, model INTEGER NOT NULL,
-    width INTEGER NOT NULL, height INTEGER NOT NULL, params BLOB, prior_focal_length INTEGER NOT NULL);
-CREATE TABLE images (image_id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL, name TEXT NOT NULL UNIQUE,
+    width INTEGER NOT NULL, height INTEGER NOT NULL, params BLOB,
+      prior_focal_length INTEGER NOT NULL);
+CREATE TABLE images (image_id INTEGER PRIMARY KEY AUTOINCREMENT NOT NULL,
+  name TEXT NOT NULL UNIQUE,
     camera_id INTEGER NOT NULL, FOREIGN KEY(camera_id) REFERENCES cameras(camera_id));
-CREATE TABLE keypoints (image_id INTEGER PRIMARY KEY NOT NULL, rows INTEGER NOT NULL, cols INTEGER NOT NULL, data BLOB,
+CREATE TABLE keypoints (image_id INTEGER PRIMARY KEY NOT NULL, rows INTEGER NOT NULL,
+  cols INTEGER NOT NULL, data BLOB,
     FOREIGN KEY(image_id) REFERENCES images(image_id) ON DELETE CASCADE);
-CREATE TABLE matches (pair_id INTEGER PRIMARY KEY NOT NULL, rows INTEGER NOT NULL, cols INTEGER NOT NULL, data BLOB);
-CREATE TABLE two_view_geometries (pair_id INTEGER PRIMARY KEY NOT NULL, rows INTEGER NOT NULL, cols INTEGER NOT NULL,
+CREATE TABLE matches (pair_id INTEGER PRIMARY KEY NOT NULL, rows INTEGER NOT NULL,
+  cols INTEGER NOT NULL, data BLOB);
+CREATE TABLE two_view_geometries (pair_id INTEGER PRIMARY KEY NOT NULL, rows INTEGER NOT NULL,
+  cols INTEGER NOT NULL,
     data BLOB, config INTEGER NOT NULL, F BLOB, E BLOB, H BLOB, qvec BLOB, tvec BLOB);
 """
 
@@ -64,8 +71,8 @@ class _Image:
 
 
 def image_name(stamp: int) -> str:
-    """The file of a keyframe in ``images/``."""
-    return f"{stamp}.png"
+    """Return the file of a keyframe in ``images/``."""
+    return f'{stamp}.png'
 
 
 def write_colmap(
@@ -76,37 +83,47 @@ def write_colmap(
     landmarks: Mapping[int, Tensor],
     prune_px: float,
 ) -> Exported:
-    """Writes ``database.db`` and the model ``sparse/`` beside ``images/``, which holds each keyframe as a file already.
+    """
+    Write ``database.db`` and the model ``sparse/`` beside ``images/``.
 
-    ``keyframes`` are the correspondences of each keyframe, in the order of their stamps; ``T_world_camera`` their
-    poses (7,) by stamp, those that have one; ``landmarks`` points (3,) by track. An observation belongs to the model
-    if it reprojects less than ``prune_px`` away, a landmark if two images or more observe it so. Raises ValueError
-    where COLMAP has no model for the camera, FileExistsError where ``folder`` holds a database already.
+    That holds each keyframe as a file already.
+
+    ``keyframes`` are the correspondences of each keyframe, in the order of their stamps;
+    ``T_world_camera`` their poses (7,) by stamp, those that have one; ``landmarks`` points (3,) by
+    track. An observation belongs to the model if it reprojects less than ``prune_px`` away, a
+    landmark if two images or more observe it so. Raises ValueError where COLMAP has no model for
+    the camera, FileExistsError where ``folder`` holds a database already.
     """
     model = camera_model(camera)
     database = folder / DATABASE
     if database.exists():
-        raise FileExistsError(f"{database} exists; choose another folder")
+        raise FileExistsError(f'{database} exists; choose another folder')
     images = _images(keyframes)
     pairs = list(_pairs(keyframes, images))
-    geometries = [geometry for i, j, matches in pairs if (geometry := _two_view(camera, i, j, matches))]
-    part = database.with_suffix(".part")
+    geometries = [
+        geometry for i, j, matches in pairs if (geometry := _two_view(camera, i, j, matches))
+    ]
+    part = database.with_suffix('.part')
     part.unlink(missing_ok=True)
     with sqlite3.connect(part) as connection:
         connection.executescript(SCHEMA)
-        connection.execute("INSERT INTO cameras VALUES (1, ?, ?, ?, ?, 1)", (
+        connection.execute('INSERT INTO cameras VALUES (1, ?, ?, ?, ?, 1)', (
             model[1], camera.width, camera.height, np.array(model[2], np.float64).tobytes()
         ))  # fmt: skip
         for image in images.values():
-            connection.execute("INSERT INTO images VALUES (?, ?, 1)", (image.number, image.name))
+            connection.execute('INSERT INTO images VALUES (?, ?, 1)', (image.number, image.name))
             uv = (image.uv.numpy() + CENTRE).astype(np.float32)
-            connection.execute("INSERT INTO keypoints VALUES (?, ?, 2, ?)", (image.number, len(uv), uv.tobytes()))
+            connection.execute(
+                'INSERT INTO keypoints VALUES (?, ?, 2, ?)', (image.number, len(uv), uv.tobytes())
+            )
         for i, j, matches in pairs:
             connection.execute(
-                "INSERT INTO matches VALUES (?, ?, 2, ?)", (_pair(i, j), len(matches), matches.tobytes())
+                'INSERT INTO matches VALUES (?, ?, 2, ?)',
+                (_pair(i, j), len(matches), matches.tobytes()),
             )
         connection.executemany(
-            "INSERT INTO two_view_geometries VALUES (?, ?, 2, ?, ?, NULL, ?, NULL, ?, ?)", geometries
+            'INSERT INTO two_view_geometries VALUES (?, ?, 2, ?, ?, NULL, ?, NULL, ?, ?)',
+            geometries,
         )
     connection.close()
     os.replace(part, database)
@@ -114,46 +131,57 @@ def write_colmap(
     _write_model(folder, camera, model, images, T_world_camera, points)
     errors = np.concatenate([point.errors for point in points]) if points else np.empty(0)
     return Exported(
-        images=len(images), posed=sum(stamp in T_world_camera for stamp in images), pairs=len(pairs),
+        images=len(images), posed=sum(stamp in T_world_camera for stamp in images),
+        pairs=len(pairs),
         verified=len(geometries), points=len(points), observations=len(errors),
-        error_px=float(np.sqrt(np.mean(errors**2))) if len(errors) else float("nan"),
+        error_px=float(np.sqrt(np.mean(errors**2))) if len(errors) else float('nan'),
     )  # fmt: skip
 
 
 def camera_model(camera: Camera) -> tuple[str, int, list[float]]:
-    """COLMAP's name, number and parameters of the camera. Raises ValueError where it has no such model."""
+    """
+    Return COLMAP's name, number and parameters of the camera.
+
+    Raises ValueError where it has no such model.
+    """
     pinhole = [camera.fx, camera.fy, camera.cx + CENTRE, camera.cy + CENTRE]
     d = list(camera.distortion)
-    if camera.distortion_model == "none":
-        return "PINHOLE", 1, pinhole
-    if camera.distortion_model == "equidistant":
-        return "OPENCV_FISHEYE", 5, pinhole + d
+    if camera.distortion_model == 'none':
+        return 'PINHOLE', 1, pinhole
+    if camera.distortion_model == 'equidistant':
+        return 'OPENCV_FISHEYE', 5, pinhole + d
     if any(d[8:]):
-        raise ValueError("COLMAP has no camera model with thin prism distortion; rectify the images first")
+        raise ValueError(
+            'COLMAP has no camera model with thin prism distortion; rectify the images first'
+        )
     if not any(d[4:]):
-        return "OPENCV", 4, pinhole + d[:4]
-    return "FULL_OPENCV", 6, pinhole + (d + [0.0] * 4)[:8]
+        return 'OPENCV', 4, pinhole + d[:4]
+    return 'FULL_OPENCV', 6, pinhole + (d + [0.0] * 4)[:8]
 
 
 def _images(keyframes: Sequence[Correspondences]) -> dict[int, _Image]:
-    """Each keyframe's points, one for each track, by stamp.
+    """
+    Each keyframe's points, one for each track, by stamp.
 
-    Where a later keyframe was matched against this one, its reference points are this one's keypoints; the other
-    tracks are where the most certain of its own rows has them.
+    Where a later keyframe was matched against this one, its reference points are this one's
+    keypoints; the other tracks are where the most certain of its own rows has them.
     """
     found: dict[int, dict[int, Tensor]] = {message.stamp: {} for message in keyframes}
     for message in keyframes:
         for row in torch.argsort(message.cov[:, 0] + message.cov[:, 2], descending=True).tolist():
             found[message.stamp][int(message.track[row])] = message.uv[row]
     for message in keyframes:
-        references = zip(message.ref_stamp.tolist(), message.track.tolist(), message.ref_uv, strict=True)
+        references = zip(
+            message.ref_stamp.tolist(), message.track.tolist(), message.ref_uv, strict=True
+        )
         for stamp, track, uv in references:
             if stamp in found:
                 found[stamp][track] = uv
     return {
         stamp: _Image(
             number, image_name(stamp), {track: place for place, track in enumerate(points)},
-            torch.stack(list(points.values())).double() if points else torch.empty(0, 2, dtype=torch.float64),
+            torch.stack(list(points.values())).double() if points
+            else torch.empty(0, 2, dtype=torch.float64),
         )
         for number, (stamp, points) in enumerate(found.items(), 1)
     }  # fmt: skip
@@ -168,7 +196,10 @@ def _pairs(
             if stamp in images:
                 i, j = images[stamp], images[message.stamp]
                 tracks = message.track[message.ref_stamp == stamp].tolist()
-                yield i, j, np.array([(i.place[track], j.place[track]) for track in tracks], np.uint32)
+                yield (
+                    i, j,
+                    np.array([(i.place[track], j.place[track]) for track in tracks], np.uint32),
+                )
 
 
 def _pair(i: _Image, j: _Image) -> int:
@@ -176,10 +207,11 @@ def _pair(i: _Image, j: _Image) -> int:
 
 
 def _two_view(camera: Camera, i: _Image, j: _Image, matches: np.ndarray) -> tuple | None:
-    """A row of two_view_geometries, or None where the pair has none."""
+    """Return a row of two_view_geometries, or None where the pair has none."""
     rows = torch.from_numpy(matches.astype(np.int64))
     found = relative_pose(
-        camera.normalise(i.uv[rows[:, 0]]), camera.normalise(j.uv[rows[:, 1]]), EPIPOLAR_PX, camera.focal
+        camera.normalise(i.uv[rows[:, 0]]), camera.normalise(j.uv[rows[:, 1]]), EPIPOLAR_PX,
+        camera.focal,
     )
     if found is None:
         return None
@@ -189,7 +221,8 @@ def _two_view(camera: Camera, i: _Image, j: _Image, matches: np.ndarray) -> tupl
     kept = matches[inliers.numpy()]
     return (
         _pair(i, j), len(kept), kept.tobytes(), CALIBRATED,
-        E.contiguous().numpy().tobytes(), T[[6, 3, 4, 5]].numpy().tobytes(), T[:3].contiguous().numpy().tobytes(),
+        E.contiguous().numpy().tobytes(), T[[6, 3, 4, 5]].numpy().tobytes(),
+        T[:3].contiguous().numpy().tobytes(),
     )  # fmt: skip
 
 
@@ -208,21 +241,27 @@ def _points(
     landmarks: Mapping[int, Tensor],
     prune_px: float,
 ) -> list[_Point]:
-    """The landmarks that two images or more observe."""
+    """Return the landmarks that two images or more observe."""
     seen: dict[int, list[tuple[int, int, float]]] = {}
     for stamp, image in images.items():
         tracks = [track for track in image.place if track in landmarks]
         if stamp not in T_world_camera or not tracks:
             continue
-        local = lie.act(lie.inverse(T_world_camera[stamp]), torch.stack([landmarks[track] for track in tracks]))
+        local = lie.act(
+            lie.inverse(T_world_camera[stamp]), torch.stack([landmarks[track] for track in tracks])
+        )
         places = [image.place[track] for track in tracks]
         error = (camera.project(local[:, :2] / local[:, 2:]) - image.uv[places]).norm(dim=-1)
         good = (local[:, 2] > 0) & (error < prune_px)
-        for track, place, one, keep in zip(tracks, places, error.tolist(), good.tolist(), strict=True):
+        for track, place, one, keep in zip(
+            tracks, places, error.tolist(), good.tolist(), strict=True
+        ):
             if keep:
                 seen.setdefault(track, []).append((stamp, place, one))
     return [
-        _Point(track, landmarks[track], [one[:2] for one in rows], np.array([one[2] for one in rows]))
+        _Point(
+            track, landmarks[track], [one[:2] for one in rows], np.array([one[2] for one in rows])
+        )
         for track, rows in sorted(seen.items())
         if len(rows) > 1
     ]
@@ -238,25 +277,39 @@ def _write_model(
 ) -> None:
     """cameras.txt, images.txt and points3D.txt."""
     name, _, parameters = model
-    lines = ["# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]"]
-    lines.append(f"1 {name} {camera.width} {camera.height} " + " ".join(f"{value:.12g}" for value in parameters))
-    _write_lines(folder / MODEL / "cameras.txt", lines)
+    lines = ['# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]']
+    lines.append(
+        f'1 {name} {camera.width} {camera.height} '
+        + ' '.join(f'{value:.12g}' for value in parameters)
+    )
+    _write_lines(folder / MODEL / 'cameras.txt', lines)
 
     belongs: dict[tuple[int, int], int] = {}
     for k, point in enumerate(points, 1):
         for stamp, place in point.seen:
             belongs[stamp, place] = k
-    lines = ["# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME", "# POINTS2D[] as (X, Y, POINT3D_ID)"]
+    lines = [
+        '# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME',
+        '# POINTS2D[] as (X, Y, POINT3D_ID)',
+    ]
     for stamp, image in images.items():
         if stamp in T_world_camera:
             T = lie.inverse(T_world_camera[stamp])[[6, 3, 4, 5, 0, 1, 2]]
-            lines.append(f"{image.number} " + " ".join(f"{value:.15g}" for value in T.tolist()) + f" 1 {image.name}")
+            lines.append(
+                f'{image.number} '
+                + ' '.join(f'{value:.15g}' for value in T.tolist())
+                + f' 1 {image.name}'
+            )
             rows = enumerate((image.uv + CENTRE).tolist())
-            lines.append(" ".join(f"{x:.6f} {y:.6f} {belongs.get((stamp, place), -1)}" for place, (x, y) in rows))
-    _write_lines(folder / MODEL / "images.txt", lines)
+            lines.append(
+                ' '.join(
+                    f'{x:.6f} {y:.6f} {belongs.get((stamp, place), -1)}' for place, (x, y) in rows
+                )
+            )
+    _write_lines(folder / MODEL / 'images.txt', lines)
 
     grey: dict[int, np.ndarray] = {}
-    lines = ["# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)"]
+    lines = ['# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] as (IMAGE_ID, POINT2D_IDX)']
     for k, point in enumerate(points, 1):
         stamp, place = point.seen[0]
         if stamp not in grey:
@@ -264,12 +317,12 @@ def _write_model(
             at = images[stamp].uv.round().long().clamp_min(0).numpy()
             height, width = picture.shape
             grey[stamp] = picture[at[:, 1].clip(max=height - 1), at[:, 0].clip(max=width - 1)]
-        colour = " ".join([str(grey[stamp][place])] * 3)
-        track = " ".join(f"{images[stamp].number} {place}" for stamp, place in point.seen)
-        xyz = " ".join(f"{value:.12g}" for value in point.xyz.tolist())
-        lines.append(f"{k} {xyz} {colour} {point.errors.mean():.6f} {track}")
-    _write_lines(folder / MODEL / "points3D.txt", lines)
+        colour = ' '.join([str(grey[stamp][place])] * 3)
+        track = ' '.join(f'{images[stamp].number} {place}' for stamp, place in point.seen)
+        xyz = ' '.join(f'{value:.12g}' for value in point.xyz.tolist())
+        lines.append(f'{k} {xyz} {colour} {point.errors.mean():.6f} {track}')
+    _write_lines(folder / MODEL / 'points3D.txt', lines)
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    write(path, ("\n".join(lines) + "\n").encode())
+    write(path, ('\n'.join(lines) + '\n').encode())

@@ -1,20 +1,23 @@
-"""RTAB-Map's Python detector and matcher (``PyDetector/Path`` and ``PyMatcher/Path``): give both this file.
+"""
+RTAB-Map's Python detector and matcher (``PyDetector/Path`` and ``PyMatcher/Path``).
 
-RTAB-Map shows images to its detector, and key points with descriptors, but no images, to its matcher. So the features
-of the last images are kept here, and found again by their descriptors. Pairs of images that are no longer kept, such as
-loop closures, are matched by the descriptors themselves. It imports this file by its name, as a module of its own.
+Give both this file.
+
+RTAB-Map shows images to its detector, and key points with descriptors, but no images, to its
+matcher. So the features of the last images are kept here, and found again by their descriptors.
+Pairs of images that are no longer kept, such as loop closures, are matched by the descriptors
+themselves. It imports this file by its name, as a module of its own.
 """
 
 from collections import deque
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect as corners
 from imatching_ros.matching.expectation import COARSE, ExpectationMatcher, Features
-from imatching_ros.matching.tracker import TrackerOptions, round_trip
+from imatching_ros.matching.tracker import round_trip, TrackerOptions
+import numpy as np
+import torch
 
 POINTS = 1000  #: of an image at most; RTAB-Map keeps Vis/MaxFeatures of them
 KEPT = 50  #: images
@@ -33,19 +36,30 @@ _images: deque[_Image] = deque(maxlen=KEPT)
 
 
 def init(*given) -> None:
-    """PyDetector gives (cuda), PyMatcher (dimension, threshold, iterations, cuda, model); model may be a file."""
+    """
+    Load the matcher.
+
+    PyDetector gives (cuda), PyMatcher (dimension, threshold, iterations, cuda, model); model may
+    be a file.
+    """
     global _matcher
-    cuda, model = (given[0], "") if len(given) == 1 else given[3:]
-    if _matcher is None or model.endswith(".safetensors"):
-        _matcher, _ = weights.load(model if model.endswith(".safetensors") else weights.default_path())
-        _matcher.eval().to("cuda" if cuda and torch.cuda.is_available() else "cpu")
+    cuda, model = (given[0], '') if len(given) == 1 else given[3:]
+    if _matcher is None or model.endswith('.safetensors'):
+        _matcher, _ = weights.load(
+            model if model.endswith('.safetensors') else weights.default_path()
+        )
+        _matcher.eval().to('cuda' if cuda and torch.cuda.is_available() else 'cpu')
         for image in _images:
             image.features = _encode(image.pixels)
 
 
 @torch.no_grad()
 def detect(image) -> tuple[np.ndarray, np.ndarray]:
-    """Key points (N, 3) float32, x y response, and descriptors (N, 64) float32 of an image (H, W) uint8."""
+    """
+    Return key points and descriptors (N, 64) float32 of an image (H, W) uint8.
+
+    Key points are (N, 3) float32, x y response.
+    """
     image = np.array(image)  # RTAB-Map's own memory ends with this call
     uv = corners(image, POINTS)
     pixels = torch.from_numpy(image).float()[None, None] / 255
@@ -58,17 +72,23 @@ def detect(image) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def match(kpts_from, kpts_to, scores_from, scores_to, descriptors_from, descriptors_to, width, height) -> np.ndarray:
+def match(
+    kpts_from, kpts_to, scores_from, scores_to, descriptors_from, descriptors_to, width, height
+) -> np.ndarray:
     """Pairs (M, 2) int64 of key points (N, 2), (K, 2) px: the same point in both images."""
     one, two = _find(descriptors_from), _find(descriptors_to)
     if one is None or two is None:
         closeness = torch.from_numpy(np.array(descriptors_from) @ np.array(descriptors_to).T)
     else:
-        queries, targets = (torch.from_numpy(np.array(points, np.float32)) for points in (kpts_from, kpts_to))
+        queries, targets = (
+            torch.from_numpy(np.array(points, np.float32)) for points in (kpts_from, kpts_to)
+        )
         queries = queries[None].to(one.features.coarse.device)
         found, distance = round_trip(_matcher, one.features, two.features, queries)
         closeness = -torch.cdist(found.uv[0].cpu(), targets)
-        apart = (distance[0].cpu() > TrackerOptions.round_trip_px)[:, None] | (closeness < -PAIR_PX)
+        apart = (distance[0].cpu() > TrackerOptions.round_trip_px)[:, None] | (
+            closeness < -PAIR_PX
+        )
         closeness = closeness.masked_fill(apart, -torch.inf)
     if not closeness.numel():
         return np.empty((0, 2), np.int64)
@@ -83,6 +103,6 @@ def _encode(pixels: torch.Tensor) -> Features:
 
 
 def _find(descriptors) -> _Image | None:
-    """The image that these descriptors, or more, are of."""
+    """Return the image that these descriptors, or more, are of."""
     rows = {row.tobytes() for row in np.array(descriptors, np.float32)}
     return next((image for image in reversed(_images) if rows <= image.rows), None)

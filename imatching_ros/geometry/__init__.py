@@ -1,1 +1,5 @@
-"""Cameras, two-view geometry, pose from points, triangulation. Knows nothing of the other rooms."""
+"""
+Cameras, two-view geometry, pose from points, triangulation.
+
+Knows nothing of the other rooms.
+"""

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 #: Distortion models of sensor_msgs/CameraInfo and the number of coefficients each accepts.
-DISTORTION_MODELS = {"none": (0,), "plumb_bob": (4, 5), "rational_polynomial": (8, 12, 14), "equidistant": (4,)}
+DISTORTION_MODELS = {
+    'none': (0,), 'plumb_bob': (4, 5), 'rational_polynomial': (8, 12, 14), 'equidistant': (4,),
+}
 
 
 @dataclass(frozen=True)
 class Camera:
-    """Intrinsics of one camera. An integer pixel coordinate is a pixel's centre.
+    """
+    Intrinsics of one camera. An integer pixel coordinate is a pixel's centre.
 
     Frames: optical, x right, y down, z forward. ``fx fy cx cy`` in pixels; ``distortion`` in the
     coefficient order of sensor_msgs/CameraInfo (OpenCV's).
@@ -25,37 +28,50 @@ class Camera:
     fy: float
     cx: float
     cy: float
-    distortion_model: str = "none"
+    distortion_model: str = 'none'
     distortion: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("fx", "fy"):
+        for name in ('fx', 'fy'):
             value = getattr(self, name)
-            if not 0.0 < value < float("inf"):
+            if not 0.0 < value < float('inf'):
                 raise ValueError(
-                    f"the camera is not calibrated: {name} is {value:g}, it must be a positive number of pixels; "
-                    "calibrate the camera and publish its camera_info"
+                    f'the camera is not calibrated: {name} is {value:g}, it must be a positive '
+                    'number of pixels; '
+                    'calibrate the camera and publish its camera_info'
                 )
         if self.width <= 0 or self.height <= 0:
-            raise ValueError(f"the camera's image size is {self.width}x{self.height}, it must be positive")
-        if not all(abs(value) < float("inf") for value in (self.cx, self.cy, *self.distortion)):
-            raise ValueError("the camera's principal point and distortion must be finite; calibrate the camera again")
+            raise ValueError(
+                f"the camera's image size is {self.width}x{self.height}, it must be positive"
+            )
+        if not all(abs(value) < float('inf') for value in (self.cx, self.cy, *self.distortion)):
+            raise ValueError(
+                "the camera's principal point and distortion must be finite; calibrate the "
+                'camera again'
+            )
         if self.distortion_model not in DISTORTION_MODELS:
-            known = ", ".join(DISTORTION_MODELS)
-            raise ValueError(f"distortion model '{self.distortion_model}' is not known; use one of {known}")
+            known = ', '.join(DISTORTION_MODELS)
+            raise ValueError(
+                f"distortion model '{self.distortion_model}' is not known; use one of {known}"
+            )
         if len(self.distortion) not in DISTORTION_MODELS[self.distortion_model]:
             raise ValueError(
-                f"distortion model '{self.distortion_model}' takes {DISTORTION_MODELS[self.distortion_model]} "
-                f"coefficients, {len(self.distortion)} were given"
+                f"distortion model '{self.distortion_model}' takes "
+                f'{DISTORTION_MODELS[self.distortion_model]} '
+                f'coefficients, {len(self.distortion)} were given'
             )
         if any(self.distortion[12:]):
-            raise ValueError("a tilted sensor (distortion coefficients 13 and 14) is not supported; calibrate without")
+            raise ValueError(
+                'a tilted sensor (distortion coefficients 13 and 14) is not supported; '
+                'calibrate without'
+            )
 
     @classmethod
     def from_camera_info(
         cls, width: int, height: int, K: list[float], D: list[float], model: str
     ) -> Camera:
-        """The camera of a sensor_msgs/CameraInfo: K is row-major 3x3, D the coefficients.
+        """
+        Return the camera of a sensor_msgs/CameraInfo: K is row-major 3x3, D the coefficients.
 
         All-zero coefficients and an empty model both mean an image without distortion.
         Raises ValueError, one sentence, where the calibration is missing or malformed.
@@ -64,7 +80,7 @@ class Camera:
         distorted = any(value != 0.0 for value in D)
         return cls(
             int(width), int(height), float(K[0]), float(K[4]), float(K[2]), float(K[5]),
-            (model or "plumb_bob") if distorted else "none",
+            (model or 'plumb_bob') if distorted else 'none',
             tuple(D) if distorted else (),
         )  # fmt: skip
 
@@ -74,7 +90,11 @@ class Camera:
         return 0.5 * (self.fx + self.fy)
 
     def scaled(self, sx: float, sy: float) -> Camera:
-        """The same camera for an image resized by ``sx``, ``sy`` (pixel centres stay at integers)."""
+        """
+        Return the same camera for an image resized by ``sx``, ``sy``.
+
+        Pixel centres stay at integers.
+        """
         return replace(
             self,
             width=round(self.width * sx), height=round(self.height * sy),
@@ -83,7 +103,10 @@ class Camera:
         )  # fmt: skip
 
     def cropped(self, x: int, y: int, width: int, height: int) -> Camera:
-        """The same camera for the window of the image whose first pixel is (x, y); all zero: the whole image.
+        """
+        Return the same camera for the window of the image whose first pixel is (x, y).
+
+        All zero: the whole image.
 
         Raises ValueError where the window leaves the image.
         """
@@ -92,27 +115,34 @@ class Camera:
         width, height = width or self.width - x, height or self.height - y
         if x + width > self.width or y + height > self.height:
             raise ValueError(
-                f"the region of interest {width}x{height} at ({x}, {y}) leaves the camera's {self.width}x{self.height}"
+                f"the region of interest {width}x{height} at ({x}, {y}) leaves the camera's "
+                f'{self.width}x{self.height}'
             )
         return replace(self, width=width, height=height, cx=self.cx - x, cy=self.cy - y)
 
     def binned(self, x: int, y: int) -> Camera:
-        """The same camera for an image whose every pixel is the mean of ``x`` times ``y`` pixels.
+        """
+        Return the same camera for a binned image.
 
-        The new pixel u covers the old ones from x u to x u + x - 1, so its centre lies at x u + (x - 1) / 2: therefore
-        cx' = (cx + 0.5) / x - 0.5, which image_geometry's cx / x misses by up to half a pixel.
+        Each pixel of it is the mean of ``x`` times ``y`` pixels.
+
+        The new pixel u covers the old ones from x u to x u + x - 1, so its centre lies at x u + (x
+        - 1) / 2: therefore cx' = (cx + 0.5) / x - 0.5, which image_geometry's cx / x misses by up
+        to half a pixel.
         """
         if x == y == 1:
             return self
         return replace(self.scaled(1 / x, 1 / y), width=self.width // x, height=self.height // y)
 
     def normalise(self, uv: Tensor) -> Tensor:
-        """Pixels (..., 2) to undistorted coordinates on the plane z = 1 (..., 2). Differentiable.
+        """
+        Pixels (..., 2) to undistorted coordinates on the plane z = 1 (..., 2). Differentiable.
 
-        NaN where the distortion model cannot produce the pixel, as far outside what was calibrated it may not.
+        NaN where the distortion model cannot produce the pixel, as far outside what was calibrated
+        it may not.
         """
         distorted = (uv - uv.new_tensor([self.cx, self.cy])) / uv.new_tensor([self.fx, self.fy])
-        if self.distortion_model == "none":
+        if self.distortion_model == 'none':
             return distorted
         with torch.no_grad():
             xy = self._undistorted_guess(distorted)
@@ -121,54 +151,81 @@ class Camera:
                 xy = xy - _solve2(jacobian, value - distorted)
             value, jacobian = self._distort_with_jacobian(xy)
             valid = ((value - distorted).norm(dim=-1) < 1e-3) & (torch.linalg.det(jacobian) > 0)
-            xy = torch.where(valid[..., None], xy, 0.0)  # a NaN here would reach the gradient of the others' sum
-        # One more step of Newton's method, from the solution: by the implicit function theorem all of its gradient.
+            # a NaN here would reach the gradient of the others' sum
+            xy = torch.where(valid[..., None], xy, 0.0)
+        # One more step of Newton's method, from the solution: by the implicit function theorem all
+        # of its gradient.
         value, jacobian = self._distort_with_jacobian(xy)
-        return torch.where(valid[..., None], xy - _solve2(jacobian.detach(), value.detach() - distorted), torch.nan)
+        return torch.where(
+            valid[..., None],
+            xy - _solve2(jacobian.detach(), value.detach() - distorted),
+            torch.nan,
+        )
 
     def _undistorted_guess(self, distorted: Tensor) -> Tensor:
-        if self.distortion_model != "equidistant":
+        if self.distortion_model != 'equidistant':
             return distorted
-        # Towards 90 degrees the plane z = 1 recedes to infinity: solve for the angle, which stays small.
+        # Towards 90 degrees the plane z = 1 recedes to infinity: solve for the angle, which stays
+        # small.
         k1, k2, k3, k4 = self.distortion
         theta_d = distorted.norm(dim=-1, keepdim=True)
         theta = theta_d.clamp_max(1.5)
         for _ in range(12):
             t2 = theta * theta
             value = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4)))) - theta_d
-            theta = theta - value / (1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4))))
+            theta = theta - value / (
+                1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4)))
+            )
         theta = torch.where((theta >= 0) & (theta < 1.55), theta, torch.nan)
-        return distorted * torch.where(theta_d > 1e-8, torch.tan(theta) / theta_d.clamp_min(1e-8), 1.0)
+        return distorted * torch.where(
+            theta_d > 1e-8, torch.tan(theta) / theta_d.clamp_min(1e-8), 1.0
+        )
 
     def project(self, xy: Tensor) -> Tensor:
-        """Undistorted coordinates on the plane z = 1 (..., 2) to pixels (..., 2). Differentiable."""
-        return self._distort(xy) * xy.new_tensor([self.fx, self.fy]) + xy.new_tensor([self.cx, self.cy])
+        """
+        Undistorted coordinates on the plane z = 1 (..., 2) to pixels (..., 2).
+
+        Differentiable.
+        """
+        return self._distort(xy) * xy.new_tensor([self.fx, self.fy]) + xy.new_tensor(
+            [self.cx, self.cy]
+        )
 
     def undistorted_covariance(self, xy: Tensor, cov: Tensor) -> Tensor:
-        """Covariances (..., 3) of raw pixels as those of the undistorted pixels ``(fx x, fy y)``: uu, uv, vv, px^2.
+        """
+        Covariances (..., 3) of raw pixels as those of the undistorted pixels ``(fx x, fy y)``.
+
+        Uu, uv, vv, px^2.
 
         xy: (..., 2) the undistorted points, on the plane z = 1.
         """
-        if self.distortion_model == "none":
+        if self.distortion_model == 'none':
             return cov
-        # Raw pixels are f * distort(xy), so undistorted ones move by F J^-1 F^-1 of a raw pixel's movement.
+        # Raw pixels are f * distort(xy), so undistorted ones move by F J^-1 F^-1 of a raw pixel's
+        # movement.
         focal = xy.new_tensor([self.fx, self.fy])
         jacobian = self._distort_with_jacobian(xy)[1] * focal[:, None] / focal
         inverse = torch.linalg.inv_ex(jacobian)[0]
-        full = torch.stack((cov[..., 0], cov[..., 1], cov[..., 1], cov[..., 2]), -1).unflatten(-1, (2, 2))
+        full = torch.stack((cov[..., 0], cov[..., 1], cov[..., 1], cov[..., 2]), -1).unflatten(
+            -1, (2, 2)
+        )
         full = inverse @ full @ inverse.mT
         return torch.stack((full[..., 0, 0], full[..., 0, 1], full[..., 1, 1]), -1)
 
     def _distort(self, xy: Tensor) -> Tensor:
-        if self.distortion_model == "none":
+        if self.distortion_model == 'none':
             return xy
         return self._distort_with_jacobian(xy)[0]
 
     def _distort_with_jacobian(self, xy: Tensor) -> tuple[Tensor, Tensor]:
-        """Distorted coordinates (..., 2) and their 2x2 Jacobian (..., 2, 2) (OpenCV's formulas)."""
+        """
+        Return distorted coordinates (..., 2) and their 2x2 Jacobian (..., 2, 2).
+
+        The formulas are OpenCV's.
+        """
         x, y = xy.unbind(-1)
         r2 = x * x + y * y
-        if self.distortion_model == "equidistant":
+        if self.distortion_model == 'equidistant':
             k1, k2, k3, k4 = self.distortion
             r = r2.clamp_min(1e-16).sqrt()
             theta = torch.atan(r)
@@ -177,18 +234,28 @@ class Camera:
             d_theta = 1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4)))
             scale = theta_d / r
             # d scale / d r2 = (d theta_d / dr * r - theta_d) / r^2 / (2 r)
-            slope = torch.where(r2 < 1e-12, torch.zeros_like(r), (d_theta / (1 + r2) * r - theta_d) / (2 * r2 * r))
+            slope = torch.where(
+                r2 < 1e-12, torch.zeros_like(r), (d_theta / (1 + r2) * r - theta_d) / (2 * r2 * r)
+            )
             tx = ty = dtx_x = dtx_y = dty_x = dty_y = torch.zeros_like(x)
         else:
-            k1, k2, p1, p2, k3, k4, k5, k6, s1, s2, s3, s4 = (*self.distortion[:12], *[0.0] * 12)[:12]
+            k1, k2, p1, p2, k3, k4, k5, k6, s1, s2, s3, s4 = (*self.distortion[:12], *[0.0] * 12)[
+                :12
+            ]
             top, d_top = 1 + r2 * (k1 + r2 * (k2 + r2 * k3)), k1 + r2 * (2 * k2 + r2 * 3 * k3)
             low, d_low = 1 + r2 * (k4 + r2 * (k5 + r2 * k6)), k4 + r2 * (2 * k5 + r2 * 3 * k6)
             scale, slope = top / low, (d_top * low - top * d_low) / (low * low)
             tx = 2 * p1 * x * y + p2 * (r2 + 2 * x * x) + r2 * (s1 + r2 * s2)
             ty = p1 * (r2 + 2 * y * y) + 2 * p2 * x * y + r2 * (s3 + r2 * s4)
             dsx, dsy = s1 + 2 * r2 * s2, s3 + 2 * r2 * s4
-            dtx_x, dtx_y = 2 * p1 * y + 6 * p2 * x + 2 * x * dsx, 2 * p1 * x + 2 * p2 * y + 2 * y * dsx
-            dty_x, dty_y = 2 * p1 * x + 2 * p2 * y + 2 * x * dsy, 6 * p1 * y + 2 * p2 * x + 2 * y * dsy
+            dtx_x, dtx_y = (
+                2 * p1 * y + 6 * p2 * x + 2 * x * dsx,
+                2 * p1 * x + 2 * p2 * y + 2 * y * dsx,
+            )
+            dty_x, dty_y = (
+                2 * p1 * x + 2 * p2 * y + 2 * x * dsy,
+                6 * p1 * y + 2 * p2 * x + 2 * y * dsy,
+            )
         value = torch.stack((x * scale + tx, y * scale + ty), -1)
         jacobian = torch.stack(
             (
@@ -204,4 +271,7 @@ def _solve2(A: Tensor, b: Tensor) -> Tensor:
     """A^-1 b for (..., 2, 2) and (..., 2); not finite where A is singular."""
     (a00, a01), (a10, a11) = (row.unbind(-1) for row in A.unbind(-2))
     b0, b1 = b.unbind(-1)
-    return torch.stack((a11 * b0 - a01 * b1, a00 * b1 - a10 * b0), -1) / (a00 * a11 - a01 * a10)[..., None]
+    return (
+        torch.stack((a11 * b0 - a01 * b1, a00 * b1 - a10 * b0), -1)
+        / (a00 * a11 - a01 * a10)[..., None]
+    )

@@ -1,4 +1,8 @@
-"""What one image says of its past keyframes: the rows that travel from matcher to bundle and learner."""
+"""
+What one image says of its past keyframes.
+
+The rows that travel from matcher to bundle and learner.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Correspondences:
-    """Point correspondences of one image j with its past keyframes i (paper, equation 2).
+    """
+    Point correspondences of one image j with its past keyframes i (paper, equation 2).
 
     One row is one pair (u_i, u_j). A track is one physical point: its rows in different images
     share an id. Several rows of one image may carry the same track, one for each past keyframe

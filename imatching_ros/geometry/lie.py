@@ -1,4 +1,5 @@
-"""Rigid transforms on plain tensors.
+"""
+Rigid transforms on plain tensors.
 
 A pose is a (..., 7) tensor ``tx ty tz qx qy qz qw``: the storage of ``pypose.SE3``, so that
 ``pypose.SE3(T)`` and ``T.tensor()`` are the whole conversion. ``T_a_b`` takes points of b to a.
@@ -32,8 +33,8 @@ def rotation(q: Tensor) -> Tensor:
     return (products @ _from_products(q.dtype, q.device)).unflatten(-1, (3, 3))
 
 
-#: (16, 9): a rotation matrix is linear in the products of a quaternion's parts. One product instead of thirty small
-#: operations, of which each costs torch more than the arithmetic.
+#: (16, 9): a rotation matrix is linear in the products of a quaternion's parts. One product
+#: instead of thirty small operations, of which each costs torch more than the arithmetic.
 _FROM_PRODUCTS = torch.zeros(4, 4, 3, 3, dtype=torch.float64)
 for _i, _j, _k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)):
     _FROM_PRODUCTS[3, 3, _i, _i] = _FROM_PRODUCTS[_i, _i, _i, _i] = 1
@@ -53,13 +54,18 @@ def from_matrix(Rt: Tensor) -> Tensor:
     """[R | t] (..., 3, 4) as poses (..., 7) with qw >= 0. R must be a rotation."""
     m = Rt[..., :3, :3]
     a, b, c = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
-    # Four ways to write the quaternion, each scaled by one of its components; the largest divides safely.
+    # Four ways to write the quaternion, each scaled by one of its components; the largest divides
+    # safely.
     ways = torch.stack(
         (
-            1 + a - b - c, m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0], m[..., 2, 1] - m[..., 1, 2],
-            m[..., 0, 1] + m[..., 1, 0], 1 - a + b - c, m[..., 1, 2] + m[..., 2, 1], m[..., 0, 2] - m[..., 2, 0],
-            m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1], 1 - a - b + c, m[..., 1, 0] - m[..., 0, 1],
-            m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1], 1 + a + b + c,
+            1 + a - b - c, m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0],
+            m[..., 2, 1] - m[..., 1, 2],
+            m[..., 0, 1] + m[..., 1, 0], 1 - a + b - c, m[..., 1, 2] + m[..., 2, 1],
+            m[..., 0, 2] - m[..., 2, 0],
+            m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1], 1 - a - b + c,
+            m[..., 1, 0] - m[..., 0, 1],
+            m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1],
+            1 + a + b + c,
         ),
         -1,
     ).unflatten(-1, (4, 4))  # fmt: skip
@@ -71,7 +77,11 @@ def from_matrix(Rt: Tensor) -> Tensor:
 
 
 def cross(a: Tensor, b: Tensor) -> Tensor:
-    """a x b, (..., 3), broadcasting (torch.linalg.cross wants equally many dimensions, and copies)."""
+    """
+    Return a x b, (..., 3), broadcasting.
+
+    (torch.linalg.cross wants equally many dimensions, and copies).
+    """
     if a.shape == b.shape:
         return torch.linalg.cross(a, b)
     (ax, ay, az), (bx, by, bz) = a.unbind(-1), b.unbind(-1)
@@ -94,13 +104,13 @@ def rotate(q: Tensor, p: Tensor) -> Tensor:
 
 
 def compose(A: Tensor, B: Tensor) -> Tensor:
-    """A B: first B, then A. (..., 7)."""
+    """Compose A B: first B, then A. (..., 7)."""
     q = multiply(A[..., 3:], B[..., 3:])
     return torch.cat((act(A, B[..., :3]), q / q.norm(dim=-1, keepdim=True)), -1)
 
 
 def inverse(T: Tensor) -> Tensor:
-    """The pose (..., 7) that undoes T."""
+    """Return the pose (..., 7) that undoes T."""
     q = torch.cat((-T[..., 3:6], T[..., 6:]), -1)
     return torch.cat((-rotate(q, T[..., :3]), q), -1)
 
@@ -111,7 +121,8 @@ def act(T: Tensor, p: Tensor) -> Tensor:
 
 
 def retract(T: Tensor, delta: Tensor) -> Tensor:
-    """The pose T (..., 7) moved by delta (..., 6): t + delta[:3], and Exp(delta[3:]) R.
+    """
+    Return the pose T (..., 7) moved by delta (..., 6): t + delta[:3], and Exp(delta[3:]) R.
 
     Both act on the left, that is in the axes of the frame T leads to (the world, for
     ``T_world_camera``), and translation and rotation do not mix. A covariance of delta is
@@ -119,35 +130,50 @@ def retract(T: Tensor, delta: Tensor) -> Tensor:
     """
     half = 0.5 * delta[..., 3:]
     angle = half.norm(dim=-1, keepdim=True)
-    q = multiply(torch.cat((torch.sinc(angle / torch.pi) * half, torch.cos(angle)), -1), T[..., 3:])
+    q = multiply(
+        torch.cat((torch.sinc(angle / torch.pi) * half, torch.cos(angle)), -1), T[..., 3:]
+    )
     return torch.cat((T[..., :3] + delta[..., :3], q / q.norm(dim=-1, keepdim=True)), -1)
 
 
 def local(T: Tensor, T_moved: Tensor) -> Tensor:
-    """The delta (..., 6) that :func:`retract` takes from T (..., 7) to T_moved, its rotation the shorter way round."""
+    """
+    Return the delta (..., 6) that :func:`retract` takes from T (..., 7) to T_moved.
+
+    Its rotation the shorter way round.
+    """
     turn = multiply(T_moved[..., 3:], torch.cat((-T[..., 3:6], T[..., 6:]), -1))
     return torch.cat((T_moved[..., :3] - T[..., :3], log(turn)), -1)
 
 
 def log(q: Tensor) -> Tensor:
-    """Unit quaternions (..., 4) as rotation vectors (..., 3) of at most pi."""
+    """Return unit quaternions (..., 4) as rotation vectors (..., 3) of at most pi."""
     q = torch.where(q[..., 3:] < 0, -q, q)
     sine = q[..., :3].norm(dim=-1, keepdim=True)
-    tiny = sine < 1e-150  # the angle's ratio to its sine is then that of the limit, and would be 0 / 0
-    return q[..., :3] * torch.where(tiny, 2.0, 2 * torch.atan2(sine, q[..., 3:]) / torch.where(tiny, 1.0, sine))
+    # the angle's ratio to its sine is then that of the limit, and would be 0 / 0
+    tiny = sine < 1e-150
+    return q[..., :3] * torch.where(
+        tiny, 2.0, 2 * torch.atan2(sine, q[..., 3:]) / torch.where(tiny, 1.0, sine)
+    )
 
 
 def left_jacobian_inverse(phi: Tensor) -> Tensor:
-    """(..., 3, 3): how the rotation vector phi (..., 3) of R changes when R becomes Exp(w) R, to first order in w.
+    """
+    Return (..., 3, 3), by which phi (..., 3) changes when R = Exp(phi) becomes Exp(w) R.
 
-    I - [phi]x / 2 + (1 - h cot h) / |phi|^2 [phi]x^2, h = |phi| / 2 (Barfoot, State Estimation for Robotics, 7.1.5).
+    To first order in w.
+
+    I - [phi]x / 2 + (1 - h cot h) / |phi|^2 [phi]x^2, h = |phi| / 2 (Barfoot, State Estimation for
+    Robotics, 7.1.5).
     """
     angle = phi.norm(dim=-1)
     small = angle < 0.05
     safe = torch.where(small, 1.0, angle)
     square = angle.square()
     series = 1 / 12 + square / 720 + square.square() / 30240
-    b = torch.where(small, series, (1 - safe / 2 / torch.tan(safe / 2)) / safe.square())[..., None, None]
+    b = torch.where(small, series, (1 - safe / 2 / torch.tan(safe / 2)) / safe.square())[
+        ..., None, None
+    ]
     x, y, z = phi.unbind(-1)
     zero = torch.zeros_like(x)
     hat = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).unflatten(-1, (3, 3))

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from imatching_ros.geometry import lie
 import torch
 from torch import Tensor
-
-from imatching_ros.geometry import lie
 
 _AT_ONCE = 256  #: tracks whose pairs of views are tried at once
 
 
 def rays(T_world_camera: Tensor, xy: Tensor) -> Tensor:
-    """Unit directions (..., 3), world axes, of image points (..., 2) on the plane z = 1."""
-    direction = lie.rotate(T_world_camera[..., 3:], torch.cat((xy, torch.ones_like(xy[..., :1])), -1))
+    """Return unit directions (..., 3), world axes, of image points (..., 2) on the plane z = 1."""
+    direction = lie.rotate(
+        T_world_camera[..., 3:], torch.cat((xy, torch.ones_like(xy[..., :1])), -1)
+    )
     return direction / direction.norm(dim=-1, keepdim=True)
 
 
 def reproject(T_world_camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Points (..., 3) on the plane z = 1 of cameras (..., 7): coordinates (..., 2) and depth (...).
+    """
+    Points (..., 3) on the plane z = 1 of cameras (..., 7): coordinates (..., 2) and depth (...).
 
     Behind the camera (depth <= 0) the coordinates are not meaningful.
     """
@@ -26,64 +28,95 @@ def reproject(T_world_camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_camera(T_world_camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """R^T (p - c), coordinate by coordinate: several times faster than tensors whose last dimension is 3."""
+    """
+    R^T (p - c), coordinate by coordinate.
+
+    Several times faster than tensors whose last dimension is 3.
+    """
     R, c = lie.rotation(T_world_camera[..., 3:]), T_world_camera[..., :3]
     x, y, z = (points[..., i] - c[..., i] for i in range(3))
     return tuple(R[..., 0, i] * x + R[..., 1, i] * y + R[..., 2, i] * z for i in range(3))
 
 
 def triangulate(T_world_camera: Tensor, xy: Tensor, mask: Tensor, sweeps: int = 3) -> Tensor:
-    """Points that many views see, by the angular error of their rays.
+    """
+    Points that many views see, by the angular error of their rays.
 
-    T_world_camera: (..., V, 7). xy: (..., V, 2) on the plane z = 1. mask: (..., V) bool, views that count.
-    Leading shapes broadcast. Returns (..., 3), NaN where fewer than two views count or all rays are parallel.
-    Weighted midpoint: a ray's distance is divided by the point's distance of the sweep before.
+    T_world_camera: (..., V, 7). xy: (..., V, 2) on the plane z = 1. mask: (..., V) bool, views
+    that count. Leading shapes broadcast. Returns (..., 3), NaN where fewer than two views count or
+    all rays are parallel. Weighted midpoint: a ray's distance is divided by the point's distance
+    of the sweep before.
     """
     direction = rays(T_world_camera, torch.where(mask[..., None], xy, torch.zeros_like(xy)))
     return intersect(T_world_camera[..., :3], direction, mask, sweeps)
 
 
 def intersect(centre: Tensor, direction: Tensor, mask: Tensor, sweeps: int = 3) -> Tensor:
-    """:func:`triangulate` from the rays themselves: centres (..., V, 3) and unit directions (..., V, 3)."""
+    """
+    :func:`triangulate` from the rays themselves.
+
+    Centres (..., V, 3) and unit directions (..., V, 3).
+    """
     weight = mask.to(direction.dtype)
     origin = (centre * weight[..., None]).sum(-2) / weight.sum(-1, keepdim=True).clamp_min(1)
     x, y, z = (centre - origin[..., None, :]).unbind(-1)
     a, b, c = direction.unbind(-1)
     # I - d d^T, the projector onto the plane orthogonal to a ray, and what it makes of the centre.
-    projector = torch.stack((1 - a * a, -a * b, -a * c, 1 - b * b, -b * c, 1 - c * c), -2)  # (..., 6, V)
+    # (..., 6, V)
+    projector = torch.stack((1 - a * a, -a * b, -a * c, 1 - b * b, -b * c, 1 - c * c), -2)
     along = a * x + b * y + c * z
     projected = torch.stack((x - a * along, y - b * along, z - c * along), -2)
     rows = torch.cat((projector, projected), -2)  # (..., 9, V)
     for _ in range(sweeps):
         point = _solve3(*(rows @ weight[..., None]).squeeze(-1).unbind(-1))
-        distance2 = sum((p[..., None] - q).square() for p, q in zip(point.unbind(-1), (x, y, z), strict=True))
+        distance2 = sum(
+            (p[..., None] - q).square() for p, q in zip(point.unbind(-1), (x, y, z), strict=True)
+        )
         weight = mask / distance2.clamp_min(1e-12)
     point = torch.where(mask.sum(-1, keepdim=True) >= 2, point, torch.nan)
     return point + origin
 
 
-def _solve3(xx: Tensor, xy: Tensor, xz: Tensor, yy: Tensor, yz: Tensor, zz: Tensor, *b: Tensor) -> Tensor:
-    """Solve symmetric systems with these elements for b, three of (...), by cofactors: (..., 3); NaN where singular
-    to rounding."""
+def _solve3(
+    xx: Tensor, xy: Tensor, xz: Tensor, yy: Tensor, yz: Tensor, zz: Tensor, *b: Tensor
+) -> Tensor:
+    """
+    Solve symmetric systems with these elements for b, three of (...), by cofactors.
+
+    The solution is (..., 3), NaN where singular to rounding.
+    """
     u, v, w = yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy
     determinant = xx * u + xy * v + xz * w
     size = (xx + yy + zz) / 3
     inverse = torch.where(determinant > 1e-12 * size**3, 1 / determinant, torch.nan)
     q, r, s = xx * zz - xz * xz, xy * xz - xx * yz, xx * yy - xy * xy
-    x, y, z = u * b[0] + v * b[1] + w * b[2], v * b[0] + q * b[1] + r * b[2], w * b[0] + r * b[1] + s * b[2]
+    x, y, z = (
+        u * b[0] + v * b[1] + w * b[2], v * b[0] + q * b[1] + r * b[2],
+        w * b[0] + r * b[1] + s * b[2],
+    )
     return torch.stack((x * inverse, y * inverse, z * inverse), -1)
 
 
 def parallax(T_world_camera: Tensor, xy: Tensor, mask: Tensor) -> Tensor:
-    """The largest angle (...), radians, between any two rays of a point; arguments as in ``triangulate``."""
+    """
+    Return the largest angle (...), radians, between any two rays of a point.
+
+    Arguments as in ``triangulate``.
+    """
     direction = rays(T_world_camera, torch.where(mask[..., None], xy, torch.zeros_like(xy)))
     cosine = direction @ direction.mT
     both = mask[..., :, None] & mask[..., None, :]
     return torch.where(both, cosine, 1.0).flatten(-2).amin(-1).clamp(-1, 1).acos()
 
 
-def inliers_of(points: Tensor, T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float) -> Tensor:
-    """Views (..., V) bool that count, see the point (..., 3) in front and reproject within ``threshold`` (z = 1)."""
+def inliers_of(
+    points: Tensor, T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float
+) -> Tensor:
+    """
+    Return the views (..., V) bool that count.
+
+    They see the point (..., 3) in front and reproject within ``threshold`` (z = 1).
+    """
     X, Y, Z = _in_camera(T_world_camera, points[..., None, :])
     # Not divided by the depth: |X - x Z|^2 < (threshold Z)^2
     error = (X - xy[..., 0] * Z).square() + (Y - xy[..., 1] * Z).square()
@@ -93,13 +126,15 @@ def inliers_of(points: Tensor, T_world_camera: Tensor, xy: Tensor, mask: Tensor,
 def triangulate_robust(
     T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor]:
-    """Triangulation when some views are wrong (paper 3.1.2, RANSAC-based multi-view triangulation).
+    """
+    Triangulation when some views are wrong (paper 3.1.2, RANSAC-based multi-view triangulation).
 
-    T_world_camera: (V, 7). xy: (L, V, 2). mask: (L, V). threshold: reprojection error on the plane z = 1.
-    Returns points (L, 3) (NaN where there is none) and the views that agree (L, V) bool.
-    All views are tried together; where one of them disagrees, three sets of pairs besides: each view with the next,
-    with the one a third and the one half of the track further (all pairs there are, up to six views). The hypothesis
-    with most agreeing views is fitted again to them. Tried exhaustively, it needs no chance.
+    T_world_camera: (V, 7). xy: (L, V, 2). mask: (L, V). threshold: reprojection error on the plane
+    z = 1. Returns points (L, 3) (NaN where there is none) and the views that agree (L, V) bool.
+    All views are tried together; where one of them disagrees, three sets of pairs besides: each
+    view with the next, with the one a third and the one half of the track further (all pairs there
+    are, up to six views). The hypothesis with most agreeing views is fitted again to them. Tried
+    exhaustively, it needs no chance.
     """
     point = triangulate(T_world_camera, xy, mask)
     agree = inliers_of(point, T_world_camera, xy, mask, threshold)
@@ -109,7 +144,9 @@ def triangulate_robust(
         best, most = torch.full_like(point[torn], torch.nan), torch.zeros_like(mask[torn])
         # Those with as many views together: over a whole recording, most tracks are short.
         for some in torch.argsort(views[torn], stable=True).split(_AT_ONCE):
-            best[some], most[some] = _best_pair(T_world_camera, xy[torn[some]], mask[torn[some]], threshold)
+            best[some], most[some] = _best_pair(
+                T_world_camera, xy[torn[some]], mask[torn[some]], threshold
+            )
         point, agree = _better(point, agree, torn, best, most)
         fitted = triangulate(T_world_camera, xy[torn], agree[torn])
         refitted = inliers_of(fitted, T_world_camera, xy[torn], mask[torn], threshold)
@@ -117,8 +154,14 @@ def triangulate_robust(
     return torch.where(agree.sum(-1, keepdim=True) >= 2, point, torch.nan), agree
 
 
-def _best_pair(T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Of the points that pairs of views give, the one that most views agree with: (L, 3), (L, V)."""
+def _best_pair(
+    T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """
+    Return, of the points that pairs of views give, the one that most views agree with.
+
+    (L, 3), (L, V).
+    """
     views = mask.sum(-1, keepdim=True)
     longest = int(views.max())
     seen = torch.argsort(~mask, dim=-1, stable=True)[:, :longest]  # the views that count, first
@@ -129,19 +172,35 @@ def _best_pair(T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: floa
         firsts.append(seen)
         seconds.append(torch.take_along_dim(seen, partner, 1))
     pair = torch.stack((torch.cat(firsts, 1), torch.cat(seconds, 1)), -1)  # (L, H, 2)
-    centre, direction = T_world_camera[:, :3], rays(T_world_camera, torch.where(mask[..., None], xy, 0.0))
+    centre, direction = (
+        T_world_camera[:, :3],
+        rays(T_world_camera, torch.where(mask[..., None], xy, 0.0)),
+    )
     row = torch.arange(len(mask))[:, None, None]
     both = mask[row, pair] & (pair[..., :1] != pair[..., 1:])
     points = intersect(centre[pair], direction[row, pair], both)  # (L, H, 3)
-    cameras = T_world_camera[seen][:, None], xy[row[..., 0], seen][:, None], mask[row[..., 0], seen][:, None]
+    cameras = (
+        T_world_camera[seen][:, None],
+        xy[row[..., 0], seen][:, None],
+        mask[row[..., 0], seen][:, None],
+    )
     agree = inliers_of(points, *cameras, threshold)  # (L, H, longest)
     best = agree.sum(-1).argmax(-1)[:, None, None]
-    chosen = torch.zeros_like(mask).scatter_(1, seen, torch.take_along_dim(agree, best, 1).squeeze(1))
+    chosen = torch.zeros_like(mask).scatter_(
+        1, seen, torch.take_along_dim(agree, best, 1).squeeze(1)
+    )
     return torch.take_along_dim(points, best, 1).squeeze(1), chosen
 
 
-def _better(point: Tensor, agree: Tensor, where: Tensor, other: Tensor, other_agree: Tensor) -> tuple[Tensor, Tensor]:
-    """``point`` and ``agree`` with those rows ``where`` the other ones agree with more views replaced."""
+def _better(
+    point: Tensor, agree: Tensor, where: Tensor, other: Tensor, other_agree: Tensor
+) -> tuple[Tensor, Tensor]:
+    """
+    Return the better of two solutions.
+
+    ``point`` and ``agree`` with those rows ``where`` the other ones agree with more views
+    replaced.
+    """
     more = other_agree.sum(-1) >= agree[where].sum(-1)
     point, agree = point.clone(), agree.clone()
     point[where[more]], agree[where[more]] = other[more], other_agree[more]

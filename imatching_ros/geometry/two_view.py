@@ -1,4 +1,5 @@
-"""Robust two-view pose and pose from points, by PoseLib, and which model two views call for.
+"""
+Robust two-view pose and pose from points, by PoseLib, and which model two views call for.
 
 Deterministic: RANSAC's seed is fixed.
 """
@@ -8,12 +9,11 @@ from __future__ import annotations
 import math
 
 import cv2
+from imatching_ros.geometry import lie
 import numpy as np
 import poselib
 import torch
 from torch import Tensor
-
-from imatching_ros.geometry import lie
 
 _RELATIVE_MINIMUM = 8  #: five points give a model, eight begin to confirm it
 _ABSOLUTE_MINIMUM = 6
@@ -23,11 +23,12 @@ HYPOTHESES = 64  #: pairs of rays that the rotation is first guessed from
 def relative_pose(
     xy_i: Tensor, xy_j: Tensor, threshold_px: float, focal: float
 ) -> tuple[Tensor, Tensor] | None:
-    """Pose between two views by the essential matrix (paper 3.1.2, the anchor pair).
+    """
+    Pose between two views by the essential matrix (paper 3.1.2, the anchor pair).
 
     xy_i, xy_j: (N, 2) undistorted, on the plane z = 1; rows that are not finite are outliers.
-    threshold_px: epipolar (Sampson) error of an inlier, in pixels of a camera of focal length ``focal``.
-    Returns T_j_i (7,) float64 with a translation of length 1 and the inliers (N,) bool,
+    threshold_px: epipolar (Sampson) error of an inlier, in pixels of a camera of focal length
+    ``focal``. Returns T_j_i (7,) float64 with a translation of length 1 and the inliers (N,) bool,
     or None where there are fewer than eight finite rows or no model.
     """
     finite = (xy_i.isfinite() & xy_j.isfinite()).all(-1)
@@ -36,63 +37,88 @@ def relative_pose(
     camera = _camera(focal)
     pose, info = poselib.estimate_relative_pose(
         _pixels(xy_i[finite], focal), _pixels(xy_j[finite], focal), camera, camera,
-        {"max_epipolar_error": threshold_px, "seed": 0, "max_iterations": 2000, "min_iterations": 100},
-        {"loss_type": "CAUCHY", "loss_scale": 0.5 * threshold_px},
+        {'max_epipolar_error': threshold_px, 'seed': 0, 'max_iterations': 2000,
+         'min_iterations': 100},
+        {'loss_type': 'CAUCHY', 'loss_scale': 0.5 * threshold_px},
     )  # fmt: skip
     return _result(pose, info, finite, _RELATIVE_MINIMUM)
 
 
-def absolute_pose(points: Tensor, xy: Tensor, threshold_px: float, focal: float) -> tuple[Tensor, Tensor] | None:
-    """Pose of a camera that sees known points (paper 3.1.2, 2D-3D registration).
+def absolute_pose(
+    points: Tensor, xy: Tensor, threshold_px: float, focal: float
+) -> tuple[Tensor, Tensor] | None:
+    """
+    Pose of a camera that sees known points (paper 3.1.2, 2D-3D registration).
 
-    points: (N, 3), world. xy: (N, 2) undistorted, on the plane z = 1. Rows that are not finite are outliers.
-    threshold_px: reprojection error of an inlier, in pixels of a camera of focal length ``focal``.
-    Returns T_camera_world (7,) float64 and the inliers (N,) bool, or None where there are
-    fewer than six finite rows or no model.
+    points: (N, 3), world. xy: (N, 2) undistorted, on the plane z = 1. Rows that are not finite are
+    outliers. threshold_px: reprojection error of an inlier, in pixels of a camera of focal length
+    ``focal``. Returns T_camera_world (7,) float64 and the inliers (N,) bool, or None where there
+    are fewer than six finite rows or no model.
     """
     finite = points.isfinite().all(-1) & xy.isfinite().all(-1)
     if int(finite.sum()) < _ABSOLUTE_MINIMUM:
         return None
     pose, info = poselib.estimate_absolute_pose(
         _pixels(xy[finite], focal), points[finite].double().numpy(), _camera(focal),
-        {"max_reproj_error": threshold_px, "seed": 0, "max_iterations": 1000, "min_iterations": 20},
-        {"loss_type": "CAUCHY", "loss_scale": 0.5 * threshold_px},
+        {'max_reproj_error': threshold_px, 'seed': 0, 'max_iterations': 1000,
+         'min_iterations': 20},
+        {'loss_type': 'CAUCHY', 'loss_scale': 0.5 * threshold_px},
     )  # fmt: skip
     return _result(pose, info, finite, _ABSOLUTE_MINIMUM)
 
 
 def relative_rotation(xy_i: Tensor, xy_j: Tensor, threshold: float) -> Tensor | None:
-    """The turn of a camera that stays where it is: T_j_i (7,) without translation; None for fewer than two points.
+    """
+    Return the turn of a camera that stays where it is: T_j_i (7,) without translation.
 
-    xy_i, xy_j: (N, 2) undistorted, on the plane z = 1, finite. threshold: distance of an inlier, on that plane.
-    Two rays fix a rotation (frames built on them, Black 1964); of such guesses from rays that lie far apart in the
-    list the one with the least truncated error is refined on its inliers (Kabsch 1976).
+    None for fewer than two points.
+
+    xy_i, xy_j: (N, 2) undistorted, on the plane z = 1, finite. threshold: distance of an inlier,
+    on that plane. Two rays fix a rotation (frames built on them, Black 1964); of such guesses from
+    rays that lie far apart in the list the one with the least truncated error is refined on its
+    inliers (Kabsch 1976).
     """
     N = len(xy_i)
     if N < 2:
         return None
     # Rows of N numbers, on which torch is fastest.
-    a, b = (torch.nn.functional.normalize(_homogeneous(xy.double()).T.contiguous(), dim=0) for xy in (xy_i, xy_j))
+    a, b = (
+        torch.nn.functional.normalize(_homogeneous(xy.double()).T.contiguous(), dim=0)
+        for xy in (xy_i, xy_j)
+    )
     x, y = xy_j.double().T.contiguous()
     tried = min(HYPOTHESES, N)
     first = torch.arange(tried) * (N - 1) // (tried - 1)
     second = (first + max(N // 2, 1)) % N
     R = _frame(b.T[first], b.T[second]) @ _frame(a.T[first], a.T[second]).mT
     for turn in range(4):
-        X, Y, Z = (R.reshape(-1, 3) @ a).view(-1, 3, N).unbind(1)  # (H, N) each, and (1, N) once refined
+        # (H, N) each, and (1, N) once refined
+        X, Y, Z = (R.reshape(-1, 3) @ a).view(-1, 3, N).unbind(1)
         depth = Z.clamp_min(1e-6)
-        error2 = (X / depth - x).square_().add_((Y / depth - y).square_()).masked_fill_(Z <= 0, torch.inf)
+        error2 = (
+            (X / depth - x)
+            .square_()
+            .add_((Y / depth - y).square_())
+            .masked_fill_(Z <= 0, torch.inf)
+        )
         if turn == 0:
             error2 = error2[int(error2.clamp_max(threshold**2).sum(-1).argmin())]
         weight = (error2.view(-1) < threshold**2).double()
         U, _, Vt = torch.linalg.svd((weight * b) @ a.T)
         sign = torch.det(U @ Vt).sign()
         R = U @ torch.diag(torch.stack((torch.ones_like(sign), torch.ones_like(sign), sign))) @ Vt
-    return lie.from_matrix(torch.cat((R, torch.zeros(3, 1, dtype=R.dtype)), -1)) if R.isfinite().all() else None
+    return (
+        lie.from_matrix(torch.cat((R, torch.zeros(3, 1, dtype=R.dtype)), -1))
+        if R.isfinite().all()
+        else None
+    )
 
 
 def homography(xy_i: Tensor, xy_j: Tensor, threshold_px: float, focal: float) -> Tensor | None:
-    """H_j_i (3, 3) float64 of points (N, 2) on the plane z = 1 that lie on one plane in space; None without a model.
+    """
+    H_j_i (3, 3) float64 of points (N, 2) on the plane z = 1 that lie on one plane in space.
+
+    None without a model.
 
     Arguments as in :func:`relative_pose`; rows must be finite.
     """
@@ -100,22 +126,27 @@ def homography(xy_i: Tensor, xy_j: Tensor, threshold_px: float, focal: float) ->
         return None
     H, info = poselib.estimate_homography(
         _pixels(xy_i, focal), _pixels(xy_j, focal),
-        {"max_reproj_error": threshold_px, "seed": 0, "max_iterations": 2000, "min_iterations": 100}, {},
+        {'max_reproj_error': threshold_px, 'seed': 0, 'max_iterations': 2000,
+         'min_iterations': 100}, {},
     )  # fmt: skip
     H = torch.from_numpy(np.asarray(H, np.float64))
-    if sum(info["inliers"]) < _RELATIVE_MINIMUM or not H.isfinite().all():
+    if sum(info['inliers']) < _RELATIVE_MINIMUM or not H.isfinite().all():
         return None
     to_plane = torch.tensor([1 / focal, 1 / focal, 1.0], dtype=torch.float64)
     H = to_plane[:, None] * H / to_plane
-    ahead = (_homogeneous(xy_i.double()) @ H[2]).median()  # what is seen lies in front: that gives the sign
+    # what is seen lies in front: that gives the sign
+    ahead = (_homogeneous(xy_i.double()) @ H[2]).median()
     return H / ahead if float(ahead) != 0.0 else None
 
 
 def homography_motions(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> list[Tensor]:
-    """The motions T_j_i (7,) that a plane's homography allows: two, where the points are in front of both cameras.
+    """
+    Return the motions T_j_i (7,) that a plane's homography allows.
 
-    Malis and Vargas 2007, by OpenCV; translations of length 1. xy_i, xy_j: (N, 2), inliers. The candidates whose points
-    lie in front of the cameras as often as those of the best are kept.
+    Two, where the points are in front of both cameras.
+
+    Malis and Vargas 2007, by OpenCV; translations of length 1. xy_i, xy_j: (N, 2), inliers. The
+    candidates whose points lie in front of the cameras as often as those of the best are kept.
     """
     _, rotations, translations, normals = cv2.decomposeHomographyMat(H.numpy(), np.eye(3))
     motions, fronts = [], []
@@ -124,7 +155,8 @@ def homography_motions(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> list[Tensor]:
         t, n = torch.from_numpy(t).squeeze(-1), torch.from_numpy(n).squeeze(-1)
         if not 1e-6 < float(t.norm()):
             continue
-        front = int((ray @ n > 0).sum())  # the plane n.x = d lies ahead where the ray meets it at a positive depth
+        # the plane n.x = d lies ahead where the ray meets it at a positive depth
+        front = int((ray @ n > 0).sum())
         T = lie.from_matrix(torch.cat((torch.from_numpy(R), (t / t.norm())[:, None]), -1))
         motions.append(T)
         fronts.append(front)
@@ -132,19 +164,27 @@ def homography_motions(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> list[Tensor]:
 
 
 def transfer_error(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
-    """Distance (N,) of points xy_j from where a homography (3, 3) puts xy_i; inf where that is not in front."""
+    """
+    Distance (N,) of points xy_j from where a homography (3, 3) puts xy_i.
+
+    Inf where that is not in front.
+    """
     moved = _homogeneous(xy_i.double()) @ H.mT
     error = (moved[:, :2] / moved[:, 2:].clamp_min(1e-9) - xy_j).norm(dim=-1)
     return torch.where(moved[:, 2] > 1e-9, error, torch.inf)
 
 
 def gric(squared: Tensor, dimension: int, parameters: int) -> float:
-    """Torr's geometric robust information criterion of a two-view model; the model with the least explains best.
+    """
+    Torr's geometric robust information criterion of a two-view model.
 
-    squared: (N,) squared errors over their variance. A model has a manifold of ``dimension`` (3: a point lies on its
-    epipolar line; 2: it lies where the model puts it) in the four coordinates of a correspondence, and so many
-    ``parameters``. With lambda_1 = ln 4, lambda_2 = ln 4N and errors cut off at lambda_3 = 2 per degree of freedom
-    (Torr, The problem of degeneracy in structure and motion recovery from uncalibrated image sequences, IJCV 1999).
+    The model with the least explains best.
+
+    squared: (N,) squared errors over their variance. A model has a manifold of ``dimension`` (3: a
+    point lies on its epipolar line; 2: it lies where the model puts it) in the four coordinates of
+    a correspondence, and so many ``parameters``. With lambda_1 = ln 4, lambda_2 = ln 4N and errors
+    cut off at lambda_3 = 2 per degree of freedom (Torr, The problem of degeneracy in structure and
+    motion recovery from uncalibrated image sequences, IJCV 1999).
     """
     n = len(squared)
     fit = squared.clamp_max(2.0 * (4 - dimension)).sum()
@@ -152,9 +192,13 @@ def gric(squared: Tensor, dimension: int, parameters: int) -> float:
 
 
 def sampson_error(T_j_i: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
-    """First-order distance of correspondences from the epipolar geometry (Hartley and Zisserman, 11.4.3).
+    """
+    Return the first-order distance of correspondences from the epipolar geometry.
 
-    T_j_i: (7,). xy_i, xy_j: (N, 2) undistorted, on the plane z = 1. Returns (N,), in units of that plane.
+    It is that of Hartley and Zisserman, 11.4.3.
+
+    T_j_i: (7,). xy_i, xy_j: (N, 2) undistorted, on the plane z = 1. Returns (N,), in units of that
+    plane.
     """
     R, t = lie.matrix(T_j_i).split((3, 1), -1)
     E = torch.linalg.cross(t.expand(3, 3), R, dim=0)
@@ -179,16 +223,18 @@ def _frame(a: Tensor, b: Tensor) -> Tensor:
 
 def _camera(focal: float) -> dict:
     # The origin at the principal point: PoseLib then normalises by the focal length alone.
-    return {"model": "SIMPLE_PINHOLE", "width": 0, "height": 0, "params": [focal, 0.0, 0.0]}
+    return {'model': 'SIMPLE_PINHOLE', 'width': 0, 'height': 0, 'params': [focal, 0.0, 0.0]}
 
 
 def _pixels(xy: Tensor, focal: float) -> np.ndarray:
     return xy.detach().double().numpy() * focal
 
 
-def _result(pose: poselib.CameraPose, info: dict, finite: Tensor, minimum: int) -> tuple[Tensor, Tensor] | None:
+def _result(
+    pose: poselib.CameraPose, info: dict, finite: Tensor, minimum: int
+) -> tuple[Tensor, Tensor] | None:
     inliers = torch.zeros(len(finite), dtype=torch.bool)
-    inliers[finite] = torch.tensor(info["inliers"], dtype=torch.bool)
+    inliers[finite] = torch.tensor(info['inliers'], dtype=torch.bool)
     T = lie.from_matrix(torch.tensor(np.asarray(pose.Rt), dtype=torch.float64))
     if int(inliers.sum()) < minimum or not T.isfinite().all():
         return None

@@ -1,1 +1,5 @@
-"""The upper level: the objective at the bundle's optimum, the learner, and the gate that guards the robot."""
+"""
+The upper level.
+
+The objective at the bundle's optimum, the learner, and the gate that guards the robot.
+"""

@@ -1,4 +1,8 @@
-"""The gate: new weights reach the robot only where they are better, on evidence that no training step saw."""
+"""
+The gate: new weights reach the robot only where they are better.
+
+On evidence that no training step saw.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .lesson import encode, Lesson, match, Pair, rematch, resolve
+from .probe import Probe, probe_error
 from ..bundle.options import BundleOptions
 from ..geometry import lie
 from ..geometry.two_view import sampson_error
 from ..matching.detector import detect
 from ..matching.protocol import Matcher
-from .lesson import Lesson, Pair, encode, match, rematch, resolve
-from .probe import Probe, probe_error
 
 CORNERS = 200  # per image
 TRUNCATE_PX = 5.0  # an error beyond counts as this: how wrong a wrong match is says nothing
@@ -28,8 +32,10 @@ TOLERANCE = 0.005  # share of the points within 1 px
 class Evidence:
     """Errors of one model on the held-out windows and on the known warps, each truncated."""
 
-    reprojection: Tensor  #: (M,) px, of the held-out windows' rows, each window at its own optimum. Told, not judged
-    #: by: the rows are those that the weights in use found consistent, which favours these weights.
+    #: (M,) px, of the held-out windows' rows, each window at its own optimum. Told, not judged
+    reprojection: Tensor
+    #: by: the rows are those that the weights in use found consistent, which favours these
+    #: weights.
     epipolar: Tensor  #: (N,) px, of all corners, at the same poses
     probe: Tensor  #: (P,) px, distance from the truth
     target: Tensor  #: (N,) int64, which image the point of ``epipolar`` was sought in
@@ -49,9 +55,15 @@ class Verdict:
 
 
 def gather(
-    matcher: Matcher, held_out: list[tuple[Lesson, list[Pair]]], probes: list[Probe], options: BundleOptions
+    matcher: Matcher,
+    held_out: list[tuple[Lesson, list[Pair]]],
+    probes: list[Probe],
+    options: BundleOptions,
 ) -> Evidence:
-    """The evidence of one model on windows, each with the pairs to measure, and on known warps.
+    """
+    Return the evidence of one model on windows and on known warps.
+
+    Each window comes with the pairs to measure.
 
     The lower level is solved for each model anew: T*, p* are its own.
     """
@@ -71,24 +83,36 @@ def gather(
         target.append(sought + window * len(lesson.images))
     probe = [probe_error(matcher, known) for known in probes]
     image = [torch.full((len(error),), k) for k, error in enumerate(probe)]
-    errors = (torch.cat(errors).clamp(max=TRUNCATE_PX) for errors in (reprojection, epipolar, probe))
+    errors = (
+        torch.cat(errors).clamp(max=TRUNCATE_PX) for errors in (reprojection, epipolar, probe)
+    )
     return Evidence(*errors, torch.cat(target), torch.cat(image))
 
 
 @torch.no_grad()
-def epipolar_error(matcher: Matcher, lesson: Lesson, features: Mapping[int, Any]) -> tuple[Tensor, Tensor]:
-    """Sampson distances (N,), undistorted px, of the corners of each pair's reference at the window's poses, and
-    the index (N,) of the image that each was sought in.
+def epipolar_error(
+    matcher: Matcher, lesson: Lesson, features: Mapping[int, Any]
+) -> tuple[Tensor, Tensor]:
+    """
+    Return Sampson distances (N,), undistorted px, of the corners of each pair's reference.
 
-    The rows of a window are matches that were kept; a matcher that fails half of the time has a fair half of rows.
-    Corners are the frozen detector's: they ask the matcher everywhere.
+    At the window's poses; and the index (N,) of the image that each was sought in.
+
+    The rows of a window are matches that were kept; a matcher that fails half of the time has a
+    fair half of rows. Corners are the frozen detector's: they ask the matcher everywhere.
     """
     camera, window = lesson.camera, lesson.window
     references = {pair.reference for pair in lesson.pairs}
-    corners = {i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS)) for i in references}
+    corners = {
+        i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS)) for i in references
+    }
     errors, sought = [], []
-    for pair, matches in zip(lesson.pairs, match(matcher, lesson, lesson.pairs, corners, features), strict=True):
-        T = lie.compose(lie.inverse(window.T_world_camera[pair.target]), window.T_world_camera[pair.reference])
+    for pair, matches in zip(
+        lesson.pairs, match(matcher, lesson, lesson.pairs, corners, features), strict=True
+    ):
+        T = lie.compose(
+            lie.inverse(window.T_world_camera[pair.target]), window.T_world_camera[pair.reference]
+        )
         xy_i = camera.normalise(corners[pair.reference].double())
         xy_j = camera.normalise(matches.uv[0].cpu().double())
         errors.append(sampson_error(T, xy_i, xy_j) * camera.focal)
@@ -97,39 +121,63 @@ def epipolar_error(matcher: Matcher, lesson: Lesson, features: Mapping[int, Any]
 
 
 def judge(candidate: Evidence, incumbent: Evidence) -> tuple[int, str, dict[str, float]]:
-    """+1 promote, 0 undecided, -1 worse; the reason; the figures.
-
-    Paired on the same points, with a certainty of 95 % (one-sided). Promoted is what explains the held-out windows
-    better, their mean error falls by more than ``MARGIN`` and more of their points, by more than ``TOLERANCE``, lie
-    within 1 px; and what is no worse at the known warps: neither with certainty, nor so that, as a best guess, more
-    than ``TOLERANCE`` and a standard error of their points within 1 px are lost. Known warps are no ground for
-    promotion: in good light a matcher became 10 % better at them while its matches of true motion became worse, and
-    the windows hardly moved. Points of one image err together: what counts as independent is the image, not the point.
     """
-    window_mean, window_error = _mean_and_error(candidate.epipolar - incumbent.epipolar, incumbent.target)
+    +1 promote, 0 undecided, -1 worse; the reason; the figures.
+
+    Paired on the same points, with a certainty of 95 % (one-sided). Promoted is what explains the
+    held-out windows better, their mean error falls by more than ``MARGIN`` and more of their
+    points, by more than ``TOLERANCE``, lie within 1 px; and what is no worse at the known warps:
+    neither with certainty, nor so that, as a best guess, more than ``TOLERANCE`` and a standard
+    error of their points within 1 px are lost. Known warps are no ground for promotion: in good
+    light a matcher became 10 % better at them while its matches of true motion became worse, and
+    the windows hardly moved. Points of one image err together: what counts as independent is the
+    image, not the point.
+    """
+    window_mean, window_error = _mean_and_error(
+        candidate.epipolar - incumbent.epipolar, incumbent.target
+    )
     probe_mean, probe_error = _mean_and_error(candidate.probe - incumbent.probe, incumbent.image)
     figures = {}
-    for name, evidence in (("", candidate), ("_before", incumbent)):
-        figures[f"reprojection_px{name}"] = float(evidence.reprojection.mean())
-        figures[f"epipolar_px{name}"] = float(evidence.epipolar.mean())
-        figures[f"epipolar_1px{name}"] = _share(evidence.epipolar)
-        figures[f"probe_px{name}"] = float(evidence.probe.mean())
-        figures[f"probe_1px{name}"] = _share(evidence.probe)
+    for name, evidence in (('', candidate), ('_before', incumbent)):
+        figures[f'reprojection_px{name}'] = float(evidence.reprojection.mean())
+        figures[f'epipolar_px{name}'] = float(evidence.epipolar.mean())
+        figures[f'epipolar_1px{name}'] = _share(evidence.epipolar)
+        figures[f'probe_px{name}'] = float(evidence.probe.mean())
+        figures[f'probe_1px{name}'] = _share(evidence.probe)
     if probe_mean - Z * probe_error > 0:
-        return -1, f"known warps are matched worse by {probe_mean:.3f} px", figures
-    hits_mean, hits_error = _mean_and_error(_hits(candidate.probe, incumbent.probe), incumbent.image)
+        return -1, f'known warps are matched worse by {probe_mean:.3f} px', figures
+    hits_mean, hits_error = _mean_and_error(
+        _hits(candidate.probe, incumbent.probe), incumbent.image
+    )
     if hits_mean + Z * hits_error < 0:
-        return -1, f"{-100 * hits_mean:.1f} points fewer of the known warps are matched within 1 px", figures
+        return (
+            -1, f'{-100 * hits_mean:.1f} points fewer of the known warps are matched within 1 px',
+            figures,
+        )
     if window_mean - Z * window_error > 0:
-        return -1, f"held-out windows are explained worse by {window_mean:.3f} px", figures
+        return -1, f'held-out windows are explained worse by {window_mean:.3f} px', figures
     if -hits_mean > max(TOLERANCE, hits_error):
-        return 0, f"{-100 * hits_mean:.1f} points fewer of the known warps are within 1 px, though not surely", figures
-    near_mean, near_error = _mean_and_error(_hits(candidate.epipolar, incumbent.epipolar), incumbent.target)
+        return (
+            0,
+            f'{-100 * hits_mean:.1f} points fewer of the known warps are within 1 px, though '
+            'not surely',
+            figures,
+        )
+    near_mean, near_error = _mean_and_error(
+        _hits(candidate.epipolar, incumbent.epipolar), incumbent.target
+    )
     error = max(float(incumbent.epipolar.mean()), 1e-9)
     gain, least = -window_mean / error, -(window_mean + Z * window_error) / error
     if least > MARGIN and near_mean - Z * near_error > TOLERANCE:
-        return 1, f"held-out windows are explained better by {100 * gain:.1f} %, known warps no worse", figures
-    return 0, f"held-out windows are not explained better by a clear margin ({100 * gain:+.1f} %)", figures
+        return (
+            1,
+            f'held-out windows are explained better by {100 * gain:.1f} %, known warps no worse',
+            figures,
+        )
+    return (
+        0, f'held-out windows are not explained better by a clear margin ({100 * gain:+.1f} %)',
+        figures,
+    )
 
 
 def _hits(candidate: Tensor, incumbent: Tensor) -> Tensor:
@@ -137,9 +185,13 @@ def _hits(candidate: Tensor, incumbent: Tensor) -> Tensor:
 
 
 def _mean_and_error(x: Tensor, group: Tensor) -> tuple[float, float]:
-    """Mean of x (N,) and its standard error, where x errs together within a ``group`` (N,) of points."""
+    """
+    Return the mean of x (N,) and its standard error.
+
+    There, x errs together within a ``group`` (N,) of points.
+    """
     if len(x) < 2:
-        return 0.0, float("inf")
+        return 0.0, float('inf')
     mean = x.mean()
     alone = x.std() / len(x) ** 0.5
     _, index = torch.unique(group, return_inverse=True)

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
-import copy
-import random
-import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
+import copy
 from dataclasses import asdict, dataclass
+import random
+import time
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from . import gate, sgp
+from .gate import Evidence, Verdict
+from .lesson import (
+    Lesson,
+    make_lesson,
+    match,
+    objective,
+    Pair,
+    rematch,
+    requery,
+    resolve,
+    Survivors,
+    survivors_of,
+)
+from .memory import Memory
+from .probe import known_warp_loss, make_probe, Probe
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights
-from . import gate, sgp
-from .gate import Evidence, Verdict
-from .lesson import Lesson, Pair, Survivors, make_lesson, match, objective, rematch, requery, resolve, survivors_of
-from .memory import Memory
-from .probe import Probe, known_warp_loss, make_probe
 
-OBJECTIVES = ("imatching", "sgp")
+OBJECTIVES = ('imatching', 'sgp')
 _COUNTERS = (
-    "step_count", "promotions", "rollbacks", "skipped", "stale", "_turn", "_worse", "_idle", "_judged",
-    "_started",
+    'step_count', 'promotions', 'rollbacks', 'skipped', 'stale', '_turn', '_worse', '_idle',
+    '_judged',
+    '_started',
 )  # fmt: skip
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_ADAM = ('step', 'exp_avg', 'exp_avg_sq')
 TRAINED = 4000  #: newest stamps that trained, so that no window with one of them becomes evidence
 
 
@@ -39,31 +51,43 @@ TRAINED = 4000  #: newest stamps that trained, so that no window with one of the
 class LearnerOptions:
     """How fast, how much and how carefully."""
 
-    objective: str = "imatching"  #: the bundle's reprojection error, or "sgp": two views, RANSAC, no bundle
+    #: the bundle's reprojection error, or "sgp": two views, RANSAC, no bundle
+    objective: str = 'imatching'
     rate: float = 2e-4  #: Adam's learning rate (the paper's is 1e-4, over hours)
     clip: float = 1.0  #: largest norm of a gradient
-    average: float = 0.9  #: of the candidate's weights: what one step adds is one part in ten of what is judged
+    #: of the candidate's weights: what one step adds is one part in ten of what is judged
+    average: float = 0.9
     coarse: float = 0.02  #: weight of the coarse head's loss
-    anchor: float = 0.3  #: weight of the known warps: windows show few views, and what they do not show is forgotten
+    #: weight of the known warps: windows show few views, and what they do not show is forgotten
+    anchor: float = 0.3
     targets: int = 2  #: keyframes j per step; each with all its references
     steps_per_solve: int = 5  #: gradient steps before the window is matched and solved anew
     lessons: int = 24  #: windows that are remembered, half of them of earlier places
     new_keyframes: int = 3  #: by which a window must differ from the last one remembered
-    held_out: int = 8  #: of so many windows one is held out, its images never train: the gate's evidence
+    #: of so many windows one is held out, its images never train: the gate's evidence
+    held_out: int = 8
     judged: int = 6  #: held-out windows that are remembered, half of them of earlier places
     images: int = 200  #: that wait for their window
-    max_age: int = 3  #: versions by which the weights behind a window may be older than those in use
-    duty: float = 1.0  #: share of one processor's time that steps and verdicts may take: they rest in between
+    #: versions by which the weights behind a window may be older than those in use
+    max_age: int = 3
+    #: share of one processor's time that steps and verdicts may take: they rest in between
+    duty: float = 1.0
     verdict_every: int = 30  #: steps
-    patience: int = 3  #: verdicts "worse" in a row, or twice as many that promote nothing, before the candidate goes
+    #: verdicts "worse" in a row, or twice as many that promote nothing, before the candidate goes
+    patience: int = 3
     #: back to the weights in use
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
-            raise ValueError(f"the learner's objective '{self.objective}' is not known; use {' or '.join(OBJECTIVES)}")
+            raise ValueError(
+                f"the learner's objective '{self.objective}' is not known; use "
+                f'{" or ".join(OBJECTIVES)}'
+            )
         if not 0.0 < self.duty <= 1.0:
-            raise ValueError(f"the learner's duty is {self.duty:g}, it must lie above 0 and not above 1")
+            raise ValueError(
+                f"the learner's duty is {self.duty:g}, it must lie above 0 and not above 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -77,10 +101,13 @@ class StepResult:
 
 
 class Learner:
-    """Fine-tunes a copy of the matcher on the robot's own windows; the gate decides what the robot gets.
+    """
+    Fine-tunes a copy of the matcher on the robot's own windows.
 
-    ``incumbent`` is what the robot uses, the candidate is what trains. All inputs may come in any order that a
-    robot's messages come in; they are joined by stamp and kept in bounded buffers.
+    The gate decides what the robot gets.
+
+    ``incumbent`` is what the robot uses, the candidate is what trains. All inputs may come in any
+    order that a robot's messages come in; they are joined by stamp and kept in bounded buffers.
     """
 
     def __init__(
@@ -100,7 +127,8 @@ class Learner:
         self.stale = 0  #: windows that older weights made than ``max_age`` allows
         self.images_seen = 0
         self.last_stamp: int | None = None  #: of the newest window, ns
-        self._history = [weights.dumps(matcher, info.version, info.parent)]  # what was in use, oldest first
+        # what was in use, oldest first
+        self._history = [weights.dumps(matcher, info.version, info.parent)]
         self._version = info.version
         self._images: OrderedDict[int, Tensor] = OrderedDict()
         self._messages: OrderedDict[int, Correspondences] = OrderedDict()
@@ -110,34 +138,43 @@ class Learner:
         self._trained_stamps: OrderedDict[int, None] = OrderedDict()
         self._windows = self._turn = 0
         self._last_stamps: set[int] = set()
-        self._evidence: tuple[int, Evidence] | None = None  # of the incumbent, with the number of windows it is of
+        # of the incumbent, with the number of windows it is of
+        self._evidence: tuple[int, Evidence] | None = None
         self._rest_until = 0.0
         self._device = next(matcher.parameters()).device
         self._start_candidate(matcher)
 
     def start_recording(self, camera: Camera) -> None:
-        """Another camera, or another recording, from now on; what was learned and remembered stays."""
+        """
+        Another camera, or another recording, from now on.
+
+        What was learned and remembered stays.
+        """
         self.camera = camera
         self._images.clear()
         self._messages.clear()
         self._last_stamps = set()
 
-    # What comes in ------------------------------------------------------------------------------------------------
+    # What comes in -------------------------------------------------------------------------------
 
     def add_image(self, stamp: int, image: np.ndarray) -> None:
-        """An image (H, W) uint8."""
+        """Take an image (H, W) uint8."""
         if self.enabled:
             self.images_seen += 1
             _remember(self._images, stamp, torch.tensor(image).unsqueeze(0), self.options.images)
 
     def add_correspondences(self, correspondences: Correspondences) -> None:
-        """The rows of an image."""
+        """Take the rows of an image."""
         if self.enabled:
             _remember(self._messages, correspondences.stamp, correspondences, self.options.images)
 
     def add_window(self, window: Window, held_out: bool | None = None) -> bool:
-        """A solved window; true where it was remembered. ``held_out``: whether it is to judge by, not to learn from;
-        where None, one of ``LearnerOptions.held_out`` is."""
+        """
+        Take a solved window; true where it was remembered.
+
+        ``held_out``: whether it is to judge by, not to learn from; where None, one of
+        ``LearnerOptions.held_out`` is.
+        """
         stamps = set(window.stamps.tolist())
         if not self.enabled or len(stamps - self._last_stamps) < self.options.new_keyframes:
             return False
@@ -150,13 +187,16 @@ class Learner:
             return False
         self._last_stamps, self.last_stamp = stamps, max(stamps)
         self._windows += 1
-        fresh = _pairs_without(lesson, self._trained_stamps.keys())  # windows overlap: some images may have trained
+        # windows overlap: some images may have trained
+        fresh = _pairs_without(lesson, self._trained_stamps.keys())
         if held_out is None:
             due = not len(self._held_out) or (self._windows - 2) % self.options.held_out == 0
             held_out = bool(len(self._train)) and due and bool(fresh)
         if held_out:
             if fresh:
-                chosen = sorted({index for pair in fresh for index in (pair.reference, pair.target)})
+                chosen = sorted(
+                    {index for pair in fresh for index in (pair.reference, pair.target)}
+                )
                 chosen = chosen[0], chosen[len(chosen) // 2]
                 self._held_out.add(_Held(lesson, fresh, [self._probe(lesson, k) for k in chosen]))
             return bool(fresh)
@@ -169,7 +209,7 @@ class Learner:
             self._note_trained([int(window.stamps[free[0]])])
         return True
 
-    # What goes on -------------------------------------------------------------------------------------------------
+    # What goes on --------------------------------------------------------------------------------
 
     @property
     def windows(self) -> int:
@@ -183,12 +223,16 @@ class Learner:
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to learn from, and something to judge by."""
+        """Return whether there is something to learn from, and something to judge by."""
         return self.enabled and all(map(len, (self._train, self._anchors, self._held_out)))
 
     @property
     def settled(self) -> bool:
-        """Whether the next step takes a new window: what :meth:`state` gives now is all that the next step needs."""
+        """
+        Return whether the next step takes a new window.
+
+        What :meth:`state` gives now is all that the next step needs.
+        """
         return self._steps_left == 0
 
     def rest(self) -> float:
@@ -196,12 +240,17 @@ class Learner:
         return max(self._rest_until - time.monotonic(), 0.0)
 
     def step(self) -> StepResult | None:
-        """One gradient step (equation 7), or None where there is nothing to learn from."""
+        """
+        Take one step of the gradient (equation 7).
+
+        Or None where there is nothing to learn from.
+        """
         if not self.ready:
             return None
         started = time.monotonic()
         self._turn += 1
-        draw = random.Random(f"{self.options.seed} {self._turn}")  # no state: a run that is taken up again draws alike
+        # no state: a run that is taken up again draws alike
+        draw = random.Random(f'{self.options.seed} {self._turn}')
         if self._lesson is None or self._steps_left == 0:
             self._lesson = self._next_lesson(draw)
             self._steps_left = self.options.steps_per_solve
@@ -211,25 +260,31 @@ class Learner:
         self._steps_left -= 1
         lesson, known = self._lesson
         pairs = _pairs_without(lesson, self._held_stamps)
-        if self.options.objective == "sgp":
+        if self.options.objective == 'sgp':
             pairs = known.labelled(pairs)
         # Neighbours share their references, so that few images are encoded for many pairs
         frames = sorted({pair.target for pair in pairs})
         first = draw.randrange(max(len(frames) - self.options.targets, 0) + 1)
-        pairs = [pair for pair in pairs if pair.target in frames[first : first + self.options.targets]]
-        if self.options.objective == "sgp":
+        pairs = [
+            pair for pair in pairs if pair.target in frames[first:first + self.options.targets]
+        ]
+        if self.options.objective == 'sgp':
             fine, rows = sgp.student_loss(self._candidate, lesson, known, pairs)
             coarse = torch.zeros(())
         else:
             matches = match(self._candidate, lesson, pairs)
-            fine, coarse, rows = objective(lesson, known, pairs, matches, self.bundle.adjust.kernel)
+            fine, coarse, rows = objective(
+                lesson, known, pairs, matches, self.bundle.adjust.kernel
+            )
         if rows == 0:
             return None
         loss = fine / rows + self.options.coarse * coarse
         if self.options.anchor > 0:
-            loss = loss + self.options.anchor * known_warp_loss(self._candidate, draw.choice(self._anchors))
+            loss = loss + self.options.anchor * known_warp_loss(
+                self._candidate, draw.choice(self._anchors)
+            )
         for group in self._optimiser.param_groups:
-            group["lr"] = self.options.rate
+            group['lr'] = self.options.rate
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self._candidate.parameters(), self.options.clip)
@@ -240,13 +295,23 @@ class Learner:
         self._average.update_parameters(self._candidate)
         self.step_count += 1
         stamps = lesson.window.stamps.tolist()
-        self._note_trained({stamps[index] for pair in pairs for index in (pair.reference, pair.target)})
+        self._note_trained(
+            {stamps[index] for pair in pairs for index in (pair.reference, pair.target)}
+        )
         return StepResult(self.step_count, float(fine.detach()) / rows, rows, self._took(started))
 
     def verdict(self, now: bool = False) -> Verdict | None:
-        """The gate's word on the candidate, every ``verdict_every`` steps, or ``now``; None where no word is due."""
+        """
+        Return the gate's word on the candidate, every ``verdict_every`` steps, or ``now``.
+
+        None where no word is due.
+        """
         steps = self.step_count - self._judged
-        if not len(self._held_out) or steps == 0 or (steps < self.options.verdict_every and not now):
+        if (
+            not len(self._held_out)
+            or steps == 0
+            or (steps < self.options.verdict_every and not now)
+        ):
             return None
         started = time.monotonic()
         self._judged = self.step_count
@@ -262,21 +327,25 @@ class Learner:
             self._use(candidate, parent=self._version)
             self._evidence = (self._windows, evidence)
             self.promotions += 1
-        rolled_back = self._worse >= self.options.patience or self._idle >= 2 * self.options.patience
+        rolled_back = (
+            self._worse >= self.options.patience or self._idle >= 2 * self.options.patience
+        )
         if rolled_back:
             self._start_candidate(weights.loads(self._history[-1][0])[0])
             self.rollbacks += 1
-            reason += "; the candidate goes back to the weights in use"
+            reason += '; the candidate goes back to the weights in use'
         self._took(started)
-        self.last_verdict = Verdict(self.step_count, mark > 0, rolled_back, self._version, reason, figures)
+        self.last_verdict = Verdict(
+            self.step_count, mark > 0, rolled_back, self._version, reason, figures
+        )
         return self.last_verdict
 
     def weights(self) -> bytes:
-        """The weights file of what is in use."""
+        """Return the weights file of what is in use."""
         return self._history[-1][0]
 
     def rollback(self) -> int:
-        """Goes back to the weights that were in use before; the version still grows. Returns it."""
+        """Go back to the weights that were in use before; the version still grows. Returns it."""
         before = self._history[max(len(self._history) - 2, 0)]
         del self._history[-2:]
         matcher, info = weights.loads(before[0])
@@ -286,7 +355,7 @@ class Learner:
         return self._version
 
     def reset(self) -> int:
-        """Forgets all and goes back to the first weights; the version still grows. Returns it."""
+        """Forget all and goes back to the first weights; the version still grows. Returns it."""
         matcher, info = weights.loads(self._history[0][0])
         self._images.clear()
         self._messages.clear()
@@ -298,63 +367,94 @@ class Learner:
         self._start_candidate(matcher)
         return self._version
 
-    # What lasts: see checkpoints.py ----------------------------------------------------------------------------------
+    # What lasts: see checkpoints.py --------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Candidate, average and optimiser as named tensors; counters and what was seen, for JSON."""
-        tensors = {f"candidate.{name}": tensor for name, tensor in self._candidate.state_dict().items()}
-        tensors |= {f"average.{name}": tensor for name, tensor in self._average.state_dict().items()}
+        """
+        Candidate, average and optimiser as named tensors.
+
+        Counters and what was seen, for JSON.
+        """
+        tensors = {
+            f'candidate.{name}': tensor for name, tensor in self._candidate.state_dict().items()
+        }
+        tensors |= {
+            f'average.{name}': tensor for name, tensor in self._average.state_dict().items()
+        }
         for name, parameter in self._candidate.named_parameters():
             for key, value in self._optimiser.state.get(parameter, {}).items():
-                tensors[f"adam.{key}.{name}"] = value
-        facts = {name.lstrip("_"): getattr(self, name) for name in _COUNTERS}
-        facts["verdict"] = asdict(self.last_verdict) if self.last_verdict else None
-        facts["data"] = {"windows": self._windows, "images": self.images_seen, "last_stamp": self.last_stamp}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, facts
+                tensors[f'adam.{key}.{name}'] = value
+        facts = {name.lstrip('_'): getattr(self, name) for name in _COUNTERS}
+        facts['verdict'] = asdict(self.last_verdict) if self.last_verdict else None
+        facts['data'] = {
+            'windows': self._windows, 'images': self.images_seen, 'last_stamp': self.last_stamp,
+        }
+        return {
+            name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+        }, facts
 
     def history(self) -> list[tuple[bytes, weights.WeightsInfo]]:
         """Weights files that were in use, oldest first: the first ones, and the last ten."""
         return list(self._history)
 
     def restore(
-        self, tensors: dict[str, Tensor], facts: dict[str, Any], history: list[tuple[bytes, weights.WeightsInfo]]
+        self,
+        tensors: dict[str, Tensor],
+        facts: dict[str, Any],
+        history: list[tuple[bytes, weights.WeightsInfo]],
     ) -> None:
-        """Goes on from what :meth:`state` and :meth:`history` gave; lessons that are remembered stay.
+        """
+        Go on from what :meth:`state` and :meth:`history` gave; lessons that are remembered stay.
 
-        Raises ValueError, and leaves all as it was, where the state does not fit this learner's network.
+        Raises ValueError, and leaves all as it was, where the state does not fit this learner's
+        network.
         """
         matcher, info = weights.loads(history[-1][0])
         before = dict(vars(self))
         try:
             self._start_candidate(matcher)
-            for part, module in (("candidate.", self._candidate), ("average.", self._average)):
-                module.load_state_dict({k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)})
+            for part, module in (('candidate.', self._candidate), ('average.', self._average)):
+                module.load_state_dict(
+                    {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+                )
             for name, parameter in self._candidate.named_parameters():
-                state = {key: tensors[f"adam.{key}.{name}"] for key in _ADAM if f"adam.{key}.{name}" in tensors}
+                state = {
+                    key: tensors[f'adam.{key}.{name}']
+                    for key in _ADAM
+                    if f'adam.{key}.{name}' in tensors
+                }
                 if state:
-                    for key in ("exp_avg", "exp_avg_sq"):
-                        state[key] = torch.zeros_like(parameter).copy_(state[key])  # in the parameter's own layout
+                    for key in ('exp_avg', 'exp_avg_sq'):
+                        # in the parameter's own layout
+                        state[key] = torch.zeros_like(parameter).copy_(state[key])
                     self._optimiser.state[parameter] = state
-            counters = {name: int(facts[name.lstrip("_")]) for name in _COUNTERS}
-            verdict = Verdict(**facts["verdict"]) if facts["verdict"] else None
-            seen = facts["data"]
+            counters = {name: int(facts[name.lstrip('_')]) for name in _COUNTERS}
+            verdict = Verdict(**facts['verdict']) if facts['verdict'] else None
+            seen = facts['data']
         except (RuntimeError, KeyError, TypeError):
             vars(self).update(before)
-            raise ValueError(f"the learner's state does not fit the {info.family} network of this version") from None
+            raise ValueError(
+                f"the learner's state does not fit the {info.family} network of this version"
+            ) from None
         for name, value in counters.items():
             setattr(self, name, value)
         self.last_verdict = verdict
-        self.images_seen, self.last_stamp = max(self.images_seen, seen["images"]), seen["last_stamp"]
-        self._windows = max(self._windows, seen["windows"])
+        self.images_seen, self.last_stamp = (
+            max(self.images_seen, seen['images']),
+            seen['last_stamp'],
+        )
+        self._windows = max(self._windows, seen['windows'])
         self._history, self._version = list(history), info.version
         self._evidence = None
 
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---------------------------------------------------------------------------------------------
 
     def _start_candidate(self, matcher: nn.Module) -> None:
         self._candidate = copy.deepcopy(matcher).to(self._device)
         self._optimiser = torch.optim.Adam(self._candidate.parameters(), lr=self.options.rate)
-        self._average = AveragedModel(self._candidate, multi_avg_fn=get_ema_multi_avg_fn(self.options.average))
+        self._average = AveragedModel(
+            self._candidate, multi_avg_fn=get_ema_multi_avg_fn(self.options.average)
+        )
         self._lesson = None
         self._steps_left = self._worse = self._idle = 0
         self._judged = self._started = self.step_count
@@ -366,8 +466,11 @@ class Learner:
         del self._history[1:-10]  # the first and the last ten
 
     def _probe(self, lesson: Lesson, k: int) -> Probe:
-        """A known warp of the k-th image of a lesson."""
-        others = [image[0].numpy() for image in list(self._images.values())[:: 1 + len(self._images) // 32]]
+        """Return a known warp of the k-th image of a lesson."""
+        others = [
+            image[0].numpy()
+            for image in list(self._images.values())[:: 1 + len(self._images) // 32]
+        ]
         return make_probe(lesson.images[k, 0].numpy(), others, int(lesson.window.stamps[k]))
 
     def _gather(self, matcher: nn.Module) -> Evidence:
@@ -376,14 +479,18 @@ class Learner:
         return gate.gather(matcher, held_out, probes, self.bundle)
 
     def _next_lesson(self, draw: random.Random) -> tuple[Lesson, Survivors | sgp.Labels] | None:
-        """A window, and what is known of it, as the candidate sees it now: its rows matched again, the lower level
-        solved again, and its survivors; or the teacher's labels."""
+        """
+        Return a window, and what is known of it, as the candidate sees it now.
+
+        Its rows matched again, the lower level solved again, and its survivors; or the teacher's
+        labels.
+        """
         fallen = []
         while len(self._train):
             index = draw.randrange(len(self._train))
             lesson = self._train[index]
             if pairs := _pairs_without(lesson, self._held_stamps):
-                if self.options.objective == "sgp":
+                if self.options.objective == 'sgp':
                     labels = sgp.teach(self._candidate, lesson, pairs)
                     if labels.T:
                         return lesson, labels
@@ -393,10 +500,12 @@ class Learner:
                     if lesson is not None:
                         return lesson, survivors_of(lesson, self.bundle.prune_px)
                 fallen.append(self._train[index])
-            # No stationary point with enough survivors, or nothing but held-out images: nothing to be learned
+            # No stationary point with enough survivors, or nothing but held-out images: nothing to
+            # be learned
             self._train.remove(index)
             self.skipped += 1
-        if fallen and self.step_count > self._started:  # one after the other: the fault is the candidate's
+        # one after the other: the fault is the candidate's
+        if fallen and self.step_count > self._started:
             for lesson in fallen:
                 self._train.add(lesson)
             self._start_candidate(weights.loads(self._history[-1][0])[0])
@@ -415,7 +524,9 @@ class Learner:
         """Seconds since then; the rest that they call for begins now."""
         now = time.monotonic()
         seconds = now - started
-        self._rest_until = max(self._rest_until, now) + seconds * (1 - self.options.duty) / self.options.duty
+        self._rest_until = (
+            max(self._rest_until, now) + seconds * (1 - self.options.duty) / self.options.duty
+        )
         return seconds
 
 
@@ -429,7 +540,7 @@ class _Held:
 
 
 def _pairs_without(lesson: Lesson, stamps: Collection[int]) -> list[Pair]:
-    """The pairs of which neither image has one of these stamps."""
+    """Return the pairs of which neither image has one of these stamps."""
     free = [stamp not in stamps for stamp in lesson.window.stamps.tolist()]
     return [pair for pair in lesson.pairs if free[pair.reference] and free[pair.target]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundle.observations import Observations, index_of, select, surviving
+from ..bundle.observations import index_of, Observations, select, surviving
 from ..bundle.options import BundleOptions
 from ..bundle.problem import Problem
 from ..bundle.robust import Kernel
@@ -32,7 +32,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class Lesson:
-    """The T*, p* of a window (equation 1b), the correspondences that they explain, and the keyframes' images."""
+    """
+    What there is to learn from a window.
+
+    Its T*, p* (equation 1b), the correspondences that they explain, and the keyframes' images.
+    """
 
     camera: Camera
     images: Tensor  #: (K, 1, H, W) uint8
@@ -41,7 +45,11 @@ class Lesson:
     pairs: list[Pair]  #: of two keyframes of the window
 
     def error_px(self) -> Tensor:
-        """Reprojection errors (M,), undistorted px, of the pairs' rows, pair by pair; inf without a landmark."""
+        """
+        Reprojection errors (M,), undistorted px, of the pairs' rows, pair by pair.
+
+        Inf without a landmark.
+        """
         errors = []
         for pair in self.pairs:
             message = self.messages[pair.target]
@@ -55,9 +63,15 @@ class Lesson:
 
 
 def make_lesson(
-    window: Window, messages: Mapping[int, Correspondences], images: Mapping[int, Tensor], camera: Camera
+    window: Window,
+    messages: Mapping[int, Correspondences],
+    images: Mapping[int, Tensor],
+    camera: Camera,
 ) -> Lesson | None:
-    """Joins a window with the correspondences and the images (1, H, W) uint8 of its keyframes, exactly by stamp.
+    """
+    Join a window with the correspondences and the images (1, H, W) uint8 of its keyframes.
+
+    Exactly by stamp.
 
     None where one is missing, or no row lies between two of the keyframes.
     """
@@ -80,52 +94,74 @@ def encode(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> dict[int, Any
     """Features of the images of some pairs, each encoded once. Differentiable."""
     device = next(matcher.parameters()).device
     used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
-    return {k: matcher.encode(lesson.images[k : k + 1].to(device, torch.float32) / 255) for k in used}
+    return {
+        k: matcher.encode(lesson.images[k:k + 1].to(device, torch.float32) / 255) for k in used
+    }
 
 
 def match(
-    matcher: Matcher, lesson: Lesson, pairs: list[Pair], queries: Mapping[int, Tensor] | None = None,
+    matcher: Matcher, lesson: Lesson, pairs: list[Pair],
+    queries: Mapping[int, Tensor] | None = None,
     features: Mapping[int, Any] | None = None,
 ) -> list[Matches]:  # fmt: skip
-    """f_theta again on some pairs: at the pairs' rows, or at the points (N, 2) px that ``queries`` has for each
-    reference; with the images' ``features``, or encoding them. Differentiable.
+    """
+    Match some pairs again by f_theta.
+
+    At the pairs' rows, or at the points (N, 2) px that ``queries`` has for each reference; with
+    the images' ``features``, or encoding them. Differentiable.
     """
     device = next(matcher.parameters()).device
     features = features or encode(matcher, lesson, pairs)
     matches = []
     for pair in pairs:
-        asked = queries[pair.reference] if queries else lesson.messages[pair.target].ref_uv[pair.rows]
-        matches.append(matcher.match(features[pair.reference], features[pair.target], asked.to(device).unsqueeze(0)))
+        asked = (
+            queries[pair.reference] if queries else lesson.messages[pair.target].ref_uv[pair.rows]
+        )
+        matches.append(
+            matcher.match(
+                features[pair.reference], features[pair.target], asked.to(device).unsqueeze(0)
+            )
+        )
     return matches
 
 
 @torch.no_grad()
 def rematch(matcher: Matcher, lesson: Lesson, features: Mapping[int, Any] | None = None) -> Lesson:
-    """The lesson as the matcher sees it now: new rows, the same T*, p*.
+    """
+    Return the lesson as the matcher sees it now: new rows, the same T*, p*.
 
-    The covariances stay: they are the weights of both levels, and a model must not look better by doubting itself.
+    The covariances stay: they are the weights of both levels, and a model must not look better by
+    doubting itself.
     """
     messages = [replace(message, uv=message.uv.clone()) for message in lesson.messages]
-    for pair, matches in zip(lesson.pairs, match(matcher, lesson, lesson.pairs, features=features), strict=True):
+    for pair, matches in zip(
+        lesson.pairs, match(matcher, lesson, lesson.pairs, features=features), strict=True
+    ):
         messages[pair.target].uv[pair.rows] = matches.uv[0].cpu()
     messages = [replace(m, xy=lesson.camera.normalise(m.uv.double()).float()) for m in messages]
     return replace(lesson, messages=messages)
 
 
 def requery(lesson: Lesson, prune_px: float) -> Lesson:
-    """The lesson with each query moved to where its landmark reprojects in the reference image.
+    """
+    Return the lesson with each query moved to its landmark.
 
-    A track that began in the reference is, by definition, at its corner. But a query that was itself found by matching
-    carries that match's error, and f_theta, asked at the wrong place, would be charged for it: on rendered scenes two
-    thirds of the landmark's distance from the true match were of this kind. Landmarks average such errors out. A query
-    farther than ``prune_px`` from its landmark stays. Queries are given in both levels: nothing of equation 7 changes.
+    That is where this reprojects in the reference image.
+
+    A track that began in the reference is, by definition, at its corner. But a query that was
+    itself found by matching carries that match's error, and f_theta, asked at the wrong place,
+    would be charged for it: on rendered scenes two thirds of the landmark's distance from the true
+    match were of this kind. Landmarks average such errors out. A query farther than ``prune_px``
+    from its landmark stays. Queries are given in both levels: nothing of equation 7 changes.
     """
     window, camera = lesson.window, lesson.camera
     messages = [replace(message, ref_uv=message.ref_uv.clone()) for message in lesson.messages]
     for pair in lesson.pairs:
         message = messages[pair.target]
         landmark = index_of(window.track, message.track[pair.rows])
-        xy, depth = reproject(window.T_world_camera[pair.reference].expand(len(landmark), 7), window.points[landmark])
+        xy, depth = reproject(
+            window.T_world_camera[pair.reference].expand(len(landmark), 7), window.points[landmark]
+        )
         uv = camera.project(xy).to(message.ref_uv.dtype)
         near = (uv - message.ref_uv[pair.rows]).norm(dim=-1) < prune_px
         found = torch.isin(message.track[pair.rows], lesson.messages[pair.reference].track)
@@ -135,14 +171,17 @@ def requery(lesson: Lesson, prune_px: float) -> Lesson:
 
 
 def resolve(lesson: Lesson, options: BundleOptions) -> Lesson | None:
-    """The lesson with the lower level solved for its rows (equation 1b), under the prior that the bundle solved it
-    with, warm-started at its T*, p*.
+    """
+    Return the lesson with the lower level solved for its rows (equation 1b).
+
+    Under the prior that the bundle solved it with, warm-started at its T*, p*.
 
     None where the bundle finds no stationary point with enough landmarks.
     """
     window = lesson.window
     solved = solve(
-        lesson.messages, window.T_world_camera, window.track, window.points, lesson.camera, options, window.prior
+        lesson.messages, window.T_world_camera, window.track, window.points, lesson.camera,
+        options, window.prior
     )  # fmt: skip
     if solved is None or not solved[1].converged:
         return None
@@ -157,7 +196,11 @@ class Survivors:
     problem: Problem
 
     def of(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Where a pair's rows stand among them (S,), and which of the pair's rows these are (S,)."""
+        """
+        Return where a pair's rows stand among them (S,).
+
+        Also which of the pair's rows these are (S,).
+        """
         mine = self.observed.message == pair.target
         place = index_of(pair.rows, torch.where(mine, self.observed.row, -1))
         survivors = (place >= 0).nonzero().squeeze(-1)
@@ -165,21 +208,25 @@ class Survivors:
 
 
 def survivors_of(lesson: Lesson, prune_px: float) -> Survivors:
-    """The survivors of a lesson whose window is solved for its rows."""
+    """Return the survivors of a lesson whose window is solved for its rows."""
     return Survivors(*surviving(lesson.window, lesson.messages, lesson.camera, prune_px))
 
 
 def objective(
     lesson: Lesson, survivors: Survivors, pairs: list[Pair], matches: list[Matches], kernel: Kernel
 ) -> tuple[Tensor, Tensor, int]:
-    """The upper level at the bundle's optimum (equations 1a and 7): its sum over the rows of some pairs.
-
-    The same kernel, covariances and survivors as the lower level, T* and p* held fixed: at the stationary point
-    this partial derivative with respect to f_theta is the total one. Returns the sum for the fine matches, the mean
-    distance (px) of the coarse ones from the reprojected landmarks, which is their target (paper 3.2.3), and the
-    number of rows.
     """
-    posed = replace(survivors.problem, prior=None)  # it has no part in the rows' sum, and theta none in it
+    Return the upper level at the bundle's optimum (equations 1a and 7).
+
+    Its sum over the rows of some pairs.
+
+    The same kernel, covariances and survivors as the lower level, T* and p* held fixed: at the
+    stationary point this partial derivative with respect to f_theta is the total one. Returns the
+    sum for the fine matches, the mean distance (px) of the coarse ones from the reprojected
+    landmarks, which is their target (paper 3.2.3), and the number of rows.
+    """
+    # it has no part in the rows' sum, and theta none in it
+    posed = replace(survivors.problem, prior=None)
     fine, coarse, rows = [], [], 0
     for pair, matched in zip(pairs, matches, strict=True):
         place, mine = survivors.of(pair)
@@ -187,11 +234,16 @@ def objective(
             continue
         uv, coarse_uv = matched.uv[0].cpu()[mine], matched.coarse_uv[0].cpu()[mine]
         rows += len(place)
-        at_optimum = replace(posed, pose=posed.pose[place], landmark=posed.landmark[place], cov=posed.cov[place])
+        at_optimum = replace(
+            posed, pose=posed.pose[place], landmark=posed.landmark[place], cov=posed.cov[place]
+        )
         fine.append(replace(at_optimum, xy=lesson.camera.normalise(uv.double())).cost(kernel))
-        # The residual of the coarse head is no part of the lower level: its target is a constant. (With its total
-        # derivative, through `adjoint.optimum`, the same steps gave no better matches.)
-        residual = replace(at_optimum, xy=lesson.camera.normalise(coarse_uv.double())).residual()[0]
+        # The residual of the coarse head is no part of the lower level: its target is a constant.
+        # (With its total derivative, through `adjoint.optimum`, the same steps gave no better
+        # matches.)
+        residual = replace(at_optimum, xy=lesson.camera.normalise(coarse_uv.double())).residual()[
+            0
+        ]
         coarse.append((residual.square().sum(-1) + 1).sqrt().sub(1).sum())
     if rows == 0:
         zero = torch.zeros((), dtype=torch.float64)

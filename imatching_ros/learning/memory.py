@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-Item = TypeVar("Item")
+Item = TypeVar('Item')
 
 
 class Memory(Generic[Item]):
-    """At most so many items: the newest half as they come, the others spread evenly over all the time before.
+    """
+    At most so many items.
 
-    A robot that leaves a place goes on rehearsing it, and being judged by it, however long ago it was there.
+    The newest half as they come, the others spread evenly over all the time before.
+
+    A robot that leaves a place goes on rehearsing it, and being judged by it, however long ago it
+    was there.
     """
 
     def __init__(self, most: int) -> None:
@@ -24,8 +28,9 @@ class Memory(Generic[Item]):
         self._count += 1
         if len(self._items) <= self.most:
             return
-        when = [number for number, _ in self._items[: len(self._items) - self.most // 2]]
-        # The one whose neighbours in time are closest together is missed least; the first of all stays.
+        when = [number for number, _ in self._items[:len(self._items) - self.most // 2]]
+        # The one whose neighbours in time are closest together is missed least; the first of all
+        # stays.
         gaps = [when[k + 1] - when[k - 1] for k in range(1, len(when) - 1)]
         del self._items[1 + gaps.index(min(gaps)) if gaps else 0]
 

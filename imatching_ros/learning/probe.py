@@ -1,4 +1,5 @@
-"""The known-warp probe: the robot's own images under random homographies, where the truth is exact.
+"""
+The known-warp probe: the robot's own images under random homographies, where the truth is exact.
 
 Reprojection error alone can be fooled; a matcher that got worse at plain matching shows it here.
 """
@@ -30,13 +31,17 @@ class Probe:
 
 
 def make_probe(image: np.ndarray, others: Sequence[np.ndarray], seed: int) -> Probe:
-    """A probe of an image (H, W) uint8; ``others`` are of the same camera. The same seed makes the same probe.
+    """
+    Return a probe of an image (H, W) uint8; ``others`` are of the same camera.
 
-    The scene is warped, the camera's noise is not: it stays with the pixels, as it does when a robot moves. (Noise
-    that moved along with the scene would be a texture like any other, and a matcher that learned to look through
-    the noise would seem to get worse.) What all images have in common is the sensor's fixed pattern, what denoising
-    takes away is its noise; both are put back onto the warped scene. The noise is rolled to another place, so that what
-    denoising takes of the scene with it is no ghost of the scene.
+    The same seed makes the same probe.
+
+    The scene is warped, the camera's noise is not: it stays with the pixels, as it does when a
+    robot moves. (Noise that moved along with the scene would be a texture like any other, and a
+    matcher that learned to look through the noise would seem to get worse.) What all images have
+    in common is the sensor's fixed pattern, what denoising takes away is its noise; both are put
+    back onto the warped scene. The noise is rolled to another place, so that what denoising takes
+    of the scene with it is no ghost of the scene.
     """
     rng = np.random.default_rng(seed)
     size = (image.shape[1], image.shape[0])
@@ -58,8 +63,14 @@ def make_probe(image: np.ndarray, others: Sequence[np.ndarray], seed: int) -> Pr
 
 
 def _fixed_pattern(images: Sequence[np.ndarray]) -> np.ndarray:
-    """What stays in the high frequencies while the scene moves (H, W), shrunk where it is not certain."""
-    high = np.stack([image - cv2.GaussianBlur(image, (0, 0), 5.0) for image in map(np.float32, images)])
+    """
+    Return what stays in the high frequencies while the scene moves (H, W).
+
+    Shrunk where it is not certain.
+    """
+    high = np.stack(
+        [image - cv2.GaussianBlur(image, (0, 0), 5.0) for image in map(np.float32, images)]
+    )
     median = np.median(high, axis=0)
     error = 1.25 * 1.4826 * np.median(np.abs(high - median), axis=0) / np.sqrt(len(images))
     return median * np.clip(1 - np.square(error / np.maximum(np.abs(median), 1e-6)), 0, 1)

@@ -1,10 +1,14 @@
-"""Self-supervision without bundle adjustment, to compare with: the SGP scheme with a CAPS-style student.
+"""
+Self-supervision without bundle adjustment, to compare with.
 
-SGP (Yang et al., Self-supervised Geometric Perception, CVPR 2021) alternates a teacher, RANSAC, which finds the
-relative pose of an image pair from the matches of the weights of now, with a student, the network, which trains on
-these poses as if they were true. The student's loss is the one of CAPS (Wang et al., Learning Feature Descriptors using
-Camera Pose Supervision, ECCV 2020): distance from the epipolar line and from where a match, matched back, began; each
-point counts by its certainty, and no gradient passes through that.
+The SGP scheme with a CAPS-style student.
+
+SGP (Yang et al., Self-supervised Geometric Perception, CVPR 2021) alternates a teacher, RANSAC,
+which finds the relative pose of an image pair from the matches of the weights of now, with a
+student, the network, which trains on these poses as if they were true. The student's loss is the
+one of CAPS (Wang et al., Learning Feature Descriptors using Camera Pose Supervision, ECCV 2020):
+distance from the epipolar line and from where a match, matched back, began; each point counts by
+its certainty, and no gradient passes through that.
 """
 
 from __future__ import annotations
@@ -14,12 +18,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .lesson import encode, Lesson, match, Pair
 from ..geometry import lie
 from ..geometry.camera import Camera
 from ..geometry.two_view import relative_pose
 from ..matching.detector import detect
 from ..matching.protocol import Matcher, Matches
-from .lesson import Lesson, Pair, encode, match
 
 CORNERS = 300  # per image
 THRESHOLD_PX = 1.0  # epipolar error of the teacher's inliers
@@ -33,7 +37,8 @@ class Labels:
     """What the teacher says of the pairs of a lesson."""
 
     corners: dict[int, Tensor]  #: reference's index in the window to its points (N, 2) px
-    T: dict[tuple[int, int], Tensor]  #: (reference, target) to T_target_reference (7,), translation of length 1
+    #: (reference, target) to T_target_reference (7,), translation of length 1
+    T: dict[tuple[int, int], Tensor]
 
     def labelled(self, pairs: list[Pair]) -> list[Pair]:
         """Those of the pairs that have a pose."""
@@ -42,9 +47,14 @@ class Labels:
 
 @torch.no_grad()
 def teach(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> Labels:
-    """The teacher: relative poses of the pairs by RANSAC; pairs without a pose to be believed have none."""
+    """
+    Return the teacher's relative poses of the pairs, by RANSAC.
+
+    Pairs without a pose to be believed have none.
+    """
     corners = {
-        i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS)) for i in {pair.reference for pair in pairs}
+        i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS))
+        for i in {pair.reference for pair in pairs}
     }
     camera, T = lesson.camera, {}
     for pair, matches in zip(pairs, match(matcher, lesson, pairs, corners), strict=True):
@@ -56,8 +66,13 @@ def teach(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> Labels:
     return Labels(corners, T)
 
 
-def student_loss(matcher: Matcher, lesson: Lesson, labels: Labels, pairs: list[Pair]) -> tuple[Tensor, int]:
-    """The student: the CAPS loss of both stages, summed over the points of the pairs that have a label, px.
+def student_loss(
+    matcher: Matcher, lesson: Lesson, labels: Labels, pairs: list[Pair]
+) -> tuple[Tensor, int]:
+    """
+    Return the student's CAPS loss of both stages.
+
+    Summed over the points of the pairs that have a label, px.
 
     Returns it with the number of points. Differentiable.
     """
@@ -70,7 +85,9 @@ def student_loss(matcher: Matcher, lesson: Lesson, labels: Labels, pairs: list[P
         queries = labels.corners[pair.reference].to(device).unsqueeze(0)
         there = matcher.match(features[pair.reference], features[pair.target], queries)
         back = matcher.match(features[pair.target], features[pair.reference], there.uv)
-        coarse_back = matcher.match(features[pair.target], features[pair.reference], there.coarse_uv)
+        coarse_back = matcher.match(
+            features[pair.target], features[pair.reference], there.coarse_uv
+        )
         weight = _certainty(there)
         for uv, home in ((there.uv, back.uv), (there.coarse_uv, coarse_back.coarse_uv)):
             cycle = (home - queries).norm(dim=-1)[0].cpu()
@@ -82,7 +99,11 @@ def student_loss(matcher: Matcher, lesson: Lesson, labels: Labels, pairs: list[P
 
 
 def epipolar_distance(camera: Camera, T_j_i: Tensor, uv_i: Tensor, uv_j: Tensor) -> Tensor:
-    """Distances (N,), undistorted px, of points in image j (N, 2) from the epipolar lines of points in image i."""
+    """
+    Return distances (N,), undistorted px, of points from epipolar lines.
+
+    Of points in image j (N, 2) from the epipolar lines of points in image i.
+    """
     R, t = lie.matrix(T_j_i).split((3, 1), -1)
     E = torch.linalg.cross(t.expand(3, 3), R, dim=0)
     x_i, x_j = (

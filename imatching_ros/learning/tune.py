@@ -1,4 +1,8 @@
-"""Offline: the tracker, the bundle and the learner in one process, over recordings, deterministic by seed."""
+"""
+Offline: the tracker, the bundle and the learner in one process, over recordings.
+
+Deterministic by seed.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,13 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
+from . import checkpoints
+from .gate import Verdict
+from .learner import Learner, LearnerOptions, StepResult
 from ..bundle.bundle import Bundle
 from ..geometry.camera import Camera
 from ..matching import weights
 from ..matching.tracker import Tracker, TrackerOptions
-from . import checkpoints
-from .gate import Verdict
-from .learner import Learner, LearnerOptions, StepResult
 
 GAP = 5  #: images between those that train and those that judge
 VALIDATION = 0.15  #: of each recording's images, the last ones, judge
@@ -43,8 +47,9 @@ class History:
     steps: list[StepResult] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     resumed: int = 0  #: steps that an earlier run had done
-    refused: list[str] = field(default_factory=list)  #: checkpoints that could not be taken up, one sentence each
-    stopped: str = ""  #: why it ended before the last step, one sentence
+    #: checkpoints that could not be taken up, one sentence each
+    refused: list[str] = field(default_factory=list)
+    stopped: str = ''  #: why it ended before the last step, one sentence
 
 
 def tune(
@@ -58,21 +63,27 @@ def tune(
     tracker_options: TrackerOptions | None = None,
     folder: Path | None = None,
     on_frame: Callable[[int, int], None] = lambda epoch, stamp: None,
-    on_step: Callable[[Learner, StepResult | None, Verdict | None], None] = lambda learner, step, verdict: None,
+    on_step: Callable[
+        [Learner, StepResult | None, Verdict | None], None
+    ] = lambda learner, step, verdict: None,
 ) -> tuple[Learner, History]:
-    """Fine-tunes on recordings: in each epoch all are tracked and solved with the weights in use, then learned from.
+    """
+    Fine-tunes on recordings.
 
-    Each recording is split by time: its first images train, the last ``VALIDATION`` of them, after a gap, are the
-    gate's, where they give a window. It ends after ``steps``, or where the gate has promoted nothing in ``PATIENCE``
-    verdicts in a row.
-    folder: of checkpoints. Where one is there that the same call has left behind, the run goes on from it, to the same
-    bits; raises ValueError where another call has.
-    Raises ValueError where no recording gave a window to learn from.
+    In each epoch all are tracked and solved with the weights in use, then learned from.
+
+    Each recording is split by time: its first images train, the last ``VALIDATION`` of them, after
+    a gap, are the gate's, where they give a window. It ends after ``steps``, or where the gate has
+    promoted nothing in ``PATIENCE`` verdicts in a row. folder: of checkpoints. Where one is there
+    that the same call has left behind, the run goes on from it, to the same bits; raises
+    ValueError where another call has. Raises ValueError where no recording gave a window to learn
+    from.
     """
     options = options or LearnerOptions()
     job = {
-        "start": info.sha256, "images": [len(images) for _, images in recordings], "steps": steps, "epochs": epochs,
-        "options": asdict(options), "tracker": asdict(tracker_options or TrackerOptions()),
+        'start': info.sha256, 'images': [len(images) for _, images in recordings], 'steps': steps,
+        'epochs': epochs,
+        'options': asdict(options), 'tracker': asdict(tracker_options or TrackerOptions()),
     }  # fmt: skip
     learner = Learner(matcher, info, recordings[0][0], options)
     history, idle = History(), 0
@@ -87,7 +98,10 @@ def tune(
         ) -> None:  # fmt: skip
             for camera, images in recordings:
                 learner.start_recording(camera)
-                tracker, bundle = Tracker(in_use, version, camera, tracker_options), Bundle(camera, learner.bundle)
+                tracker, bundle = (
+                    Tracker(in_use, version, camera, tracker_options),
+                    Bundle(camera, learner.bundle),
+                )
                 for stamp, image in islice(images, *part(len(images))):
                     correspondences = tracker.track(stamp, image)
                     learner.add_image(stamp, image)
@@ -100,7 +114,8 @@ def tune(
         if epoch == 0:
             watch(_last, True)
             judged = learner.windows > 0
-        # Where the last images are too few to give a window, all train but for one window in so many
+        # Where the last images are too few to give a window, all train but for one window in so
+        # many
         watch(_first if judged else _all, False if epoch or judged else None)
         if epoch + 1 < len(earlier):
             continue  # the interrupted run has learned from it
@@ -119,20 +134,23 @@ def tune(
             if folder is not None and step and learner.settled:
                 if not (folder / _epoch_name(epoch)).is_file():
                     weights.write(folder / _epoch_name(epoch), begins_with)
-                checkpoints.save(folder, learner, job=job, epoch=epoch, idle=idle, history=asdict(history))
+                checkpoints.save(
+                    folder, learner, job=job, epoch=epoch, idle=idle, history=asdict(history)
+                )
             on_step(learner, step, verdict)
         if target and learner.step_count == 0:
             raise ValueError(
-                f"the recordings gave {learner.windows} solved windows, too few to learn from and to judge by; they "
-                "need more images, more sideways motion, or more texture"
+                f'the recordings gave {learner.windows} solved windows, too few to learn from '
+                'and to judge by; they '
+                'need more images, more sideways motion, or more texture'
             )
     if idle >= PATIENCE:
-        history.stopped = f"the gate found nothing certainly better in {idle} verdicts in a row"
+        history.stopped = f'the gate found nothing certainly better in {idle} verdicts in a row'
     return learner, history
 
 
 def _first(count: int) -> tuple[int, int]:
-    """The images, first and last (exclusive), that train."""
+    """Return the images, first and last (exclusive), that train."""
     return 0, max(_last(count)[0] - GAP, 0)
 
 
@@ -146,26 +164,37 @@ def _all(count: int) -> tuple[int, int]:
 
 
 def _epoch_name(epoch: int) -> str:
-    return f"epoch_{epoch}.safetensors"
+    return f'epoch_{epoch}.safetensors'
 
 
 def _earlier(folder: Path | None, job: dict) -> list[bytes]:
-    """The weights with which the epochs of an interrupted run of the same job began; none for a new run."""
+    """
+    Return the weights with which the epochs of an interrupted run of the same job began.
+
+    None for a new run.
+    """
     for path in checkpoints.manifests(folder) if folder is not None else ():
         try:
-            notes = checkpoints.read(path)[0]["notes"]
+            notes = checkpoints.read(path)[0]['notes']
         except ValueError:
             continue
-        if notes.get("job") != job:
-            raise ValueError(f"{folder} was left by a run with other images or options; finish that one or remove it")
-        return [(folder / _epoch_name(epoch)).read_bytes() for epoch in range(notes["epoch"] + 1)]
+        if notes.get('job') != job:
+            raise ValueError(
+                f'{folder} was left by a run with other images or options; finish that one or '
+                'remove it'
+            )
+        return [(folder / _epoch_name(epoch)).read_bytes() for epoch in range(notes['epoch'] + 1)]
     return []
 
 
 def _take_up(folder: Path, learner: Learner, history: History) -> int:
-    """Brings learner and history to where the interrupted run was; verdicts in a row without a promotion."""
+    """
+    Bring learner and history to where the interrupted run was.
+
+    Verdicts in a row without a promotion.
+    """
     notes, history.refused = checkpoints.resume(folder, learner)
-    history.steps = [StepResult(**step) for step in notes["history"]["steps"]]
-    history.verdicts = [Verdict(**verdict) for verdict in notes["history"]["verdicts"]]
+    history.steps = [StepResult(**step) for step in notes['history']['steps']]
+    history.verdicts = [Verdict(**verdict) for verdict in notes['history']['verdicts']]
     history.resumed = learner.step_count
-    return notes["idle"]
+    return notes['idle']

@@ -10,10 +10,11 @@ BORDER = 8  # px to the image's edge, where a window would be cut
 
 
 def detect(image: np.ndarray, count: int, occupied: np.ndarray | None = None) -> np.ndarray:
-    """The ``count`` strongest Shi-Tomasi corners of an image (H, W) uint8, (N, 2) float32 px.
+    """
+    Return the ``count`` strongest Shi-Tomasi corners of an image (H, W) uint8, (N, 2) float32 px.
 
-    Corners keep ``SPACING`` from one another and from the ``occupied`` points (M, 2) px. Contrast is
-    equalised first, so that dim parts of the image give points too.
+    Corners keep ``SPACING`` from one another and from the ``occupied`` points (M, 2) px. Contrast
+    is equalised first, so that dim parts of the image give points too.
     """
     mask = np.full(image.shape, 255, np.uint8)
     mask[:BORDER] = mask[-BORDER:] = 0

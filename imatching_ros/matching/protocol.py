@@ -10,7 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Matches:
-    """Where the query points of a reference image lie in a target image (equation 2). Differentiable."""
+    """
+    Where the query points of a reference image lie in a target image (equation 2).
+
+    Differentiable.
+    """
 
     uv: Tensor  #: (B, N, 2) px in the target
     coarse_uv: Tensor  #: (B, N, 2) px in the target, of the coarse stage (paper 3.2.3)
@@ -19,7 +23,8 @@ class Matches:
 
 
 class Matcher(Protocol):
-    """A family of matchers. ``encode`` once per image, ``match`` once per pair; both batched.
+    """
+    A family of matchers. ``encode`` once per image, ``match`` once per pair; both batched.
 
     A family is a ``torch.nn.Module`` whose ``state_dict`` is the whole model.
     """
@@ -30,4 +35,4 @@ class Matcher(Protocol):
         """Features of images (B, 1, H, W), float in [0, 1]: what a keyframe caches."""
 
     def match(self, reference: Any, target: Any, queries: Tensor) -> Matches:
-        """Queries (B, N, 2), px in the reference, found in the target."""
+        """Find queries (B, N, 2), px in the reference, in the target."""

@@ -1,4 +1,8 @@
-"""From a stream of images to tracks: each image is matched with its past n keyframes (paper 3.1.1)."""
+"""
+From a stream of images to tracks.
+
+Each image is matched with its past n keyframes (paper 3.1.1).
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..geometry.camera import Camera
-from ..geometry.correspondences import Correspondences
 from .detector import detect
 from .protocol import Matcher, Matches
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
 
-_BLIND = 0.2  # a keyframe of which less than this share of the points was ever found again shows nothing
+# a keyframe of which less than this share of the points was ever found again shows nothing
+_BLIND = 0.2
 
 
 @dataclass(frozen=True)
@@ -25,8 +30,10 @@ class TrackerOptions:
     references: int = 2  #: n, past keyframes that each image is matched with
     round_trip_px: float = 2.0  #: forward-backward check: a point must come back this close
     agreement_px: float = 3.0  #: the references of one track must agree this closely
-    parallax: float = 0.03  #: a keyframe is due when the median point moved this share of the image's width
-    survivors: float = 0.6  #: or when fewer than this share of the points found at first are still found
+    #: a keyframe is due when the median point moved this share of the image's width
+    parallax: float = 0.03
+    #: or when fewer than this share of the points found at first are still found
+    survivors: float = 0.6
 
 
 @dataclass(eq=False)
@@ -35,13 +42,21 @@ class _Keyframe:
     image: np.ndarray  # (H, W) uint8: encoded again when the weights change
     features: Any
     uv: Tensor  # (N, 2) float32 px
-    cov: Tensor  # (N, 3) float32 px^2, uu uv vv: of the point itself, zero for a corner that began its track here
+    # (N, 3) float32 px^2, uu uv vv: of the point itself, zero for a corner that began its track
+    # here
+    cov: Tensor
     track: Tensor  # (N,) int64
     found: int = 0  # points found again in the image that followed
 
 
-def round_trip(matcher: Matcher, reference: Any, target: Any, queries: Tensor) -> tuple[Matches, Tensor]:
-    """Matches of queries (1, N, 2), and how far from its query each match comes back (1, N) px."""
+def round_trip(
+    matcher: Matcher, reference: Any, target: Any, queries: Tensor
+) -> tuple[Matches, Tensor]:
+    """
+    Return matches of queries (1, N, 2), and by how much they miss on the way back.
+
+    That is how far from its query each match comes back (1, N) px.
+    """
     forward = matcher.match(reference, target, queries)
     backward = matcher.match(target, reference, forward.uv)
     return forward, (backward.uv - queries).norm(dim=-1)
@@ -50,7 +65,9 @@ def round_trip(matcher: Matcher, reference: Any, target: Any, queries: Tensor) -
 class Tracker:
     """Keeps the last n keyframes with their features, and gives tracks their ids."""
 
-    def __init__(self, matcher: Matcher, version: int, camera: Camera, options: TrackerOptions | None = None) -> None:
+    def __init__(
+        self, matcher: Matcher, version: int, camera: Camera, options: TrackerOptions | None = None
+    ) -> None:
         self.camera = camera
         self.options = options or TrackerOptions()
         self._matcher, self._version = matcher, version
@@ -63,30 +80,35 @@ class Tracker:
         return [keyframe.stamp for keyframe in self._keyframes]
 
     def reset(self) -> None:
-        """Forgets all keyframes; the next image is the first. Ids go on, none is given twice."""
+        """Forget all keyframes; the next image is the first. Ids go on, none is given twice."""
         self._keyframes.clear()
 
     @torch.no_grad()
     def swap(self, matcher: Matcher, version: int) -> None:
-        """Goes on with other weights: the tracks live on, the keyframes' features are made anew."""
+        """Go on with other weights: the tracks live on, the keyframes' features are made anew."""
         self._matcher, self._version = matcher, version
         for keyframe in self._keyframes:
             keyframe.features = self._encode(keyframe.image)
 
     @torch.no_grad()
     def track(self, stamp: int, image: np.ndarray) -> Correspondences:
-        """The rows of an image (H, W) uint8 with the past n keyframes; none for the first image.
+        """
+        Return the rows of an image (H, W) uint8 with the past n keyframes.
+
+        None for the first image.
 
         Raises ValueError where the image's size is not the camera's.
         """
         if self._next_track is None:
-            # Ten thousand ids a second, so that a tracker that was started anew gives none that another one gave
+            # Ten thousand ids a second, so that a tracker that was started anew gives none that
+            # another one gave
             self._next_track = stamp // 100_000 % 2**32
         size = (self.camera.height, self.camera.width)
         if image.shape != size:
             raise ValueError(
-                f"the image is {image.shape[1]}x{image.shape[0]}, camera_info says {size[1]}x{size[0]}; "
-                "publish the camera_info that belongs to the image"
+                f'the image is {image.shape[1]}x{image.shape[0]}, camera_info says '
+                f'{size[1]}x{size[0]}; '
+                'publish the camera_info that belongs to the image'
             )
         features = self._encode(image)
         rows = [self._match(keyframe, features) for keyframe in self._keyframes]
@@ -97,7 +119,9 @@ class Tracker:
         return correspondences
 
     def _encode(self, image: np.ndarray) -> Any:
-        return self._matcher.encode(torch.tensor(image, dtype=torch.float32, device=self._device)[None, None] / 255)
+        return self._matcher.encode(
+            torch.tensor(image, dtype=torch.float32, device=self._device)[None, None] / 255
+        )
 
     @property
     def _device(self) -> torch.device:
@@ -108,8 +132,11 @@ class Tracker:
         queries = keyframe.uv.to(self._device).unsqueeze(0)
         matches, distance = round_trip(self._matcher, keyframe.features, features, queries)
         uv = matches.uv[0]
-        inside = ((uv >= 0) & (uv <= uv.new_tensor([self.camera.width - 1, self.camera.height - 1]))).all(-1)
-        # Where the lens model makes no sense, as in the corners of a wide lens, a match is of no use to anybody
+        inside = (
+            (uv >= 0) & (uv <= uv.new_tensor([self.camera.width - 1, self.camera.height - 1]))
+        ).all(-1)
+        # Where the lens model makes no sense, as in the corners of a wide lens, a match is of no
+        # use to anybody
         xy = self.camera.normalise(uv.cpu().double()).float()
         kept = ((distance[0] < self.options.round_trip_px) & inside).cpu() & xy.isfinite().all(-1)
         uv = uv.cpu()[kept]
@@ -121,7 +148,8 @@ class Tracker:
             keyframe.uv[kept],
             keyframe.track[kept],
             matches.score[0].cpu()[kept],
-            # Where the query itself is uncertain, so is what is found for it: chains of matches add up
+            # Where the query itself is uncertain, so is what is found for it: chains of matches
+            # add up
             keyframe.cov[kept] + torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1),
         )
 
@@ -131,15 +159,20 @@ class Tracker:
             empty = torch.empty(0, 2)
             none = torch.empty(0, dtype=torch.int64)
             return Correspondences(
-                stamp, empty, empty, none, empty, none, torch.empty(0), torch.empty(0, 3), self._version
+                stamp, empty, empty, none, empty, none, torch.empty(0), torch.empty(0, 3),
+                self._version,
             )
-        names = ("uv", "xy", "ref_stamp", "ref_uv", "track", "score", "cov")
+        names = ('uv', 'xy', 'ref_stamp', 'ref_uv', 'track', 'score', 'cov')
         columns = {name: torch.cat([getattr(row, name) for row in rows]) for name in names}
-        _, mean, _, index = _mean_of_tracks(columns["uv"], columns["cov"], columns["track"])
-        apart = (columns["uv"] - mean[index]).norm(dim=-1) > self.options.agreement_px / 2
-        disagreeing = torch.zeros(len(mean), dtype=torch.bool).index_put_((index[apart],), torch.tensor(True))
+        _, mean, _, index = _mean_of_tracks(columns['uv'], columns['cov'], columns['track'])
+        apart = (columns['uv'] - mean[index]).norm(dim=-1) > self.options.agreement_px / 2
+        disagreeing = torch.zeros(len(mean), dtype=torch.bool).index_put_(
+            (index[apart],), torch.tensor(True)
+        )
         kept = ~disagreeing[index]
-        return Correspondences(stamp, **{name: column[kept] for name, column in columns.items()}, model=self._version)
+        return Correspondences(
+            stamp, **{name: column[kept] for name, column in columns.items()}, model=self._version
+        )
 
     def _is_keyframe_due(self, correspondences: Correspondences) -> bool:
         if not self._keyframes:
@@ -153,25 +186,41 @@ class Tracker:
         moved = (correspondences.uv[mine] - correspondences.ref_uv[mine]).norm(dim=-1).median()
         return bool(moved > self.options.parallax * self.camera.width)
 
-    def _add_keyframe(self, stamp: int, image: np.ndarray, features: Any, found: Correspondences) -> None:
-        """The image becomes a keyframe: its points are the tracks found in it, and new corners between them."""
+    def _add_keyframe(
+        self, stamp: int, image: np.ndarray, features: Any, found: Correspondences
+    ) -> None:
+        """
+        Make the image a keyframe.
+
+        Its points are the tracks found in it, and new corners between them.
+        """
         track, uv, cov, _ = _mean_of_tracks(found.uv, found.cov, found.track)
-        corners = torch.from_numpy(detect(image, max(self.options.queries - len(track), 1), uv.numpy()))
+        corners = torch.from_numpy(
+            detect(image, max(self.options.queries - len(track), 1), uv.numpy())
+        )
         born = torch.arange(self._next_track, self._next_track + len(corners)) % 2**32
         self._next_track = (self._next_track + len(corners)) % 2**32
         uv, cov = torch.cat((uv, corners)), torch.cat((cov, torch.zeros(len(corners), 3)))
-        self._keyframes.append(_Keyframe(stamp, image, features, uv, cov, torch.cat((track, born))))
+        self._keyframes.append(
+            _Keyframe(stamp, image, features, uv, cov, torch.cat((track, born)))
+        )
         if len(self._keyframes) > self.options.references:
-            # Images of a covered lens must not push out the keyframe that is seen again when the cover goes.
+            # Images of a covered lens must not push out the keyframe that is seen again when the
+            # cover goes.
             blind = (k for k in self._keyframes[:-1] if k.found <= _BLIND * len(k.track))
             self._keyframes.remove(next(blind, self._keyframes[0]))
 
 
-def _mean_of_tracks(uv: Tensor, cov: Tensor, track: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tracks (T,), their mean positions (T, 2) and covariances (T, 3), and each row's index of its track (M,).
+def _mean_of_tracks(
+    uv: Tensor, cov: Tensor, track: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """
+    Return tracks (T,), their mean positions (T, 2) and covariances (T, 3).
 
-    Rows count by their certainty. They look at the same pixels of the newer image, so their errors are not taken as
-    independent: the mean is no more certain than its rows.
+    Also each row's index of its track (M,).
+
+    Rows count by their certainty. They look at the same pixels of the newer image, so their errors
+    are not taken as independent: the mean is no more certain than its rows.
     """
     ids, index = torch.unique(track, return_inverse=True)
     weight = 1 / (cov[:, 0] + cov[:, 2])

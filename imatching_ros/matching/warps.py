@@ -6,8 +6,10 @@ import cv2
 import numpy as np
 
 
-def random_homography(rng: np.random.Generator, size: tuple[int, int], strength: float = 1.0) -> np.ndarray:
-    """A homography (3, 3) that keeps most of an image of ``size`` (W, H) px in view."""
+def random_homography(
+    rng: np.random.Generator, size: tuple[int, int], strength: float = 1.0
+) -> np.ndarray:
+    """Return a homography (3, 3) that keeps most of an image of ``size`` (W, H) px in view."""
     width, height = size
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float32)
     centre = corners.mean(0)
@@ -26,7 +28,7 @@ def apply_homography(H: np.ndarray, uv: np.ndarray) -> np.ndarray:
 
 
 def photometric(rng: np.random.Generator, image: np.ndarray, strength: float = 1.0) -> np.ndarray:
-    """The image (H, W) uint8 as another exposure would see it: gain, gamma, blur, noise."""
+    """Return the image (H, W) uint8 as another exposure would see it: gain, gamma, blur, noise."""
     x = image.astype(np.float32) / 255
     x = np.clip(x * np.exp(rng.normal(0, 0.25) * strength) + rng.normal(0, 0.04) * strength, 0, 1)
     x = x ** np.exp(rng.normal(0, 0.25) * strength)
@@ -37,5 +39,9 @@ def photometric(rng: np.random.Generator, image: np.ndarray, strength: float = 1
 
 
 def in_frame(uv: np.ndarray, size: tuple[int, int], border: float = 4.0) -> np.ndarray:
-    """Which of the pixels (N, 2) lie in an image of ``size`` (W, H), ``border`` px from its edge: (N,) bool."""
+    """
+    Return (N,) bool, which of the pixels (N, 2) lie in an image.
+
+    It is of ``size`` (W, H), ``border`` px from its edge: (N,) bool.
+    """
     return ((uv >= border) & (uv <= np.array(size) - 1 - border)).all(-1)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 import hashlib
 import json
 import os
+from pathlib import Path
 import struct
 import sys
 import sysconfig
-from dataclasses import dataclass
-from pathlib import Path
 
+from safetensors import SafetensorError
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from .expectation import ExpectationMatcher
@@ -33,86 +33,121 @@ class WeightsInfo:
 
 
 def default_path(family: str = ExpectationMatcher.family) -> Path:
-    """The shipped weights: in the source tree, or in the share folder of an installation.
+    """
+    Return the shipped weights: in the source tree, or in the share folder of an installation.
 
     Raises FileNotFoundError where there are none.
     """
-    prefixes = [*os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep), sys.prefix, sysconfig.get_path("data")]
-    folders = [Path(__file__).parents[2], *(Path(p) / "share/imatching_ros" for p in prefixes if p)]
+    prefixes = [
+        *os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep), sys.prefix,
+        sysconfig.get_path('data'),
+    ]
+    folders = [
+        Path(__file__).parents[2],
+        *(Path(p) / 'share/imatching_ros' for p in prefixes if p),
+    ]
     for folder in folders:
-        path = folder / "models" / f"{family}.safetensors"
+        path = folder / 'models' / f'{family}.safetensors'
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"the shipped weights models/{family}.safetensors were not found; install the package again, or name a "
-        "weights file"
+        f'the shipped weights models/{family}.safetensors were not found; install the package '
+        'again, or name a '
+        'weights file'
     )
 
 
 def dumps(matcher: nn.Module, version: int, parent: int) -> tuple[bytes, WeightsInfo]:
-    """The bytes of a weights file, and what they say of themselves."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in matcher.state_dict().items()}
+    """Return the bytes of a weights file, and what they say of themselves."""
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in matcher.state_dict().items()
+    }
     info = WeightsInfo(version, parent, matcher.family, _digest(tensors))
-    metadata = {"version": str(version), "parent": str(parent), "family": info.family, "sha256": info.sha256}
+    metadata = {
+        'version': str(version), 'parent': str(parent), 'family': info.family,
+        'sha256': info.sha256,
+    }
     data = safetensors.torch.save(tensors, metadata)
     # The library shuffles the metadata: in order, the same weights are the same bytes.
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header + data[8 + length :], info
+    (length,) = struct.unpack('<Q', data[:8])
+    header = json.dumps(json.loads(data[8:8 + length]), sort_keys=True).encode()
+    header += b' ' * (-len(header) % 8)
+    return struct.pack('<Q', len(header)) + header + data[8 + length:], info
 
 
-def loads(data: bytes, source: str = "the weights") -> tuple[nn.Module, WeightsInfo]:
-    """The matcher of a weights file's bytes, in evaluation mode on the CPU.
+def loads(data: bytes, source: str = 'the weights') -> tuple[nn.Module, WeightsInfo]:
+    """
+    Return the matcher of a weights file's bytes, in evaluation mode on the CPU.
 
-    Raises ValueError, one sentence that names ``source``, where the bytes are not weights of a known
-    family, are damaged, or hold a number that is not finite.
+    Raises ValueError, one sentence that names ``source``, where the bytes are not weights of a
+    known family, are damaged, or hold a number that is not finite.
     """
     try:
         tensors = safetensors.torch.load(data)
-        (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+        (length,) = struct.unpack('<Q', data[:8])
+        metadata = json.loads(data[8:8 + length]).get('__metadata__') or {}
     except (SafetensorError, struct.error, ValueError) as error:
-        raise ValueError(f"{source}: not a safetensors file, or cut short ({error}); copy it again") from None
-    family = metadata.get("family")
+        raise ValueError(
+            f'{source}: not a safetensors file, or cut short ({error}); copy it again'
+        ) from None
+    family = metadata.get('family')
     if family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{source}: the weights are of family '{family}', this package knows {known}")
+        known = ', '.join(FAMILIES)
+        raise ValueError(
+            f"{source}: the weights are of family '{family}', this package knows {known}"
+        )
     try:
-        info = WeightsInfo(int(metadata["version"]), int(metadata["parent"]), family, metadata["sha256"])
+        info = WeightsInfo(
+            int(metadata['version']), int(metadata['parent']), family, metadata['sha256']
+        )
     except (KeyError, ValueError):
-        raise ValueError(f"{source}: the metadata lack version, parent or sha256; it was not written here") from None
+        raise ValueError(
+            f'{source}: the metadata lack version, parent or sha256; it was not written here'
+        ) from None
     if not (0 <= info.version < 2**32 and 0 <= info.parent < 2**32):
-        raise ValueError(f"{source}: version and parent must be counts below 2^32, as correspondences carry them")
+        raise ValueError(
+            f'{source}: version and parent must be counts below 2^32, as correspondences carry '
+            'them'
+        )
     if not all(tensor.dtype == torch.float32 for tensor in tensors.values()):
-        raise ValueError(f"{source}: some tensors are not of type float32; it was not written here")
+        raise ValueError(
+            f'{source}: some tensors are not of type float32; it was not written here'
+        )
     if _digest(tensors) != info.sha256:
-        raise ValueError(f"{source}: the tensors do not have the sha256 that the file names; it is damaged")
+        raise ValueError(
+            f'{source}: the tensors do not have the sha256 that the file names; it is damaged'
+        )
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise ValueError(f"{source}: some weights are not finite; go back to an earlier version")
+        raise ValueError(f'{source}: some weights are not finite; go back to an earlier version')
     matcher = FAMILIES[family]()
     try:
         matcher.load_state_dict(tensors)
     except RuntimeError:
-        raise ValueError(f"{source}: the tensors do not fit the {family} network of this version") from None
+        raise ValueError(
+            f'{source}: the tensors do not fit the {family} network of this version'
+        ) from None
     return matcher.eval().to(memory_format=torch.channels_last), info
 
 
 def load(path: str | Path) -> tuple[nn.Module, WeightsInfo]:
-    """The matcher in a weights file. Raises FileNotFoundError or ValueError, one sentence each."""
+    """
+    Return the matcher in a weights file.
+
+    Raises FileNotFoundError or ValueError, one sentence each.
+    """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such weights file")
+        raise FileNotFoundError(f'{path}: there is no such weights file')
     return loads(path.read_bytes(), str(path))
 
 
 def write(path: str | Path, data: bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old one or the new one whole."""
+    """Write a file so that a reader, or a crash, sees the old one or the new one whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, 'wb') as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -122,7 +157,7 @@ def write(path: str | Path, data: bytes) -> None:
 
 
 def save(path: str | Path, matcher: nn.Module, version: int, parent: int) -> WeightsInfo:
-    """Writes a weights file atomically."""
+    """Write a weights file atomically."""
     data, info = dumps(matcher, version, parent)
     write(path, data)
     return info

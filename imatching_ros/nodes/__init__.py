@@ -1,1 +1,5 @@
-"""The three ROS nodes and all that is ROS: messages, parameters, diagnostics, replay. No mathematics."""
+"""
+The three ROS nodes and all that is ROS: messages, parameters, diagnostics, replay.
+
+No mathematics.
+"""

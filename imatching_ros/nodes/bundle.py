@@ -1,62 +1,70 @@
-"""bundle_node: correspondences, and perhaps another odometry, in; odometry, keyframes, landmarks and prior out."""
+"""
+bundle_node: correspondences, and perhaps another odometry, in.
+
+Odometry, keyframes, landmarks and prior out.
+"""
 
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path as FilePath
+import time
 
-import torch
 from geometry_msgs.msg import TransformStamped
 from nav_msgs.msg import Odometry, Path
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.time import Time
 from sensor_msgs.msg import PointCloud2
+import torch
 
+from . import messages, parameters
+from .core_node import ACTIVE, CoreNode, LEAP_NS, lossless, run
+from .run_files import write_map
 from ..bundle.adjust import compiled
-from ..bundle.bundle import LOST, Bundle
+from ..bundle.bundle import Bundle, LOST
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
 from ..geometry.camera import Camera
-from . import messages, parameters
-from .core_node import ACTIVE, LEAP_NS, CoreNode, lossless, run
-from .run_files import write_map
 
 try:
     import tf2_ros
 except ImportError:  # ROS from PyPI has none
     tf2_ros = None
 
-COMPILING = "compiling"  #: a status before the first estimate's
+COMPILING = 'compiling'  #: a status before the first estimate's
 LANDMARKS = 200_000  #: that save_map can write; the oldest beyond are forgotten
 
 
 class BundleNode(CoreNode):
     """Runs the lower level on each image's correspondences."""
 
-    role, feed = "bundle", "correspondences"
+    role, feed = 'bundle', 'correspondences'
 
     def forget(self) -> None:
         super().forget()
-        self._points: dict[int, list[float]] = {}  # by track: the last position of every landmark, oldest track first
-        self.status, self.motion, self.reason = "waiting", "unknown", ""
+        # by track: the last position of every landmark, oldest track first
+        self._points: dict[int, list[float]] = {}
+        self.status, self.motion, self.reason = 'waiting', 'unknown', ''
         self.inliers = self.poses = self.windows = self.odometry = 0
-        self._camera_frame = ""
+        self._camera_frame = ''
         self._T_child_camera: torch.Tensor | None = None
 
     def configure(self) -> None:
-        self._external = self.value("poses") == "external"
-        self._world_frame = self.value("world_frame")
-        self._odometry = self.tell(Odometry, "odometry", self.result_qos)
-        self._keyframes = self.tell(Path, "keyframes", self.window_qos)
-        self._landmarks = self.tell(PointCloud2, "landmarks", self.window_qos)
-        self._prior = self.tell(PointCloud2, "prior", self.window_qos)
-        if any(given := self.value("camera_pose")):
+        self._external = self.value('poses') == 'external'
+        self._world_frame = self.value('world_frame')
+        self._odometry = self.tell(Odometry, 'odometry', self.result_qos)
+        self._keyframes = self.tell(Path, 'keyframes', self.window_qos)
+        self._landmarks = self.tell(PointCloud2, 'landmarks', self.window_qos)
+        self._prior = self.tell(PointCloud2, 'prior', self.window_qos)
+        if any(given := self.value('camera_pose')):
             self._T_child_camera = messages.pose_from_numbers(given)
         self._broadcaster = None
-        if self.value("publish_tf"):
+        if self.value('publish_tf'):
             if tf2_ros is None:
-                raise ValueError("publish_tf is set but tf2_ros is not installed; install it, or leave publish_tf out")
+                raise ValueError(
+                    'publish_tf is set but tf2_ros is not installed; install it, or leave '
+                    'publish_tf out'
+                )
             self._broadcaster = tf2_ros.TransformBroadcaster(self)
             self._configured.callback(self.destroy_publisher, self._broadcaster.pub_tf)
         self._buffer = self._listener = None
@@ -64,19 +72,22 @@ class BundleNode(CoreNode):
             self._buffer = tf2_ros.Buffer()
             self._listener = tf2_ros.TransformListener(self._buffer, self)
             self._configured.callback(self._listener.unregister)
-        self.serve("~/save_map", self.save_map)
-        self.hear(PointCloud2, "correspondences", self.receive, self.result_qos)
+        self.serve('~/save_map', self.save_map)
+        self.hear(PointCloud2, 'correspondences', self.receive, self.result_qos)
         often = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
-        self.hear(Odometry, "external_odometry", self._on_odometry, lossless() if self.keeps_all else often)
+        self.hear(
+            Odometry, 'external_odometry', self._on_odometry,
+            lossless() if self.keeps_all else often,
+        )
 
     def begin(self) -> None:
         super().begin()
         self.status = COMPILING
         compiled()  # now, not when the first image waits for it
-        self.status = "waiting"
+        self.status = 'waiting'
 
     def options(self) -> BundleOptions:
-        return parameters.options(BundleOptions(), "bundle", self.role, self.value)
+        return parameters.options(BundleOptions(), 'bundle', self.role, self.value)
 
     def build(self, camera: Camera) -> Bundle:
         return Bundle(camera, self.options())
@@ -91,7 +102,8 @@ class BundleNode(CoreNode):
         self.inliers = estimate.inliers
         if estimate.T_world_camera is not None:
             pose = messages.odometry(
-                estimate.T_world_camera, estimate.covariance, estimate.stamp, self._world_frame, self._camera_frame
+                estimate.T_world_camera, estimate.covariance, estimate.stamp, self._world_frame,
+                self._camera_frame,
             )
             self._odometry.publish(pose)
             self.poses += 1
@@ -107,30 +119,30 @@ class BundleNode(CoreNode):
         return super().reset()
 
     def save_map(self) -> str:
-        """Writes every keyframe's pose and every landmark's position into ``map_dir``."""
-        folder = FilePath(os.path.expanduser(self.value("map_dir") or ".")).resolve()
+        """Write every keyframe's pose and every landmark's position into ``map_dir``."""
+        folder = FilePath(os.path.expanduser(self.value('map_dir') or '.')).resolve()
         poses = self.core.trajectory if self.core is not None else {}
         write_map(folder, {stamp: T.numpy() for stamp, T in poses.items()}, self._points)
-        return f"{len(poses)} keyframes and {len(self._points)} landmarks in {folder}"
+        return f'{len(poses)} keyframes and {len(self._points)} landmarks in {folder}'
 
     def concern(self) -> str:
         if self.status == COMPILING:
-            return "the solver is being compiled, which takes a minute the first time on a machine"
-        return super().concern() or (f"lost: {self.reason}" if self.status == LOST else "")
+            return 'the solver is being compiled, which takes a minute the first time on a machine'
+        return super().concern() or (f'lost: {self.reason}' if self.status == LOST else '')
 
     def values(self) -> dict[str, object]:
         # Monocular: without another odometry the scale is whatever the first two keyframes made it
         return {
-            "status": self.status,
-            "motion": self.motion,
-            "reason": self.reason,
-            "inliers": self.inliers,
-            "poses": self.poses,
-            "keyframes": self.core.keyframes if self.core else 0,
-            "maps": self.core.maps if self.core else 0,
-            "windows": self.windows,
-            "scale": "metric" if self.core and self.core.metric else "arbitrary",
-            "external_odometry": self.odometry,
+            'status': self.status,
+            'motion': self.motion,
+            'reason': self.reason,
+            'inliers': self.inliers,
+            'poses': self.poses,
+            'keyframes': self.core.keyframes if self.core else 0,
+            'maps': self.core.maps if self.core else 0,
+            'windows': self.windows,
+            'scale': 'metric' if self.core and self.core.metric else 'arbitrary',
+            'external_odometry': self.odometry,
         }
 
     def _publish(self, window: Window, stamp: int) -> None:
@@ -161,30 +173,43 @@ class BundleNode(CoreNode):
             if self.core is None:
                 self.core = self.build(self.camera)
             stamp, *pose = messages.camera_odometry(message, extrinsics)
-            if self._last_stamp is not None and stamp > self._last_stamp + LEAP_NS:  # all later ones would be too old
-                raise ValueError(f"it is {(stamp - self._last_stamp) / 1e9:.3f} s ahead of the images; check clocks")
+            # all later ones would be too old
+            if self._last_stamp is not None and stamp > self._last_stamp + LEAP_NS:
+                raise ValueError(
+                    f'it is {(stamp - self._last_stamp) / 1e9:.3f} s ahead of the images; '
+                    'check clocks'
+                )
             self.core.add_odometry(stamp, *pose)
         except ValueError as error:
-            self.fault(f"external_odometry: {error}")
+            self.fault(f'external_odometry: {error}')
             return
         self.odometry += 1
         if self._external:
             self._world_frame = message.header.frame_id or self._world_frame
 
     def _extrinsics(self, child_frame: str) -> torch.Tensor | None:
-        """Pose (7,) of the camera in the odometry's child frame; None as long as the camera's frame is not known."""
+        """
+        Pose (7,) of the camera in the odometry's child frame.
+
+        None as long as the camera's frame is not known.
+        """
         if self._T_child_camera is None and self._camera_frame:
-            if child_frame in ("", self._camera_frame):
-                self._T_child_camera = messages.pose_from_numbers((0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0))
+            if child_frame in ('', self._camera_frame):
+                self._T_child_camera = messages.pose_from_numbers(
+                    (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+                )
             elif self._buffer is not None:
                 try:
                     found = self._buffer.lookup_transform(child_frame, self._camera_frame, Time())
                 except tf2_ros.TransformException as error:
-                    raise ValueError(f"where the camera is in '{child_frame}' is not known: {error}") from None
+                    raise ValueError(
+                        f"where the camera is in '{child_frame}' is not known: {error}"
+                    ) from None
                 self._T_child_camera = messages.pose_from_transform(found.transform)
             else:
                 raise ValueError(
-                    f"where the camera '{self._camera_frame}' is in '{child_frame}' is not known; set camera_pose"
+                    f"where the camera '{self._camera_frame}' is in '{child_frame}' is not "
+                    'known; set camera_pose'
                 )
         return self._T_child_camera
 
@@ -202,5 +227,5 @@ def main(arguments: list[str] | None = None) -> None:
     run(BundleNode, arguments)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -1,28 +1,34 @@
-"""imatching_node: matcher, bundle and learner in one process, each in a thread of its own, with one model in memory."""
+"""
+The executable imatching_node: matcher, bundle and learner in one process.
+
+Each in a thread of its own, with one model in memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from pathlib import Path
+import threading
 
 import rclpy
 import torch
 
-from ..matching import weights
 from . import parameters
 from .bundle import BundleNode
 from .core_node import load_weights, run_ros, spin_nodes
 from .learner import LearnerNode
 from .matcher import MatcherNode
+from ..matching import weights
 
 CLASSES = {node_class.role: node_class for node_class in (MatcherNode, BundleNode, LearnerNode)}
 
 
 class SharedWeights:
-    """Reads a weights file once for all who ask for it.
+    """
+    Reads a weights file once for all who ask for it.
 
-    What is shared is never changed: the matcher only looks through it, and the learner trains a copy.
+    What is shared is never changed: the matcher only looks through it, and the learner trains a
+    copy.
     """
 
     def __init__(self) -> None:
@@ -33,19 +39,23 @@ class SharedWeights:
     def load(self, path: Path, device: str) -> tuple[torch.nn.Module, weights.WeightsInfo]:
         """As ``core_node.load_weights``."""
         with self._lock:
-            key = (path, device, path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
+            key = (
+                (path, device, path.stat().st_mtime_ns, path.stat().st_size)
+                if path.is_file()
+                else None
+            )
             if key is None or key != self._key:
                 self._loaded, self._key = load_weights(path, device), key
             return self._loaded
 
 
 def _roles() -> list[str]:
-    """What the parameter ``nodes`` names."""
-    node = rclpy.create_node("imatching", start_parameter_services=False)
+    """Return what the parameter ``nodes`` names."""
+    node = rclpy.create_node('imatching', start_parameter_services=False)
     try:
-        if wrong := parameters.declare(node, "imatching", lambda _: None):
-            raise ValueError(f"imatching: {'; '.join(wrong.values())}")
-        return list(node.get_parameter("nodes").value)
+        if wrong := parameters.declare(node, 'imatching', lambda _: None):
+            raise ValueError(f'imatching: {"; ".join(wrong.values())}')
+        return list(node.get_parameter('nodes').value)
     finally:
         node.destroy_node()
 
@@ -58,5 +68,5 @@ def main(arguments: list[str] | None = None) -> None:
     run_ros(body, arguments)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -1,44 +1,61 @@
-"""What the three nodes share: a life cycle, parameters, camera, a core object in a thread of its own, diagnostics."""
+"""
+What the three nodes share.
+
+A life cycle, parameters, camera, a core object in a thread of its own, diagnostics.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as Unfinished
 import contextlib
 import copy
 import os
+from pathlib import Path
 import sys
 import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, TimeoutError
-from pathlib import Path
 from typing import Any
 
+from diagnostic_msgs.msg import DiagnosticArray
 import numpy as np
 import rclpy
-import torch
-from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
-from rclpy.lifecycle import LifecycleNode, LifecyclePublisher, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy, qos_profile_sensor_data
+from rclpy.lifecycle import (
+    LifecycleNode,
+    LifecyclePublisher,
+    LifecycleState,
+    TransitionCallbackReturn,
+)
+from rclpy.qos import (
+    DurabilityPolicy,
+    HistoryPolicy,
+    qos_profile_sensor_data,
+    QoSProfile,
+    ReliabilityPolicy,
+)
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 from std_msgs.msg import Header
 from std_srvs.srv import Trigger
+import torch
 
+from . import messages, parameters
+from .diagnostics import ERROR, Health, OK, WARN
+from .worker import Worker
 from ..geometry.camera import Camera
 from ..matching import weights
-from . import messages, parameters
-from .diagnostics import ERROR, OK, WARN, Health
-from .worker import Worker
 
-UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = "unconfigured", "inactive", "active", "finalized"
+UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = 'unconfigured', 'inactive', 'active', 'finalized'
 SENTENCE = 400  #: characters of what is said, at most
 REPEAT_S = 5.0  #: the same sentence goes to the log this seldom
-RESTART_NS = 1_000_000_000  #: a stamp this far behind the last one is a recording that starts again
+#: a stamp this far behind the last one is a recording that starts again
+RESTART_NS = 1_000_000_000
 LEAP_NS = 10_000_000_000  #: a stamp this far ahead of the last one is said
 SILENCE_S = 2.0  #: without input for this long, an active node says so
 BUSY_S = 20.0  #: one piece of work that takes this long is said
@@ -49,18 +66,24 @@ SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FA
 
 
 def load_weights(path: Path, device: str) -> tuple[torch.nn.Module, weights.WeightsInfo]:
-    """The matcher of a weights file, on a device. FileNotFoundError or ValueError, one sentence each."""
+    """
+    Return the matcher of a weights file, on a device.
+
+    FileNotFoundError or ValueError, one sentence each.
+    """
     matcher, info = weights.load(path)
     return placed(matcher, device), info
 
 
 def placed(matcher: torch.nn.Module, device: str) -> torch.nn.Module:
-    """The matcher on a device; ValueError where torch has no such device."""
+    """Return the matcher on a device; ValueError where torch has no such device."""
     try:
         return matcher.to(device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"parameter 'device' is '{device}', which torch cannot use: {reason}") from None
+        raise ValueError(
+            f"parameter 'device' is '{device}', which torch cannot use: {reason}"
+        ) from None
 
 
 def lossless() -> QoSProfile:
@@ -71,59 +94,81 @@ def lossless() -> QoSProfile:
 def latched(depth: int = 1) -> QoSProfile:
     """Whoever comes late still gets the last ``depth``."""
     return QoSProfile(
-        depth=depth, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+        depth=depth, reliability=ReliabilityPolicy.RELIABLE,
+        durability=DurabilityPolicy.TRANSIENT_LOCAL,
     )
 
 
 class CoreNode(LifecycleNode):
-    """A managed node around one core object, which is built once its camera is known and lives in the worker's thread.
+    """
+    A managed node around one core object.
 
-    Configuring checks parameters and files and makes the topics and services; only an active node takes inputs and
-    publishes; cleaning up frees all of it. Diagnostics are published in every state.
+    This is built once its camera is known and lives in the worker's thread.
 
-    A child says what its core is (``options``, ``build``), which topics and services it has (``configure``), what one
-    input does (``process``), and may say why it cannot work (``trouble``), what it does when no input waits
-    (``idle``), what happens when time goes back (``restart``), what its diagnostics add (``values``) and what it holds
-    (``forget``).
+    Configuring checks parameters and files and makes the topics and services; only an active node
+    takes inputs and publishes; cleaning up frees all of it. Diagnostics are published in every
+    state.
+
+    A child says what its core is (``options``, ``build``), which topics and services it has
+    (``configure``), what one input does (``process``), and may say why it cannot work
+    (``trouble``), what it does when no input waits (``idle``), what happens when time goes back
+    (``restart``), what its diagnostics add (``values``) and what it holds (``forget``).
     """
 
-    role: str  #: matcher, bundle or learner: the node's name unless remapped, and its column of the parameters
+    #: matcher, bundle or learner: the node's name unless remapped, and its column of the
+    #: parameters
+    role: str
     feed: str  #: the topic without which it has nothing to do
 
-    def __init__(self, load: Callable[[Path, str], Any] = load_weights, **node_options: Any) -> None:
-        """``load``: what reads weights files; nodes of one process may share one that reads each only once."""
+    def __init__(
+        self, load: Callable[[Path, str], Any] = load_weights, **node_options: Any
+    ) -> None:
+        """
+        ``load``: what reads weights files.
+
+        Nodes of one process may share one that reads each only once.
+        """
         super().__init__(self.role, **node_options)
         self._load = load
         self._changed: dict[str, parameters.Value] = {}  # ROS tells of a change before it makes it
         self._wrong = parameters.declare(self, self.role, self.on_change)
         self.health = Health()
         self.state = UNCONFIGURED
-        self.refusal = ""  #: why the last configuration was refused
+        self.refusal = ''  #: why the last configuration was refused
         self.worker: Worker | None = None
         self._configured = contextlib.ExitStack()  # what cleaning up undoes
-        self._last_said = ("", 0.0)
+        self._last_said = ('', 0.0)
         self.forget()
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         # Simulated time may stand still; what a node says of itself must not
-        self.create_timer(1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self.create_timer(
+            1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME)
+        )
         threshold = JumpThreshold(
-            min_forward=Duration(nanoseconds=LEAP_NS), min_backward=Duration(nanoseconds=-RESTART_NS),
+            min_forward=Duration(nanoseconds=LEAP_NS),
+            min_backward=Duration(nanoseconds=-RESTART_NS),
             on_clock_change=False,
         )  # fmt: skip
-        self._jump = self.get_clock().create_jump_callback(threshold, post_callback=self._on_clock_jump)
+        self._jump = self.get_clock().create_jump_callback(
+            threshold, post_callback=self._on_clock_jump
+        )
 
     # What a child says of itself
 
     def options(self) -> Any:
-        """The core object's options."""
+        """Return the core object's options."""
         raise NotImplementedError
 
     def build(self, camera: Camera) -> Any:
-        """A fresh core object."""
+        """Return a fresh core object."""
         raise NotImplementedError
 
     def configure(self) -> None:
-        """Files, then topics and services, by ``tell``, ``hear`` and ``serve``. ValueError or OSError refuses."""
+        """
+        Files, then topics and services, by ``tell``, ``hear`` and ``serve``.
+
+        ValueError or OSError refuses.
+        """
         raise NotImplementedError
 
     def process(self, item: Any) -> None:
@@ -131,45 +176,45 @@ class CoreNode(LifecycleNode):
         raise NotImplementedError
 
     def begin(self) -> None:
-        """The first thing that the core's thread does."""
-        if threads := self.value("threads"):
+        """Do the first thing in the core's thread."""
+        if threads := self.value('threads'):
             torch.set_num_threads(threads)
 
     def idle(self) -> bool:
-        """A piece of background work; False where there is none."""
+        """Do a piece of background work; False where there is none."""
         return False
 
     def trouble(self) -> str:
         """Why inputs cannot be worked on now, or nothing."""
         if self.camera is None:
-            return f"no usable camera_info has come on {self.resolve_topic_name('camera_info')}"
-        return ""
+            return f'no usable camera_info has come on {self.resolve_topic_name("camera_info")}'
+        return ''
 
     def concern(self) -> str:
-        """What to warn of though nothing went wrong, or nothing."""
+        """Return what to warn of though nothing went wrong, or nothing."""
         if (busy := self.worker.busy()) > BUSY_S:
-            return f"one piece of work has taken {busy:.0f} s so far"
+            return f'one piece of work has taken {busy:.0f} s so far'
         if (silence := time.monotonic() - self._last_heard) > SILENCE_S:
-            return f"nothing has come on {self.resolve_topic_name(self.feed)} for {silence:.0f} s"
-        return ""
+            return f'nothing has come on {self.resolve_topic_name(self.feed)} for {silence:.0f} s'
+        return ''
 
     def values(self) -> dict[str, object]:
-        """What diagnostics say beside the counters."""
+        """Return what diagnostics say beside the counters."""
         return {}
 
     def reset(self) -> str:
-        """Starts afresh with the next input; runs in the core's thread."""
+        """Start afresh with the next input; runs in the core's thread."""
         if self.core is not None:
             self.core.reset()
         self._last_stamp = None
-        return "starts afresh with the next image"
+        return 'starts afresh with the next image'
 
     def restart(self) -> None:
         """Time went back: what is remembered of later times goes; runs in the core's thread."""
         self.reset()
 
     def recalibrate(self) -> None:
-        """The camera changed; runs in the core's thread."""
+        """Take a changed camera; runs in the core's thread."""
         self.core, self._last_stamp = None, None
 
     def forget(self) -> None:
@@ -184,17 +229,21 @@ class CoreNode(LifecycleNode):
     # What a child uses
 
     def value(self, name: str) -> Any:
-        """A parameter's value."""
+        """Return a parameter's value."""
         return self._changed.get(name, self.get_parameter(name).value)
 
     def load(self) -> tuple[torch.nn.Module, weights.WeightsInfo, Path]:
-        """The file of parameter ``weights``, or the shipped one. FileNotFoundError or ValueError."""
-        path = Path(os.path.expanduser(self.value("weights") or weights.default_path()))
-        return *self._load(path, self.value("device")), path
+        """
+        Return the file of parameter ``weights``, or the shipped one.
+
+        FileNotFoundError or ValueError.
+        """
+        path = Path(os.path.expanduser(self.value('weights') or weights.default_path()))
+        return *self._load(path, self.value('device')), path
 
     @property
     def keeps_all(self) -> bool:
-        return self.value("image_qos") == "keep_all"
+        return self.value('image_qos') == 'keep_all'
 
     @property
     def input_qos(self) -> QoSProfile:
@@ -209,15 +258,22 @@ class CoreNode(LifecycleNode):
         return latched(100 if self.keeps_all else 1)
 
     def tell(self, kind: type, topic: str, qos: QoSProfile) -> LifecyclePublisher:
-        """A publisher until the node is cleaned up; silent while it is not active."""
+        """Make a publisher until the node is cleaned up; silent while it is not active."""
         publisher = self.create_lifecycle_publisher(
-            kind, topic, copy.copy(qos), qos_overriding_options=QoSOverridingOptions.with_default_policies()
+            kind, topic, copy.copy(qos),
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
         self._configured.callback(self.destroy_lifecycle_publisher, publisher)
         return publisher
 
-    def hear(self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile) -> None:
-        """A subscription until the node is cleaned up. What ``callback`` raises is said, and ends nothing."""
+    def hear(
+        self, kind: type, topic: str, callback: Callable[[Any], None], qos: QoSProfile
+    ) -> None:
+        """
+        Make a subscription until the node is cleaned up.
+
+        What ``callback`` raises is said, and ends nothing.
+        """
 
         def heard(message: Any) -> None:
             try:
@@ -226,18 +282,23 @@ class CoreNode(LifecycleNode):
                 self._failed(error)
 
         subscription = self.create_subscription(
-            kind, topic, heard, copy.copy(qos), qos_overriding_options=QoSOverridingOptions.with_default_policies()
+            kind, topic, heard, copy.copy(qos),
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
         self._configured.callback(self.destroy_subscription, subscription)
 
     def hear_images(self, callback: Callable[[Any], None]) -> None:
-        """The camera's images, as ``image_transport`` says."""
-        compressed = self.value("image_transport") == "compressed"
-        self.feed = "image/compressed" if compressed else "image"
+        """Subscribe to the camera's images, as ``image_transport`` says."""
+        compressed = self.value('image_transport') == 'compressed'
+        self.feed = 'image/compressed' if compressed else 'image'
         self.hear(CompressedImage if compressed else Image, self.feed, callback, self.input_qos)
 
     def serve(self, name: str, action: Callable[[], str]) -> None:
-        """A Trigger service whose ``action`` runs in the core's thread and returns what to say."""
+        """
+        Offer a Trigger service.
+
+        Its ``action`` runs in the core's thread and returns what to say.
+        """
 
         def answer(_: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
             response.success, response.message = self.ask(name, action)
@@ -246,24 +307,28 @@ class CoreNode(LifecycleNode):
         self.answer(Trigger, name, answer)
 
     def answer(self, kind: type, name: str, callback: Callable[[Any, Any], Any]) -> None:
-        """A service until the node is cleaned up."""
+        """Offer a service until the node is cleaned up."""
         self._configured.callback(self.destroy_service, self.create_service(kind, name, callback))
 
     def ask(self, name: str, action: Callable[[], str]) -> tuple[bool, str]:
-        """Runs ``action`` in the core's thread and waits: whether it went well, and what it says."""
+        """Run ``action`` in the core's thread and wait: whether it went well, and what it says."""
         try:
             return True, self.worker.request(action).result(timeout=PATIENCE_S)
-        except (TimeoutError, CancelledError):  # first, for a TimeoutError is an OSError too
-            return False, "the node is still busy; try again"
+        except (Unfinished, CancelledError):  # first, for it may be an OSError too
+            return False, 'the node is still busy; try again'
         except (ValueError, OSError) as error:
-            self.fault(f"{name}: {error}")
+            self.fault(f'{name}: {error}')
             return False, str(error)
         except Exception as error:
             self._failed(error)
             return False, self.health.last_error
 
     def receive(self, item: Any, fed: bool = True) -> None:
-        """Queues an input for the core; ``fed``: it came on the topic without which there is nothing to do."""
+        """
+        Queue an input for the core.
+
+        ``fed``: it came on the topic without which there is nothing to do.
+        """
         if self.state == ACTIVE:
             if fed:
                 self._last_heard = time.monotonic()
@@ -271,33 +336,48 @@ class CoreNode(LifecycleNode):
             self.worker.put(item)
 
     def look(self, message: Image | CompressedImage) -> np.ndarray:
-        """The image (H, W) uint8. Only one that can be read, and is the camera's, sets the time."""
+        """
+        Return the image (H, W) uint8.
+
+        Only one that can be read, and is the camera's, sets the time.
+        """
         image, camera = messages.image_from_message(message), self.camera
         height, width = image.shape
         if (width, height) != (camera.width, camera.height):
             raise ValueError(
-                f"the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; "
-                "publish the camera_info that belongs to the image"
+                f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
+                'publish the camera_info that belongs to the image'
             )
         self.follow(messages.to_ns(message.header.stamp))
         return image
 
     def follow(self, stamp: int) -> None:
-        """Keeps time: ValueError for a duplicate or late stamp; starts afresh where a recording begins again."""
+        """
+        Keep time: ValueError for a duplicate or late stamp.
+
+        Start afresh where a recording begins again.
+        """
         last = self._last_stamp
         if last is not None and stamp <= last:
             if last - stamp < RESTART_NS:
-                what = "the same stamp as" if stamp == last else "an older stamp than"
-                raise ValueError(f"a message with {what} the one before is ignored; check for a second publisher")
-            self.fault(f"the clock went back by {(last - stamp) / 1e9:.3f} s: starting afresh")
+                what = 'the same stamp as' if stamp == last else 'an older stamp than'
+                raise ValueError(
+                    f'a message with {what} the one before is ignored; check for a second '
+                    'publisher'
+                )
+            self.fault(f'the clock went back by {(last - stamp) / 1e9:.3f} s: starting afresh')
             self.restart()
         elif last is not None and stamp - last > LEAP_NS:
-            self.fault(f"the clock went forward by {(stamp - last) / 1e9:.3f} s from one message to the next")
+            self.fault(
+                f'the clock went forward by {(stamp - last) / 1e9:.3f} s from one message to '
+                'the next'
+            )
         self._last_stamp = stamp
 
     def fault(self, sentence: str) -> None:
-        """Says it in diagnostics, and in the log unless it was just said there."""
-        sentence = textwrap.shorten(sentence, SENTENCE, placeholder=" …")  # what a broken message names may be anything
+        """Say it in diagnostics, and in the log unless it was just said there."""
+        # what a broken message names may be anything
+        sentence = textwrap.shorten(sentence, SENTENCE, placeholder=' …')
         said, when = self._last_said
         if sentence != said or time.monotonic() > when + REPEAT_S:
             self._last_said = sentence, time.monotonic()
@@ -307,35 +387,38 @@ class CoreNode(LifecycleNode):
     # Its life
 
     def start(self) -> None:
-        """Configures and activates the node. Raises ValueError with the reason where it refuses."""
+        """Configure and activate the node. Raises ValueError with the reason where it refuses."""
         if self.trigger_configure() != SUCCESS or self.trigger_activate() != SUCCESS:
-            raise ValueError(f"{self.get_name()}: {self.refusal}")
+            raise ValueError(f'{self.get_name()}: {self.refusal}')
 
     def close(self) -> bool:
-        """Ends the core's thread, and frees what was configured; False where that thread hangs."""
+        """End the core's thread, and free what was configured; False where that thread hangs."""
         ended = self.worker is None or self.worker.stop(END_S)
         self._configured.close()
         self.forget()
         return ended
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        self.refusal = ""
+        self.refusal = ''
         self.worker = Worker(
-            self._work, lambda: self.state == ACTIVE and not self.trouble(), self._failed, self._queue_size(),
+            self._work, lambda: self.state == ACTIVE and not self.trouble(), self._failed,
+            self._queue_size(),
             self._dropped, lambda: self.state == ACTIVE and self.idle(),
         )  # fmt: skip
         try:
             if self._wrong:
-                raise ValueError("; ".join(self._wrong.values()))
+                raise ValueError('; '.join(self._wrong.values()))
             self.options()
             self.configure()
-            self.hear(CameraInfo, "camera_info", self._on_camera_info, self.input_qos)
-            self.serve("~/reset", self.reset)
+            self.hear(CameraInfo, 'camera_info', self._on_camera_info, self.input_qos)
+            self.serve('~/reset', self.reset)
         except Exception as error:
             expected = isinstance(error, ValueError | OSError)
-            self.refusal = str(error) if expected else f"unexpected {type(error).__name__}: {error}"
-            if not self.value("autostart"):  # start says it otherwise
-                self.get_logger().error(f"not configured: {self.refusal}")
+            self.refusal = (
+                str(error) if expected else f'unexpected {type(error).__name__}: {error}'
+            )
+            if not self.value('autostart'):  # start says it otherwise
+                self.get_logger().error(f'not configured: {self.refusal}')
             self.close()
             return FAILURE
         self.worker.post(self.begin)
@@ -353,9 +436,12 @@ class CoreNode(LifecycleNode):
         self.state = INACTIVE
         self.worker.clear()
         try:
-            self.worker.request(lambda: None).result(timeout=PATIENCE_S)  # the piece of work in hand ends first
-        except TimeoutError:
-            self.fault(f"not deactivated: one piece of work has taken more than {PATIENCE_S:.0f} s")
+            # the piece of work in hand ends first
+            self.worker.request(lambda: None).result(timeout=PATIENCE_S)
+        except Unfinished:
+            self.fault(
+                f'not deactivated: one piece of work has taken more than {PATIENCE_S:.0f} s'
+            )
             self.state = ACTIVE
             return FAILURE
         return super().on_deactivate(state)
@@ -378,7 +464,7 @@ class CoreNode(LifecycleNode):
     # The rest is its own business
 
     def _queue_size(self) -> int:
-        return self.value("queue_size")
+        return self.value('queue_size')
 
     def _work(self, item: Any) -> None:
         try:
@@ -390,7 +476,7 @@ class CoreNode(LifecycleNode):
             raise
 
     def on_change(self, changes: dict[str, parameters.Value]) -> None:
-        """Parameters change, all of these together; ValueError refuses them."""
+        """Change parameters, all of these together; ValueError refuses them."""
         before, self._changed = self._changed, self._changed | changes
         try:
             options = self.options()
@@ -398,7 +484,9 @@ class CoreNode(LifecycleNode):
             self._changed = before
             raise
         if self.worker is not None:
-            self.worker.post(lambda: self.core is not None and setattr(self.core, "options", options))
+            self.worker.post(
+                lambda: self.core is not None and setattr(self.core, 'options', options)
+            )
 
     def _dropped(self, _: Any) -> None:
         self.health.dropped += 1
@@ -409,8 +497,10 @@ class CoreNode(LifecycleNode):
         if isinstance(error, ValueError | OSError):
             self.fault(str(error))
         else:
-            self.fault(f"unexpected {type(error).__name__}: {error}")
-            self.get_logger().error("".join(traceback.format_exception(error)), throttle_duration_sec=10.0)
+            self.fault(f'unexpected {type(error).__name__}: {error}')
+            self.get_logger().error(
+                ''.join(traceback.format_exception(error)), throttle_duration_sec=10.0
+            )
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         message.header = Header()  # its stamp is each image's own, the calibration is not
@@ -420,35 +510,39 @@ class CoreNode(LifecycleNode):
         try:
             camera = messages.camera_from_info(message, self._rectified())
         except ValueError as error:
-            self.fault(f"camera_info: {error}")
+            self.fault(f'camera_info: {error}')
             return
         before, self.camera = self.camera, camera
         if before not in (None, camera):
-            self.fault("camera_info changed: starting afresh with the new calibration")
+            self.fault('camera_info changed: starting afresh with the new calibration')
             self.worker.post(self.recalibrate)
 
     def _rectified(self) -> bool:
-        if (given := self.value("rectified")) != "auto":
-            return given == "always"
-        # Whether the camera_info's P or K describes an image, the image's name alone tells (REP 104, image_proc)
-        names = (self.resolve_topic_name(topic) for topic in ("image", "image/compressed"))
-        return any(name.removesuffix("/compressed").rpartition("/")[2].startswith("image_rect") for name in names)
+        if (given := self.value('rectified')) != 'auto':
+            return given == 'always'
+        # Whether the camera_info's P or K describes an image, the image's name alone tells (REP
+        # 104, image_proc)
+        names = (self.resolve_topic_name(topic) for topic in ('image', 'image/compressed'))
+        return any(
+            name.removesuffix('/compressed').rpartition('/')[2].startswith('image_rect')
+            for name in names
+        )
 
     def _on_clock_jump(self, jump: Any) -> None:
         seconds = jump.delta.nanoseconds / 1e9
         if self.get_clock().now().nanoseconds <= jump.delta.nanoseconds:
             return  # from zero: the clock was set
         if seconds > 0:
-            self.fault(f"the clock on /clock went forward by {seconds:.3f} s")
+            self.fault(f'the clock on /clock went forward by {seconds:.3f} s')
             return
-        self.fault(f"the clock on /clock went back by {-seconds:.3f} s: starting afresh")
+        self.fault(f'the clock on /clock went back by {-seconds:.3f} s: starting afresh')
         if self.worker is not None:
             self.worker.post(self.restart)
 
     def _condition(self) -> tuple[int, str]:
-        """What diagnostics say in one level and one sentence."""
+        """Return what diagnostics say in one level and one sentence."""
         if self.state != ACTIVE:
-            return (ERROR, f"{self.state}: {self.refusal}") if self.refusal else (OK, self.state)
+            return (ERROR, f'{self.state}: {self.refusal}') if self.refusal else (OK, self.state)
         level, text = self.health.level(self.trouble())
         if level == OK and (concern := self.concern()):
             return WARN, concern
@@ -457,18 +551,27 @@ class CoreNode(LifecycleNode):
     def _publish_diagnostics(self) -> None:
         level, text = self._condition()
         waiting = self.worker.waiting() if self.worker else 0
-        values = {"lifecycle": self.state, **self.health.values(), "waiting": waiting, **self.values()}
+        values = {
+            'lifecycle': self.state, **self.health.values(), 'waiting': waiting, **self.values(),
+        }
         status = messages.diagnostic_status(level, self.get_fully_qualified_name(), text, values)
-        self._diagnostics.publish(messages.diagnostic_array([status], self.get_clock().now().to_msg()))
+        self._diagnostics.publish(
+            messages.diagnostic_array([status], self.get_clock().now().to_msg())
+        )
 
 
 def run(node_class: type[CoreNode], arguments: list[str] | None = None) -> None:
-    """The ``main`` of a node's executable."""
+    """Run as the ``main`` of a node's executable."""
     run_ros(lambda stack: spin_nodes([node_class], stack), arguments)
 
 
-def spin_nodes(node_classes: Sequence[type[CoreNode]], stack: contextlib.ExitStack, **node_options: Any) -> None:
-    """Makes nodes and spins each in a thread of its own, until ROS is shut down; their end goes on the stack.
+def spin_nodes(
+    node_classes: Sequence[type[CoreNode]], stack: contextlib.ExitStack, **node_options: Any
+) -> None:
+    """
+    Make nodes and spin each in a thread of its own, until ROS is shut down.
+
+    Their end goes on the stack.
 
     Raises ValueError, one sentence, where a node that is to start by itself refuses.
     """
@@ -477,7 +580,7 @@ def spin_nodes(node_classes: Sequence[type[CoreNode]], stack: contextlib.ExitSta
         nodes.append(node_class(**node_options))
         stack.callback(_end, nodes[-1])
     for node in nodes:
-        if node.value("autostart"):
+        if node.value('autostart'):
             node.start()
 
     def spin(node: CoreNode) -> None:
@@ -504,9 +607,13 @@ def spin_nodes(node_classes: Sequence[type[CoreNode]], stack: contextlib.ExitSta
 
 
 def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] | None) -> None:
-    """``body`` between the beginning and the end of ROS; what it puts on the stack is undone before that end.
+    """
+    ``body`` between the beginning and the end of ROS.
 
-    Ends the process: exit code 0 after SIGINT or SIGTERM, 2 with one sentence where the input is wrong.
+    What it puts on the stack is undone before that end.
+
+    Ends the process: exit code 0 after SIGINT or SIGTERM, 2 with one sentence where the input is
+    wrong.
     """
     rclpy.init(args=arguments)
     code = 0
@@ -527,7 +634,10 @@ def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] |
 
 def _end(node: CoreNode) -> None:
     if not node.close():
-        print(f"{node.get_name()}: the work in hand does not end, so the process ends without it", file=sys.stderr)
+        print(
+            f'{node.get_name()}: the work in hand does not end, so the process ends without it',
+            file=sys.stderr,
+        )
         sys.stderr.flush()
         os._exit(1)
     node.destroy_node()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 import resource
+from statistics import quantiles
 import sys
 import time
-from collections import deque
-from statistics import quantiles
 
 OK, WARN, ERROR = 0, 1, 2
 
@@ -14,15 +14,15 @@ OK, WARN, ERROR = 0, 1, 2
 def percentiles(values: list[float]) -> tuple[float, float]:
     """Median and 95th percentile; NaN where there is nothing yet."""
     if len(values) < 2:
-        return (values[0], values[0]) if values else (float("nan"), float("nan"))
-    cuts = quantiles(values, n=20, method="inclusive")
+        return (values[0], values[0]) if values else (float('nan'), float('nan'))
+    cuts = quantiles(values, n=20, method='inclusive')
     return cuts[9], cuts[18]
 
 
 def peak_memory_mb() -> float:
-    """The largest resident size of this process so far."""
+    """Return the largest resident size of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    return peak / (1 << 20 if sys.platform == 'darwin' else 1 << 10)
 
 
 class Share:
@@ -46,12 +46,16 @@ class Share:
 
 
 class Health:
-    """Counters of one node. Counts are of what the node works on: images, correspondences or windows."""
+    """
+    Counters of one node.
+
+    Counts are of what the node works on: images, correspondences or windows.
+    """
 
     def __init__(self) -> None:
         self.received = self.processed = self.dropped = self.refused = 0
         self.faults = 0  #: all that went wrong, refused inputs among it
-        self.last_error = ""
+        self.last_error = ''
         self._faults_before = 0
         self._milliseconds: deque[float] = deque(maxlen=20_000)
         self._finished: deque[float] = deque(maxlen=100)
@@ -68,25 +72,29 @@ class Health:
         self.last_error = sentence
 
     def level(self, trouble: str) -> tuple[int, str]:
-        """ERROR with ``trouble`` while the node cannot work, WARN where something went wrong since the last call."""
+        """
+        ERROR with ``trouble`` while the node cannot work.
+
+        WARN where something went wrong since the last call.
+        """
         fresh, self._faults_before = self.faults > self._faults_before, self.faults
         if trouble:
             return ERROR, trouble
-        return (WARN, self.last_error) if fresh else (OK, "running")
+        return (WARN, self.last_error) if fresh else (OK, 'running')
 
     def values(self) -> dict[str, object]:
         p50, p95 = percentiles(list(self._milliseconds))
         recent = [moment for moment in self._finished if moment > time.monotonic() - 2.0]
         span = recent[-1] - recent[0] if len(recent) > 1 else 0.0
         return {
-            "received": self.received,
-            "processed": self.processed,
-            "dropped": self.dropped,
-            "refused": self.refused,
-            "faults": self.faults,
-            "latency_p50_ms": p50,
-            "latency_p95_ms": p95,
-            "rate_hz": (len(recent) - 1) / span if span else 0.0,
-            "last_error": self.last_error,
-            "peak_memory_mb": peak_memory_mb(),
+            'received': self.received,
+            'processed': self.processed,
+            'dropped': self.dropped,
+            'refused': self.refused,
+            'faults': self.faults,
+            'latency_p50_ms': p50,
+            'latency_p95_ms': p95,
+            'rate_hz': (len(recent) - 1) / span if span else 0.0,
+            'last_error': self.last_error,
+            'peak_memory_mb': peak_memory_mb(),
         }

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from functools import partial
+import os
 from pathlib import Path as FilePath
+import time
 from typing import Any
 
-import torch
 from diagnostic_msgs.msg import DiagnosticStatus
 from nav_msgs.msg import Path
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import CompressedImage, Image, PointCloud2
 from std_msgs.msg import UInt8MultiArray
 from std_srvs.srv import SetBool
+import torch
 
+from . import messages, parameters
+from .core_node import ACTIVE, CoreNode, latched, run
+from .diagnostics import OK, percentiles, Share, WARN
 from ..bundle.options import BundleOptions
 from ..geometry.camera import Camera
 from ..learning import checkpoints
 from ..learning.learner import Learner, LearnerOptions, StepResult, Verdict
 from ..matching import weights
-from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, latched, run
-from .diagnostics import OK, WARN, Share, percentiles
 
 NICE = 10  #: whoever drives the robot comes first on a busy machine
-PARTS = {"keyframes": Path, "landmarks": PointCloud2, "prior": PointCloud2}  #: of a window
+PARTS = {'keyframes': Path, 'landmarks': PointCloud2, 'prior': PointCloud2}  #: of a window
 SAVE_S = 10.0  #: between two checkpoints; a promotion does not wait
 UNJOINED = 10  #: windows of which not all three messages have come; older ones are forgotten
 
@@ -35,7 +35,7 @@ UNJOINED = 10  #: windows of which not all three messages have come; older ones 
 class LearnerNode(CoreNode):
     """Takes gradient steps whenever no message waits, and publishes what the gate promotes."""
 
-    role, feed = "learner", "image"
+    role, feed = 'learner', 'image'
 
     def forget(self) -> None:
         super().forget()
@@ -43,7 +43,7 @@ class LearnerNode(CoreNode):
         self._parts: dict[int, dict[str, Any]] = {}
         self.version = -1
         self.steps = self.verdicts = 0
-        self.last_loss, self.last_verdict = float("nan"), ""
+        self.last_loss, self.last_verdict = float('nan'), ''
         self._step_ms: list[float] = []
         self._share = Share()
         self._saved = 0.0  # when the last checkpoint was written
@@ -52,17 +52,17 @@ class LearnerNode(CoreNode):
         matcher, info, _ = self.load()
         self._start = matcher, info
         self.version = self._told = info.version
-        self._weights = self.tell(UInt8MultiArray, "weights", latched())
-        self._learning = self.tell(DiagnosticStatus, "learning", self.result_qos)
-        self.answer(SetBool, "~/enable", self._on_enable)
-        self.serve("~/save_checkpoint", self.save_checkpoint)
-        self.serve("~/rollback", self.rollback)
+        self._weights = self.tell(UInt8MultiArray, 'weights', latched())
+        self._learning = self.tell(DiagnosticStatus, 'learning', self.result_qos)
+        self.answer(SetBool, '~/enable', self._on_enable)
+        self.serve('~/save_checkpoint', self.save_checkpoint)
+        self.serve('~/rollback', self.rollback)
 
         def take(handle: Callable[[Any], None], fed: bool = False) -> Callable[[Any], None]:
             return lambda message: self.receive((handle, message), fed)
 
         self.hear_images(take(self._add_image, True))
-        self.hear(PointCloud2, "correspondences", take(self._add_correspondences), self.result_qos)
+        self.hear(PointCloud2, 'correspondences', take(self._add_correspondences), self.result_qos)
         for name, kind in PARTS.items():
             self.hear(kind, name, take(partial(self._add_part, name)), self.window_qos)
 
@@ -71,23 +71,26 @@ class LearnerNode(CoreNode):
         os.nice(NICE)  # of this thread, on Linux
 
     def options(self) -> LearnerOptions:
-        return parameters.options(LearnerOptions(), "learner", self.role, self.value)
+        return parameters.options(LearnerOptions(), 'learner', self.role, self.value)
 
     def build(self, camera: Camera) -> Learner:
-        bundle = parameters.options(BundleOptions(), "bundle", self.role, self.value)
+        bundle = parameters.options(BundleOptions(), 'bundle', self.role, self.value)
         learner = Learner(*self._start, camera, self.options(), bundle)
-        learner.enabled = self.value("enabled")
-        if self.value("weights_dir"):
+        learner.enabled = self.value('enabled')
+        if self.value('weights_dir'):
             found, refused = checkpoints.resume(self._checkpoints(), learner)
             for sentence in refused:
                 self.fault(sentence)
             if found is not None:
-                self.get_logger().info(f"goes on from step {learner.step_count}, version {learner.version}")
+                self.get_logger().info(
+                    f'goes on from step {learner.step_count}, version {learner.version}'
+                )
         return learner
 
     def process(self, item: tuple[Callable[[Any], None], Any]) -> None:
         handle, message = item
-        if self.core.version != self._told:  # from a checkpoint, or changed while nobody could be told
+        # from a checkpoint, or changed while nobody could be told
+        if self.core.version != self._told:
             self._publish_weights(self.core.version)
         handle(message)
         self.health.processed += 1
@@ -102,7 +105,9 @@ class LearnerNode(CoreNode):
             return False
         self._report_step(result)
         promoted = self._judge()
-        if self.value("weights_dir") and (promoted or self.core.settled and started > self._saved + SAVE_S):
+        if self.value('weights_dir') and (
+            promoted or self.core.settled and started > self._saved + SAVE_S
+        ):
             self._save()
         self._share.add(time.monotonic() - started)
         return True
@@ -114,7 +119,7 @@ class LearnerNode(CoreNode):
         return self._republish()
 
     def restart(self) -> None:
-        """What is remembered of the images goes, what was learned stays."""
+        """Forget what is remembered of the images; what was learned stays."""
         self._parts.clear()
         self._last_stamp = None
         if self.core is not None:
@@ -128,29 +133,29 @@ class LearnerNode(CoreNode):
         return self._republish()
 
     def save_checkpoint(self) -> str:
-        """Writes what a learner needs to go on into ``weights_dir``."""
+        """Write what a learner needs to go on into ``weights_dir``."""
         return str(checkpoints.save(self._checkpoints(), self._learner()))
 
     def values(self) -> dict[str, object]:
         return {
-            "model_version": self.version,
-            "enabled": self.value("enabled"),
-            "steps": self.steps,
-            "windows": self.core.windows if self.core else 0,
-            "stale": self.core.stale if self.core else 0,
-            "skipped": self.core.skipped if self.core else 0,
-            "verdicts": self.verdicts,
-            "promotions": self.core.promotions if self.core else 0,
-            "rollbacks": self.core.rollbacks if self.core else 0,
-            "last_loss": self.last_loss,
-            "last_verdict": self.last_verdict,
-            "learning_share": self._share.value(),
-            "step_p50_ms": percentiles(self._step_ms)[0],
+            'model_version': self.version,
+            'enabled': self.value('enabled'),
+            'steps': self.steps,
+            'windows': self.core.windows if self.core else 0,
+            'stale': self.core.stale if self.core else 0,
+            'skipped': self.core.skipped if self.core else 0,
+            'verdicts': self.verdicts,
+            'promotions': self.core.promotions if self.core else 0,
+            'rollbacks': self.core.rollbacks if self.core else 0,
+            'last_loss': self.last_loss,
+            'last_verdict': self.last_verdict,
+            'learning_share': self._share.value(),
+            'step_p50_ms': percentiles(self._step_ms)[0],
         }
 
     def _learner(self) -> Learner:
         if self.core is None:
-            raise ValueError("the learner has not begun: no message has come yet")
+            raise ValueError('the learner has not begun: no message has come yet')
         return self.core
 
     def _add_image(self, message: Image | CompressedImage) -> None:
@@ -172,7 +177,7 @@ class LearnerNode(CoreNode):
             del self._parts[next(iter(self._parts))]
 
     def _judge(self, now: bool = False) -> bool:
-        """Whether the gate had a word, and promoted."""
+        """Return whether the gate had a word, and promoted."""
         verdict = self.core.verdict(now) if self.core is not None else None
         if verdict is None:
             return False
@@ -186,69 +191,80 @@ class LearnerNode(CoreNode):
         try:
             checkpoints.save(self._checkpoints(), self.core)
         except OSError as error:
-            self.fault(f"the checkpoint could not be written: {error}")
+            self.fault(f'the checkpoint could not be written: {error}')
 
     def _report_step(self, result: StepResult) -> None:
         self.steps += 1
         self.last_loss = result.loss
         self._step_ms.append(result.seconds * 1e3)
         del self._step_ms[:-1000]
-        values = {"step": result.step, "loss": result.loss, "seconds": result.seconds, "rows": result.rows}
-        self._say(OK, "step", f"step {result.step}: loss {result.loss:.4g}", values)
+        values = {
+            'step': result.step, 'loss': result.loss, 'seconds': result.seconds,
+            'rows': result.rows,
+        }
+        self._say(OK, 'step', f'step {result.step}: loss {result.loss:.4g}', values)
 
     def _report_verdict(self, verdict: Verdict) -> None:
         self.verdicts += 1
-        self.last_verdict = f"{'promoted' if verdict.promoted else 'kept back'}: {verdict.reason}"
+        self.last_verdict = f'{"promoted" if verdict.promoted else "kept back"}: {verdict.reason}'
         values = {
-            "step": verdict.step, "promoted": verdict.promoted, "rolled_back": verdict.rolled_back,
-            "version": verdict.version, "reason": verdict.reason, **verdict.figures,
+            'step': verdict.step, 'promoted': verdict.promoted, 'rolled_back': verdict.rolled_back,
+            'version': verdict.version, 'reason': verdict.reason, **verdict.figures,
         }  # fmt: skip
-        self._say(OK if verdict.promoted else WARN, "verdict", self.last_verdict, values)
+        self._say(OK if verdict.promoted else WARN, 'verdict', self.last_verdict, values)
 
     def _say(self, level: int, kind: str, text: str, values: dict[str, object]) -> None:
-        name = f"{self.get_fully_qualified_name()}: {kind}"
+        name = f'{self.get_fully_qualified_name()}: {kind}'
         self._learning.publish(messages.diagnostic_status(level, name, text, values))
 
     def _republish(self) -> str:
         if self.core is not None:
             self._publish_weights(self.core.version)
-        return f"version {self.version} holds the earlier weights"
+        return f'version {self.version} holds the earlier weights'
 
     def _publish_weights(self, version: int) -> None:
-        """The file first, so that whoever hears of a version finds it there; a full disk does not keep it back."""
+        """
+        Write the file first, so that whoever hears of a version finds it there.
+
+        A full disk does not keep it back.
+        """
         data = self.core.weights()
         self.version = version
-        if self.value("weights_dir"):
+        if self.value('weights_dir'):
             path = self._folder() / checkpoints.version_name(version)
             try:
                 weights.write(path, data)
             except OSError as error:
-                self.fault(f"{path} could not be written: {error}")
+                self.fault(f'{path} could not be written: {error}')
         if self.state == ACTIVE:
             self._weights.publish(messages.weights_to_message(data))
             self._told = version
 
     def _folder(self) -> FilePath:
-        return FilePath(os.path.expanduser(self.value("weights_dir") or ".")).resolve()
+        return FilePath(os.path.expanduser(self.value('weights_dir') or '.')).resolve()
 
     def _checkpoints(self) -> FilePath:
-        return self._folder() / "checkpoints"
+        return self._folder() / 'checkpoints'
 
     def on_change(self, changes: dict[str, parameters.Value]) -> None:
         super().on_change(changes)
-        if "enabled" in changes and self.core is not None:
-            self.core.enabled = changes["enabled"]
+        if 'enabled' in changes and self.core is not None:
+            self.core.enabled = changes['enabled']
 
     def _on_enable(self, request: SetBool.Request, response: SetBool.Response) -> SetBool.Response:
-        self.set_parameters([Parameter("enabled", value=request.data)])
+        self.set_parameters([Parameter('enabled', value=request.data)])
 
         def judge() -> str:
-            """A step in hand ended first; what was learned since the last verdict is judged before the rest."""
+            """
+            Judge what was learned since the last verdict before the rest.
+
+            A step in hand ended first.
+            """
             if not request.data:
                 self._judge(now=True)
-            return "learning" if request.data else "watching only"
+            return 'learning' if request.data else 'watching only'
 
-        response.success, response.message = self.ask("~/enable", judge)
+        response.success, response.message = self.ask('~/enable', judge)
         return response
 
 
@@ -256,5 +272,5 @@ def main(arguments: list[str] | None = None) -> None:
     run(LearnerNode, arguments)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -6,23 +6,23 @@ import time
 
 import cv2
 import numpy as np
-import torch
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CompressedImage, Image, PointCloud, PointCloud2
 from std_msgs.msg import UInt8MultiArray
+import torch
 
+from . import messages, parameters
+from .core_node import CoreNode, latched, placed, run
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights
 from ..matching.tracker import Tracker, TrackerOptions
-from . import messages, parameters
-from .core_node import CoreNode, latched, placed, run
 
 
 class MatcherNode(CoreNode):
     """Runs the tracker on each image; takes new weights between two of them."""
 
-    role, feed = "matcher", "image"
+    role, feed = 'matcher', 'image'
 
     def forget(self) -> None:
         super().forget()
@@ -32,18 +32,18 @@ class MatcherNode(CoreNode):
         self._previous: Correspondences | None = None
 
     def configure(self) -> None:
-        self._correspondences = self.tell(PointCloud2, "correspondences", self.result_qos)
-        self._debug = self.tell(Image, "debug/matches", QoSProfile(depth=1))
+        self._correspondences = self.tell(PointCloud2, 'correspondences', self.result_qos)
+        self._debug = self.tell(Image, 'debug/matches', QoSProfile(depth=1))
         self._vins = None
-        if self.value("vins_features"):
-            self._vins = self.tell(PointCloud, "feature_tracker/feature", self.result_qos)
+        if self.value('vins_features'):
+            self._vins = self.tell(PointCloud, 'feature_tracker/feature', self.result_qos)
         self.reload_weights()
-        self.hear(UInt8MultiArray, "weights", self._on_weights, latched())
-        self.serve("~/reload_weights", self.reload_weights)
+        self.hear(UInt8MultiArray, 'weights', self._on_weights, latched())
+        self.serve('~/reload_weights', self.reload_weights)
         self.hear_images(self.receive)
 
     def options(self) -> TrackerOptions:
-        return parameters.options(TrackerOptions(), "tracker", self.role, self.value)
+        return parameters.options(TrackerOptions(), 'tracker', self.role, self.value)
 
     def build(self, camera: Camera) -> Tracker:
         return Tracker(self.matcher, self.version, camera, self.options())
@@ -59,24 +59,28 @@ class MatcherNode(CoreNode):
             self._vins.publish(messages.vins_features(correspondences, self._previous, frame))
             self._previous = correspondences
         if self._debug.get_subscription_count():
-            self._debug.publish(messages.image_to_message(draw(image, correspondences), message.header))
+            self._debug.publish(
+                messages.image_to_message(draw(image, correspondences), message.header)
+            )
 
     def reload_weights(self) -> str:
-        """Loads the file of parameter ``weights``, or the shipped one."""
+        """Load the file of parameter ``weights``, or the shipped one."""
         matcher, info, path = self.load()
         self._use(matcher, info)
-        return f"version {self.version} from {path}"
+        return f'version {self.version} from {path}'
 
     def values(self) -> dict[str, object]:
-        return {"model_version": self.version, "rows": self.rows}
+        return {'model_version': self.version, 'rows': self.rows}
 
     def _queue_size(self) -> int:
-        return 1 if self.value("processing_mode") == "latest" else super()._queue_size()
+        return 1 if self.value('processing_mode') == 'latest' else super()._queue_size()
 
     def _on_weights(self, message: UInt8MultiArray) -> None:
         try:
-            matcher, info = weights.loads(messages.weights_from_message(message), "the weights message")
-            matcher = placed(matcher, self.value("device"))
+            matcher, info = weights.loads(
+                messages.weights_from_message(message), 'the weights message'
+            )
+            matcher = placed(matcher, self.value('device'))
         except ValueError as error:
             self.fault(str(error))
             return
@@ -86,11 +90,15 @@ class MatcherNode(CoreNode):
         self.matcher, self.version = matcher, info.version
         if self.core is not None:
             self.core.swap(matcher, info.version)
-        self.get_logger().info(f"weights of version {info.version} are in use")
+        self.get_logger().info(f'weights of version {info.version} are in use')
 
 
 def draw(image: np.ndarray, correspondences: Correspondences) -> np.ndarray:
-    """The image with a line from where each point was to where it is, red to green by score; (H, W, 3) rgb."""
+    """
+    Return the image, (H, W, 3) rgb, with a line for each match.
+
+    It goes from where the point was to where it is, red to green by score.
+    """
     canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     columns = (correspondences.ref_uv, correspondences.uv, correspondences.score)
     for start, end, score in zip(*(column.tolist() for column in columns), strict=True):
@@ -105,5 +113,5 @@ def main(arguments: list[str] | None = None) -> None:
     run(MatcherNode, arguments)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

@@ -1,4 +1,5 @@
-"""Conversions between ROS messages and the core's dataclasses, and nothing else.
+"""
+Conversions between ROS messages and the core's dataclasses, and nothing else.
 
 Every ``*_from_*`` raises ValueError with one sentence where a message is malformed.
 """
@@ -6,17 +7,16 @@ Every ``*_from_*`` raises ValueError with one sentence where a message is malfor
 from __future__ import annotations
 
 import array
+from collections.abc import Mapping, Sequence
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import Point32, Pose, PoseStamped, Transform
 from nav_msgs.msg import Odometry, Path
+import numpy as np
 from sensor_msgs.msg import (
     CameraInfo,
     ChannelFloat32,
@@ -28,6 +28,7 @@ from sensor_msgs.msg import (
     RegionOfInterest,
 )
 from std_msgs.msg import Header, UInt8MultiArray
+import torch
 
 from ..bundle.prior import Prior
 from ..bundle.window import Window
@@ -37,21 +38,25 @@ from ..geometry.correspondences import Correspondences
 from ..geometry.frames import carried
 
 CORRESPONDENCE = np.dtype([
-    ("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("u", "<f4"), ("v", "<f4"), ("ref_u", "<f4"), ("ref_v", "<f4"),
-    ("id", "<u4"), ("ref_sec", "<i4"), ("ref_nanosec", "<u4"), ("score", "<f4"),
-    ("cov_uu", "<f4"), ("cov_uv", "<f4"), ("cov_vv", "<f4"), ("model", "<u4"),
+    ('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('u', '<f4'), ('v', '<f4'), ('ref_u', '<f4'),
+    ('ref_v', '<f4'),
+    ('id', '<u4'), ('ref_sec', '<i4'), ('ref_nanosec', '<u4'), ('score', '<f4'),
+    ('cov_uu', '<f4'), ('cov_uv', '<f4'), ('cov_vv', '<f4'), ('model', '<u4'),
 ])  # fmt: skip
 
-#: Viewers draw only float32 ``x y z``. The parts that float32 cuts off follow as ``x_low y_low z_low``, so that
-#: the sum gives back 48 bits of the solved point and whoever rebuilds the residuals finds the same survivors.
+#: Viewers draw only float32 ``x y z``. The parts that float32 cuts off follow as ``x_low y_low
+#: z_low``, so that the sum gives back 48 bits of the solved point and whoever rebuilds the
+#: residuals finds the same survivors.
 LANDMARK = np.dtype([
-    ("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("id", "<u4"), ("observations", "<u4"), ("error_px", "<f4"),
-    ("x_low", "<f4"), ("y_low", "<f4"), ("z_low", "<f4"),
+    ('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('id', '<u4'), ('observations', '<u4'),
+    ('error_px', '<f4'),
+    ('x_low', '<f4'), ('y_low', '<f4'), ('z_low', '<f4'),
 ])  # fmt: skip
 
 _FIELD_TYPES = {
-    "i1": PointField.INT8, "u1": PointField.UINT8, "i2": PointField.INT16, "u2": PointField.UINT16,
-    "i4": PointField.INT32, "u4": PointField.UINT32, "f4": PointField.FLOAT32, "f8": PointField.FLOAT64,
+    'i1': PointField.INT8, 'u1': PointField.UINT8, 'i2': PointField.INT16, 'u2': PointField.UINT16,
+    'i4': PointField.INT32, 'u4': PointField.UINT32, 'f4': PointField.FLOAT32,
+    'f8': PointField.FLOAT64,
 }  # fmt: skip
 _DTYPES = {number: name for name, number in _FIELD_TYPES.items()}
 
@@ -63,14 +68,20 @@ except Exception:  # absent, or built for another numpy
 
 
 def _bridge() -> Any:
-    """cv_bridge where it is installed and sound: a port of that name on PyPI corrupts 16-bit images."""
+    """
+    cv_bridge where it is installed and sound.
+
+    A port of that name on PyPI corrupts 16-bit images.
+    """
     if CvBridge is None:
         return None
     ramp = np.minimum(np.arange(256) * 257 + 100, 65535).astype(np.uint16).reshape(16, 16)
-    message = Image(encoding="mono16", height=16, width=16, step=32, data=array.array("B", ramp.tobytes()))
+    message = Image(
+        encoding='mono16', height=16, width=16, step=32, data=array.array('B', ramp.tobytes())
+    )
     with contextlib.suppress(Exception):
         bridge = CvBridge()
-        if np.array_equal(bridge.imgmsg_to_cv2(message, "mono8"), np.arange(256).reshape(16, 16)):
+        if np.array_equal(bridge.imgmsg_to_cv2(message, 'mono8'), np.arange(256).reshape(16, 16)):
             return bridge
     return None
 
@@ -82,9 +93,16 @@ _BRIDGE = _bridge()
 
 
 def to_ns(stamp: Time) -> int:
-    """A ROS stamp in nanoseconds. ValueError where it is none: its nanoseconds make a second or more."""
+    """
+    Return a ROS stamp in nanoseconds.
+
+    ValueError where it is none: its nanoseconds make a second or more.
+    """
     if stamp.nanosec >= 1_000_000_000:
-        raise ValueError(f"the stamp {stamp.sec} s and {stamp.nanosec} ns is no time: nanoseconds end at 999999999")
+        raise ValueError(
+            f'the stamp {stamp.sec} s and {stamp.nanosec} ns is no time: nanoseconds end at '
+            '999999999'
+        )
     return stamp.sec * 1_000_000_000 + stamp.nanosec
 
 
@@ -102,20 +120,23 @@ def header(ns: int, frame_id: str) -> Header:
 
 
 def cloud(rows: np.ndarray, head: Header) -> PointCloud2:
-    """A structured array (N,) as a PointCloud2 whose fields are the array's own."""
+    """Return a structured array (N,) as a PointCloud2 whose fields are the array's own."""
     rows = np.ascontiguousarray(rows)
     return PointCloud2(
         header=head,
         height=1,
         width=len(rows),
         fields=[
-            PointField(name=name, offset=offset, datatype=_FIELD_TYPES[dtype.base.str[1:]], count=_count(dtype))
+            PointField(
+                name=name, offset=offset, datatype=_FIELD_TYPES[dtype.base.str[1:]],
+                count=_count(dtype),
+            )
             for name, (dtype, offset) in rows.dtype.fields.items()
         ],
         is_bigendian=False,
         point_step=rows.dtype.itemsize,
         row_step=rows.dtype.itemsize * len(rows),
-        data=array.array("B", rows.tobytes()),
+        data=array.array('B', rows.tobytes()),
         is_dense=True,
     )
 
@@ -125,36 +146,54 @@ def _count(dtype: np.dtype) -> int:
 
 
 def cloud_rows(message: PointCloud2, wanted: np.dtype) -> np.ndarray:
-    """The rows of a PointCloud2 as a structured array (N,) of type ``wanted``; other fields are ignored.
+    """
+    Return the rows of a PointCloud2 as a structured array (N,) of type ``wanted``.
+
+    Other fields are ignored.
 
     Raises ValueError where a wanted field is missing or of another type, or the data is cut short.
     """
-    order = ">" if message.is_bigendian else "<"
+    order = '>' if message.is_bigendian else '<'
     fields = {field.name: field for field in message.fields}
     for name, (dtype, _) in wanted.fields.items():
         field = fields.get(name)
         if field is None:
-            raise ValueError(f"the point cloud has no field '{name}'; its publisher and this node must agree on it")
+            raise ValueError(
+                f"the point cloud has no field '{name}'; its publisher and this node must "
+                'agree on it'
+            )
         if _DTYPES.get(field.datatype) != dtype.base.str[1:] or field.count != _count(dtype):
             raise ValueError(
-                f"field '{name}' of the point cloud has {field.count} of datatype {field.datatype}, expected "
-                f"{_count(dtype)} {dtype.base.name}"
+                f"field '{name}' of the point cloud has {field.count} of datatype "
+                f'{field.datatype}, expected '
+                f'{_count(dtype)} {dtype.base.name}'
             )
         if field.offset + dtype.itemsize > message.point_step:
-            raise ValueError(f"field '{name}' of the point cloud ends beyond its point_step of {message.point_step}")
-    if message.row_step < message.width * message.point_step or len(message.data) < message.row_step * message.height:
-        raise ValueError(f"the point cloud holds {len(message.data)} bytes, fewer than its size says")
+            raise ValueError(
+                f"field '{name}' of the point cloud ends beyond its point_step of "
+                f'{message.point_step}'
+            )
+    if (
+        message.row_step < message.width * message.point_step
+        or len(message.data) < message.row_step * message.height
+    ):
+        raise ValueError(
+            f'the point cloud holds {len(message.data)} bytes, fewer than its size says'
+        )
     if not message.width * message.height:  # its point_step may then be more than numpy takes
         return np.empty(0, wanted)
     names = list(wanted.names)
-    layout = np.dtype({
-        "names": names,
-        "formats": [(order + wanted[name].base.str[1:], wanted[name].shape) for name in names],
-        "offsets": [fields[name].offset for name in names],
-        "itemsize": message.point_step,
-    })
+    layout = np.dtype(
+        {
+            'names': names,
+            'formats': [(order + wanted[name].base.str[1:], wanted[name].shape) for name in names],
+            'offsets': [fields[name].offset for name in names],
+            'itemsize': message.point_step,
+        }
+    )
     rows = np.ndarray(
-        (message.height, message.width), layout, memoryview(message.data), 0, (message.row_step, message.point_step)
+        (message.height, message.width), layout, memoryview(message.data), 0,
+        (message.row_step, message.point_step),
     )
     result = np.empty(rows.size, wanted)
     for name in names:
@@ -170,46 +209,56 @@ def _pair(rows: np.ndarray, *names: str) -> torch.Tensor:
 
 
 def correspondences_to_cloud(correspondences: Correspondences, frame_id: str) -> PointCloud2:
-    """One row for each correspondence; the header carries the newer image's stamp and optical frame."""
+    """
+    One row for each correspondence.
+
+    The header carries the newer image's stamp and optical frame.
+    """
     c = correspondences
     rows = np.empty(len(c), CORRESPONDENCE)
-    rows["x"], rows["y"] = c.xy.numpy().T
-    rows["z"] = 1.0
-    rows["u"], rows["v"] = c.uv.numpy().T
-    rows["ref_u"], rows["ref_v"] = c.ref_uv.numpy().T
-    rows["id"] = c.track.numpy()
-    rows["ref_sec"], rows["ref_nanosec"] = np.divmod(c.ref_stamp.numpy(), 1_000_000_000)
-    rows["score"] = c.score.numpy()
-    rows["cov_uu"], rows["cov_uv"], rows["cov_vv"] = c.cov.numpy().T
-    rows["model"] = c.model
+    rows['x'], rows['y'] = c.xy.numpy().T
+    rows['z'] = 1.0
+    rows['u'], rows['v'] = c.uv.numpy().T
+    rows['ref_u'], rows['ref_v'] = c.ref_uv.numpy().T
+    rows['id'] = c.track.numpy()
+    rows['ref_sec'], rows['ref_nanosec'] = np.divmod(c.ref_stamp.numpy(), 1_000_000_000)
+    rows['score'] = c.score.numpy()
+    rows['cov_uu'], rows['cov_uv'], rows['cov_vv'] = c.cov.numpy().T
+    rows['model'] = c.model
     return cloud(rows, header(c.stamp, frame_id))
 
 
 def correspondences_from_cloud(message: PointCloud2) -> Correspondences:
-    """The exact inverse, but for a message without rows, whose ``model`` reads 0."""
+    """Return the exact inverse, but for a message without rows, whose ``model`` reads 0."""
     rows = cloud_rows(message, CORRESPONDENCE)
-    for name in ("x", "y", "u", "v", "ref_u", "ref_v", "score", "cov_uu", "cov_uv", "cov_vv"):
+    for name in ('x', 'y', 'u', 'v', 'ref_u', 'ref_v', 'score', 'cov_uu', 'cov_uv', 'cov_vv'):
         if not np.isfinite(rows[name]).all():
             raise ValueError(f"the correspondences hold a value of '{name}' that is not finite")
     return Correspondences(
         stamp=to_ns(message.header.stamp),
-        uv=_pair(rows, "u", "v"),
-        xy=_pair(rows, "x", "y"),
-        ref_stamp=torch.from_numpy(rows["ref_sec"].astype(np.int64) * 1_000_000_000 + rows["ref_nanosec"]),
-        ref_uv=_pair(rows, "ref_u", "ref_v"),
-        track=torch.from_numpy(rows["id"].astype(np.int64)),
-        score=torch.from_numpy(rows["score"].copy()),
-        cov=_pair(rows, "cov_uu", "cov_uv", "cov_vv"),
-        model=int(rows["model"][0]) if len(rows) else 0,
+        uv=_pair(rows, 'u', 'v'),
+        xy=_pair(rows, 'x', 'y'),
+        ref_stamp=torch.from_numpy(
+            rows['ref_sec'].astype(np.int64) * 1_000_000_000 + rows['ref_nanosec']
+        ),
+        ref_uv=_pair(rows, 'ref_u', 'ref_v'),
+        track=torch.from_numpy(rows['id'].astype(np.int64)),
+        score=torch.from_numpy(rows['score'].copy()),
+        cov=_pair(rows, 'cov_uu', 'cov_uv', 'cov_vv'),
+        model=int(rows['model'][0]) if len(rows) else 0,
     )
 
 
-def vins_features(current: Correspondences, previous: Correspondences | None, frame_id: str) -> PointCloud:
-    """The feature message of VINS-Fusion: one point on z = 1 for each track, nine channels.
+def vins_features(
+    current: Correspondences, previous: Correspondences | None, frame_id: str
+) -> PointCloud:
+    """
+    Return the feature message of VINS-Fusion: one point on z = 1 for each track, nine channels.
 
-    Channels: id, camera, u, v, velocity x, velocity y (normalised plane per second, 0 for a new track), and
-    three of a ground-truth point, which VINS-Fusion reads whenever there are more than five: zeros here. Its ids
-    are float32, exact below 2^24 only, so tracks are counted modulo 2^24.
+    Channels: id, camera, u, v, velocity x, velocity y (normalised plane per second, 0 for a new
+    track), and three of a ground-truth point, which VINS-Fusion reads whenever there are more than
+    five: zeros here. Its ids are float32, exact below 2^24 only, so tracks are counted modulo
+    2^24.
     """
     track, first = np.unique(current.track.numpy(), return_index=True)
     xy, uv = current.xy.numpy()[first], current.uv.numpy()[first]
@@ -221,8 +270,9 @@ def vins_features(current: Correspondences, previous: Correspondences | None, fr
         velocity[new] = moved / ((current.stamp - previous.stamp) * 1e-9)
     zeros = np.zeros(len(track), np.float32)
     channels = {
-        "id": track % 2**24, "camera_id": zeros, "p_u": uv[:, 0], "p_v": uv[:, 1],
-        "velocity_x": velocity[:, 0], "velocity_y": velocity[:, 1], "gx": zeros, "gy": zeros, "gz": zeros,
+        'id': track % 2**24, 'camera_id': zeros, 'p_u': uv[:, 0], 'p_v': uv[:, 1],
+        'velocity_x': velocity[:, 0], 'velocity_y': velocity[:, 1], 'gx': zeros, 'gy': zeros,
+        'gz': zeros,
     }  # fmt: skip
     return PointCloud(
         header=header(current.stamp, frame_id),
@@ -238,7 +288,7 @@ def vins_features(current: Correspondences, previous: Correspondences | None, fr
 
 
 def pose_to_message(T: torch.Tensor) -> Pose:
-    """A pose (7,) ``tx ty tz qx qy qz qw``."""
+    """Return a pose (7,) ``tx ty tz qx qy qz qw``."""
     message = Pose()
     position, orientation = message.position, message.orientation
     position.x, position.y, position.z = T[:3].tolist()
@@ -257,7 +307,7 @@ def pose_from_numbers(numbers: Sequence[float]) -> torch.Tensor:
     T = torch.tensor(list(numbers), dtype=torch.float64)
     norm = T[3:].norm()
     if not abs(float(norm) - 1.0) < 1e-2:
-        raise ValueError(f"the pose {T.tolist()} has no unit quaternion; write x y z qx qy qz qw")
+        raise ValueError(f'the pose {T.tolist()} has no unit quaternion; write x y z qx qy qz qw')
     return torch.cat((T[:3], T[3:] / norm))
 
 
@@ -270,20 +320,27 @@ def pose_from_transform(message: Transform) -> torch.Tensor:
 def camera_odometry(
     message: Odometry, T_child_camera: torch.Tensor
 ) -> tuple[int, torch.Tensor, torch.Tensor | None]:
-    """Stamp in ns, pose (7,) and covariance (6, 6) of the camera that the odometry's child frame carries.
+    """
+    Return the stamp in ns, pose (7,) and covariance (6, 6) of the camera.
 
-    A covariance of zeros says that none is known. Raises ValueError where the message holds no pose.
+    It is the one that the odometry's child frame carries.
+
+    A covariance of zeros says that none is known. Raises ValueError where the message holds no
+    pose.
     """
     T = pose_from_message(message.pose.pose)
     covariance = torch.from_numpy(np.array(message.pose.covariance, np.float64).reshape(6, 6))
     if not (T.isfinite().all() and covariance.isfinite().all()):
-        raise ValueError("the odometry holds a number that is not finite")
+        raise ValueError('the odometry holds a number that is not finite')
     T = pose_from_numbers(T.tolist())
-    return to_ns(message.header.stamp), *carried(T, covariance if bool(covariance.any()) else None, T_child_camera)
+    return to_ns(message.header.stamp), *carried(
+        T, covariance if bool(covariance.any()) else None, T_child_camera
+    )
 
 
 def odometry(
-    T_world_camera: torch.Tensor, covariance: torch.Tensor | None, stamp: int, world_frame: str, camera_frame: str
+    T_world_camera: torch.Tensor, covariance: torch.Tensor | None, stamp: int, world_frame: str,
+    camera_frame: str,
 ) -> Odometry:
     """Pose (7,) and covariance (6, 6) of one image; zeros where the covariance is not known."""
     message = Odometry(header=header(stamp, world_frame), child_frame_id=camera_frame)
@@ -294,7 +351,11 @@ def odometry(
 
 
 def window_to_messages(window: Window, stamp: int, world_frame: str) -> tuple[Path, PointCloud2]:
-    """One solve as ``keyframes`` and ``landmarks``, both stamped with the image that caused it, as is ``prior``."""
+    """
+    Return one solve as ``keyframes`` and ``landmarks``.
+
+    Both are stamped with the image that caused it, as is ``prior``.
+    """
     path = Path(
         header=header(stamp, world_frame),
         poses=[
@@ -306,77 +367,92 @@ def window_to_messages(window: Window, stamp: int, world_frame: str) -> tuple[Pa
     high = points.astype(np.float32)
     low = (points - high).astype(np.float32)
     rows = np.empty(len(points), LANDMARK)
-    rows["x"], rows["y"], rows["z"] = high.T
-    rows["x_low"], rows["y_low"], rows["z_low"] = low.T
-    rows["id"] = window.track.numpy()
-    rows["observations"] = window.observations.numpy()
-    rows["error_px"] = window.error_px.numpy()
+    rows['x'], rows['y'], rows['z'] = high.T
+    rows['x_low'], rows['y_low'], rows['z_low'] = low.T
+    rows['id'] = window.track.numpy()
+    rows['observations'] = window.observations.numpy()
+    rows['error_px'] = window.error_px.numpy()
     return path, cloud(rows, header(stamp, world_frame))
 
 
 def _prior_type(poses: int) -> np.dtype:
     return np.dtype([
-        ("sec", "<i4"), ("nanosec", "<u4"), ("pose", "<f8", (7,)), ("gradient", "<f8", (6,)),
-        ("information", "<f8", (36 * poses,)),
+        ('sec', '<i4'), ('nanosec', '<u4'), ('pose', '<f8', (7,)), ('gradient', '<f8', (6,)),
+        ('information', '<f8', (36 * poses,)),
     ])  # fmt: skip
 
 
 def prior_to_cloud(prior: Prior | None, stamp: int, world_frame: str) -> PointCloud2:
-    """What the window was solved with beside its observations: one row for each of P poses, none without a prior.
+    """
+    Return what the window was solved with beside its observations.
 
-    Fields: the pose's stamp, where it was linearised (x y z qx qy qz qw), and its six rows of gradient (6P) and of
-    information (6P, 6P), the latter row after row: six rows of 6P numbers each.
+    One row for each of P poses, none without a prior.
+
+    Fields: the pose's stamp, where it was linearised (x y z qx qy qz qw), and its six rows of
+    gradient (6P) and of information (6P, 6P), the latter row after row: six rows of 6P numbers
+    each.
     """
     poses = 0 if prior is None else len(prior.stamps)
     rows = np.empty(poses, _prior_type(poses))
     if prior is not None:
-        rows["sec"], rows["nanosec"] = np.divmod(prior.stamps.numpy(), 1_000_000_000)
-        rows["pose"] = prior.T_world_camera.numpy()
-        rows["gradient"] = prior.gradient.numpy().reshape(poses, 6)
-        rows["information"] = prior.information.numpy().reshape(poses, 36 * poses)
+        rows['sec'], rows['nanosec'] = np.divmod(prior.stamps.numpy(), 1_000_000_000)
+        rows['pose'] = prior.T_world_camera.numpy()
+        rows['gradient'] = prior.gradient.numpy().reshape(poses, 6)
+        rows['information'] = prior.information.numpy().reshape(poses, 36 * poses)
     return cloud(rows, header(stamp, world_frame))
 
 
 def prior_from_cloud(message: PointCloud2) -> Prior | None:
-    """The exact inverse. Raises ValueError where it is malformed."""
+    """Return the exact inverse. Raises ValueError where it is malformed."""
     poses = message.width * message.height
     if poses == 0:
         return None
     if poses > 1000:
-        raise ValueError(f"the prior speaks of {poses} poses, more than any window has")
+        raise ValueError(f'the prior speaks of {poses} poses, more than any window has')
     rows = cloud_rows(message, _prior_type(poses))
-    for name in ("pose", "gradient", "information"):
+    for name in ('pose', 'gradient', 'information'):
         if not np.isfinite(rows[name]).all():
             raise ValueError(f"the prior holds a value of '{name}' that is not finite")
     return Prior(
-        stamps=torch.from_numpy(rows["sec"].astype(np.int64) * 1_000_000_000 + rows["nanosec"]),
-        T_world_camera=torch.from_numpy(rows["pose"].copy()),
-        information=torch.from_numpy(rows["information"].reshape(6 * poses, 6 * poses).copy()),
-        gradient=torch.from_numpy(rows["gradient"].reshape(6 * poses).copy()),
+        stamps=torch.from_numpy(rows['sec'].astype(np.int64) * 1_000_000_000 + rows['nanosec']),
+        T_world_camera=torch.from_numpy(rows['pose'].copy()),
+        information=torch.from_numpy(rows['information'].reshape(6 * poses, 6 * poses).copy()),
+        gradient=torch.from_numpy(rows['gradient'].reshape(6 * poses).copy()),
     )
 
 
 def window_from_messages(keyframes: Path, landmarks: PointCloud2, prior: PointCloud2) -> Window:
-    """The window of one solve. Raises ValueError where the messages are of different solves, or malformed."""
+    """
+    Return the window of one solve.
+
+    Raises ValueError where the messages are of different solves, or malformed.
+    """
     if len({to_ns(message.header.stamp) for message in (keyframes, landmarks, prior)}) > 1:
-        raise ValueError("keyframes, landmarks and prior have different stamps, so they are not of the same solve")
+        raise ValueError(
+            'keyframes, landmarks and prior have different stamps, so they are not of the same '
+            'solve'
+        )
     rows = cloud_rows(landmarks, LANDMARK)
     points = torch.from_numpy(_points(rows))
     poses = [pose_from_message(pose.pose) for pose in keyframes.poses]
     T_world_camera = torch.stack(poses) if poses else torch.empty(0, 7, dtype=torch.float64)
     if not (torch.isfinite(points).all() and torch.isfinite(T_world_camera).all()):
-        raise ValueError("the window holds a pose or a landmark that is not finite")
-    stamps = torch.tensor([to_ns(pose.header.stamp) for pose in keyframes.poses], dtype=torch.int64)
-    track = torch.from_numpy(rows["id"].astype(np.int64))
+        raise ValueError('the window holds a pose or a landmark that is not finite')
+    stamps = torch.tensor(
+        [to_ns(pose.header.stamp) for pose in keyframes.poses], dtype=torch.int64
+    )
+    track = torch.from_numpy(rows['id'].astype(np.int64))
     if not ((stamps.diff() > 0).all() and (track.diff() > 0).all()):
-        raise ValueError("the window's keyframes or landmarks are not in ascending order, each once")
+        raise ValueError(
+            "the window's keyframes or landmarks are not in ascending order, each once"
+        )
     return Window(
         stamps=stamps,
         T_world_camera=T_world_camera,
         track=track,
         points=points,
-        observations=torch.from_numpy(rows["observations"].astype(np.int64)),
-        error_px=torch.from_numpy(rows["error_px"].astype(np.float64)),
+        observations=torch.from_numpy(rows['observations'].astype(np.int64)),
+        error_px=torch.from_numpy(rows['error_px'].astype(np.float64)),
         prior=prior_from_cloud(prior),
     )
 
@@ -384,31 +460,35 @@ def window_from_messages(keyframes: Path, landmarks: PointCloud2, prior: PointCl
 def landmarks_from_cloud(message: PointCloud2) -> tuple[np.ndarray, np.ndarray]:
     """Tracks (L,) and points (L, 3) float64 of ``landmarks``."""
     rows = cloud_rows(message, LANDMARK)
-    return rows["id"], _points(rows)
+    return rows['id'], _points(rows)
 
 
 def _points(rows: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # whoever asked refuses what is not finite
-        high = np.stack([rows[name] for name in "xyz"], -1).astype(np.float64)
-        return high + np.stack([rows[f"{name}_low"] for name in "xyz"], -1)
+    with np.errstate(invalid='ignore'):  # whoever asked refuses what is not finite
+        high = np.stack([rows[name] for name in 'xyz'], -1).astype(np.float64)
+        return high + np.stack([rows[f'{name}_low'] for name in 'xyz'], -1)
 
 
 # Images and cameras
 
 
 def camera_from_info(message: CameraInfo, rectified: bool = False) -> Camera:
-    """The camera of the image as it is published, cut out and binned as the message says.
+    """
+    Return the camera of the image as it is published, cut out and binned as the message says.
 
-    A rectified image has the intrinsics of P and no distortion, a raw one those of K and D. Raises ValueError where
-    the camera is not calibrated.
+    A rectified image has the intrinsics of P and no distortion, a raw one those of K and D. Raises
+    ValueError where the camera is not calibrated.
     """
     roi = message.roi
     if rectified:
         p = message.p
-        camera = Camera.from_camera_info(message.width, message.height, [*p[:3], *p[4:7], *p[8:11]], [], "")
+        camera = Camera.from_camera_info(
+            message.width, message.height, [*p[:3], *p[4:7], *p[8:11]], [], ''
+        )
     else:
         camera = Camera.from_camera_info(
-            message.width, message.height, list(message.k), list(message.d), message.distortion_model
+            message.width, message.height, list(message.k), list(message.d),
+            message.distortion_model,
         )
     return camera.cropped(roi.x_offset, roi.y_offset, roi.width, roi.height).binned(
         message.binning_x or 1, message.binning_y or 1
@@ -416,13 +496,15 @@ def camera_from_info(message: CameraInfo, rectified: bool = False) -> Camera:
 
 
 def camera_to_info(camera: Camera, head: Header) -> CameraInfo:
-    """The inverse; an image without distortion says plumb_bob with zero coefficients."""
+    """Return the inverse; an image without distortion says plumb_bob with zero coefficients."""
     K = [camera.fx, 0.0, camera.cx, 0.0, camera.fy, camera.cy, 0.0, 0.0, 1.0]
     return CameraInfo(
         header=head,
         width=camera.width,
         height=camera.height,
-        distortion_model="plumb_bob" if camera.distortion_model == "none" else camera.distortion_model,
+        distortion_model='plumb_bob'
+        if camera.distortion_model == 'none'
+        else camera.distortion_model,
         d=list(camera.distortion) or [0.0] * 5,
         k=K,
         r=[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0],
@@ -435,20 +517,28 @@ def image_from_message(message: Image | CompressedImage) -> np.ndarray:
     if isinstance(message, CompressedImage):
         return decode_compressed(bytes(message.data))
     if _BRIDGE is not None:
-        with contextlib.suppress(Exception):  # what it cannot read, or what is malformed, is for the decoder to say
-            return np.ascontiguousarray(_BRIDGE.imgmsg_to_cv2(message, "mono8"))
+        # what it cannot read, or what is malformed, is for the decoder to say
+        with contextlib.suppress(Exception):
+            return np.ascontiguousarray(_BRIDGE.imgmsg_to_cv2(message, 'mono8'))
     return decode_image(
-        message.encoding, message.height, message.width, message.step, bytes(message.data), bool(message.is_bigendian)
+        message.encoding, message.height, message.width, message.step, bytes(message.data),
+        bool(message.is_bigendian),
     )
 
 
 def from_recording(message: Any, stamp: int) -> Image | CompressedImage | CameraInfo:
-    """An image or camera_info that ``rosbags`` read, as the message to publish; ``stamp`` is its time in ns."""
+    """
+    Return an image or camera_info that ``rosbags`` read as the message to publish.
+
+    ``stamp`` is its time in ns.
+    """
     head = header(stamp, message.header.frame_id)
     kind = message.__msgtype__
-    if kind == "sensor_msgs/msg/CompressedImage":
-        return CompressedImage(header=head, format=message.format, data=array.array("B", message.data.tobytes()))
-    if kind == "sensor_msgs/msg/Image":
+    if kind == 'sensor_msgs/msg/CompressedImage':
+        return CompressedImage(
+            header=head, format=message.format, data=array.array('B', message.data.tobytes())
+        )
+    if kind == 'sensor_msgs/msg/Image':
         return Image(
             header=head,
             height=message.height,
@@ -456,7 +546,7 @@ def from_recording(message: Any, stamp: int) -> Image | CompressedImage | Camera
             encoding=message.encoding,
             is_bigendian=message.is_bigendian,
             step=message.step,
-            data=array.array("B", message.data.tobytes()),
+            data=array.array('B', message.data.tobytes()),
         )
     return CameraInfo(
         header=head,
@@ -477,15 +567,15 @@ def from_recording(message: Any, stamp: int) -> Image | CompressedImage | Camera
 
 
 def image_to_message(image: np.ndarray, head: Header) -> Image:
-    """An image (H, W) mono8 or (H, W, 3) rgb8, both uint8."""
+    """Return an image (H, W) mono8 or (H, W, 3) rgb8, both uint8."""
     height, width = image.shape[:2]
     return Image(
         header=head,
         height=height,
         width=width,
-        encoding="mono8" if image.ndim == 2 else "rgb8",
+        encoding='mono8' if image.ndim == 2 else 'rgb8',
         step=image.nbytes // height,
-        data=array.array("B", np.ascontiguousarray(image).tobytes()),
+        data=array.array('B', np.ascontiguousarray(image).tobytes()),
     )
 
 
@@ -493,25 +583,31 @@ def image_to_message(image: np.ndarray, head: Header) -> Image:
 
 
 def weights_to_message(weights: bytes) -> UInt8MultiArray:
-    """The bytes of a weights file as a message."""
-    return UInt8MultiArray(data=array.array("B", weights))
+    """Return the bytes of a weights file as a message."""
+    return UInt8MultiArray(data=array.array('B', weights))
 
 
 def weights_from_message(message: UInt8MultiArray) -> bytes:
-    """The bytes of a weights file."""
+    """Return the bytes of a weights file."""
     return bytes(message.data)
 
 
 # Diagnostics
 
 
-def diagnostic_status(level: int, name: str, message: str, values: Mapping[str, object]) -> DiagnosticStatus:
-    """One status; levels 0 OK, 1 WARN, 2 ERROR, 3 STALE. Floats are written with six figures, truth as true, false."""
+def diagnostic_status(
+    level: int, name: str, message: str, values: Mapping[str, object]
+) -> DiagnosticStatus:
+    """
+    One status; levels 0 OK, 1 WARN, 2 ERROR, 3 STALE.
+
+    Floats are written with six figures, truth as true, false.
+    """
 
     def text(value: object) -> str:
         if isinstance(value, bool):
             return str(value).lower()
-        return f"{value:.6g}" if isinstance(value, float) else str(value)
+        return f'{value:.6g}' if isinstance(value, float) else str(value)
 
     return DiagnosticStatus(
         level=bytes([level]),

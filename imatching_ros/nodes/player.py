@@ -1,10 +1,14 @@
-"""player_node: plays a recording onto ``image`` (or ``image/compressed``) and ``camera_info`` at its own pace."""
+"""
+The executable player_node: a camera's stand-in.
+
+It plays a recording onto ``image`` (or ``image/compressed``) and ``camera_info`` at its own pace.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import time
 from pathlib import Path
+import time
 from typing import Any
 
 import rclpy
@@ -13,56 +17,70 @@ from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from ..data.recording import Recording, open_recording
 from . import messages, parameters
 from .core_node import run_ros
+from ..data.recording import open_recording, Recording
 
 
 class PlayerNode(Node):
-    """Plays once, at ``rate`` times the recording's own pace. What is lost on the way stays lost: see replay."""
+    """
+    Play once, at ``rate`` times the recording's own pace.
+
+    What is lost on the way stays lost: see replay.
+    """
 
     def __init__(self, **node_options: Any) -> None:
-        super().__init__("player", **node_options)
-        if wrong := parameters.declare(self, "player", lambda _: None):
-            raise ValueError("; ".join(wrong.values()))
-        bag = self.get_parameter("bag").value
+        super().__init__('player', **node_options)
+        if wrong := parameters.declare(self, 'player', lambda _: None):
+            raise ValueError('; '.join(wrong.values()))
+        bag = self.get_parameter('bag').value
         if not bag:
             raise ValueError("no recording is given; set the parameter 'bag'")
         self.recording: Recording = open_recording(
-            Path(bag), self.get_parameter("image_topic").value or None,
-            self.get_parameter("camera_info_topic").value or None,
+            Path(bag), self.get_parameter('image_topic').value or None,
+            self.get_parameter('camera_info_topic').value or None,
         )  # fmt: skip
-        compressed = self.recording.transport == "compressed"
-        topic = "image/compressed" if compressed else "image"
+        compressed = self.recording.transport == 'compressed'
+        topic = 'image/compressed' if compressed else 'image'
         self._publishers_of = {
-            "image": self.create_publisher(CompressedImage if compressed else Image, topic, QoSProfile(depth=10)),
-            "camera_info": self.create_publisher(CameraInfo, "camera_info", QoSProfile(depth=10)),
+            'image': self.create_publisher(
+                CompressedImage if compressed else Image, topic, QoSProfile(depth=10)
+            ),
+            'camera_info': self.create_publisher(CameraInfo, 'camera_info', QoSProfile(depth=10)),
         }
-        self._clock = self.create_publisher(Clock, "/clock", 10) if self.get_parameter("clock").value else None
+        self._clock = (
+            self.create_publisher(Clock, '/clock', 10)
+            if self.get_parameter('clock').value
+            else None
+        )
 
     def play(self) -> None:
-        """Blocks until the recording has ended, or ROS is shut down."""
+        """Block until the recording has ended, or ROS is shut down."""
         patience = time.monotonic() + 30.0
-        while not self._publishers_of["image"].get_subscription_count():
+        while not self._publishers_of['image'].get_subscription_count():
             rclpy.spin_once(self, timeout_sec=0.1)
             if time.monotonic() > patience:
-                topic = self._publishers_of["image"].topic_name
+                topic = self._publishers_of['image'].topic_name
                 transport = self.recording.transport
-                self.get_logger().warning(f"nobody listens on {topic}; start the matcher with {transport} images")
+                self.get_logger().warning(
+                    f'nobody listens on {topic}; start the matcher with {transport} images'
+                )
                 break
-        rate = self.get_parameter("rate").value
+        rate = self.get_parameter('rate').value
         begun, first, images = time.monotonic(), None, 0
         for stamp, kind, _, message in self.recording.messages():
             first = stamp if first is None else first
-            while (left := begun + (stamp - first) * 1e-9 / rate - time.monotonic()) > 0 and rclpy.ok():
+            while (
+                left := begun + (stamp - first) * 1e-9 / rate - time.monotonic()
+            ) > 0 and rclpy.ok():
                 rclpy.spin_once(self, timeout_sec=min(left, 0.1))
             if not rclpy.ok():
                 return
             if self._clock is not None:
                 self._clock.publish(Clock(clock=messages.to_stamp(stamp)))
             self._publishers_of[kind].publish(messages.from_recording(message, stamp))
-            images += kind == "image"
-        self.get_logger().info(f"the recording has ended: {images} images")
+            images += kind == 'image'
+        self.get_logger().info(f'the recording has ended: {images} images')
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -72,10 +90,10 @@ def main(arguments: list[str] | None = None) -> None:
             stack.callback(node.destroy_node)
             node.play()
         except (ValueError, OSError) as error:  # RecordingError among them
-            raise ValueError(f"player: {error}") from None
+            raise ValueError(f'player: {error}') from None
 
     run_ros(body, arguments)
 
 
-if __name__ == "__main__":
+if __name__ == '__main__':
     main()

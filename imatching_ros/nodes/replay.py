@@ -1,9 +1,12 @@
-"""Plays a recording through the three real nodes, in three processes, without loss."""
+"""Play a recording through the three real nodes, in three processes, without loss."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
+from dataclasses import dataclass, field
 import os
+from pathlib import Path
 import random
 import signal
 import socket
@@ -11,9 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,9 @@ try:
 except ImportError:
     raise RuntimeError(
         "ROS 2 is not installed: source an installation, or pip install 'imatching_ros[ros]'; "
-        "tune and evaluate work without it"
+        'tune and evaluate work without it'
     ) from None
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus  # noqa: I100
 from nav_msgs.msg import Odometry
 from rclpy.context import Context
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
@@ -36,19 +36,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2
 from std_srvs.srv import SetBool, Trigger
 
-from ..data.recording import Recording
-from ..matching import weights as weights_files
 from . import messages, parameters
 from .core_node import latched, lossless
 from .run_files import read_trajectory
+from ..data.recording import Recording
+from ..matching import weights as weights_files
 
-IN_FLIGHT = 3  #: images that may be on their way to the matcher: it never waits for one, and none piles up
+#: images that may be on their way to the matcher: it never waits for one, and none piles up
+IN_FLIGHT = 3
 BUNDLE_BACKLOG = 100  #: the player pauses while the bundle is this many images behind
 STALL_S = 60.0  #: no answer from a living node for this long is an error
 #: Environment variable and value that keep ROS on this machine
 LOCALHOST = (
-    ("ROS_LOCALHOST_ONLY", "1") if os.environ.get("ROS_DISTRO") == "humble"
-    else ("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    ('ROS_LOCALHOST_ONLY', '1') if os.environ.get('ROS_DISTRO') == 'humble'
+    else ('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 )  # fmt: skip
 IDLE_S = 15.0  #: learning ends early when no gradient step has come for this long
 
@@ -60,12 +61,17 @@ class LearningEvent:
     kind: str  #: "step" or "verdict"
     seconds: float  #: since the first image was played
     text: str
-    values: Mapping[str, str]  #: step: step, loss, seconds, rows; verdict: step, promoted, version, reason, figures
+    #: step: step, loss, seconds, rows; verdict: step, promoted, version, reason, figures
+    values: Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """What came out of a replay. Poses are ``tx ty tz qx qy qz qw`` of T_world_camera; stamps are in ns."""
+    """
+    What came out of a replay.
+
+    Poses are ``tx ty tz qx qy qz qw`` of T_world_camera; stamps are in ns.
+    """
 
     run_dir: Path
     frames: int  #: images played
@@ -75,7 +81,8 @@ class ReplayResult:
     refused: int  #: images among those that the matcher refused
     frame_stamps: np.ndarray  #: (matched,) int64
     frame_rows: np.ndarray  #: (matched,) int64, correspondences of each image
-    frame_models: np.ndarray  #: (matched,) int64, version of the weights that made them; -1 without rows
+    #: (matched,) int64, version of the weights that made them; -1 without rows
+    frame_models: np.ndarray
     keyframe_stamps: np.ndarray  #: (K,) int64, all keyframes of the run
     keyframe_poses: np.ndarray  #: (K, 7), the last solved pose of each
     odometry_stamps: np.ndarray  #: (N,) int64
@@ -84,7 +91,8 @@ class ReplayResult:
     learning: list[LearningEvent]
     weights_before: Path
     weights_after: Path  #: the same file where nothing was promoted
-    weights: list[Path]  #: the first, and then each promoted version in the run folder, oldest first
+    #: the first, and then each promoted version in the run folder, oldest first
+    weights: list[Path]
     diagnostics: dict[str, dict[str, str]]  #: the last key-values of matcher, bundle and learner
     play_seconds: float
     learning_seconds: float  #: from the first gradient step to the last
@@ -97,10 +105,10 @@ class ReplayResult:
     @property
     def peak_memory_mb(self) -> float:
         """Sum of the nodes' peaks."""
-        return sum(float(values["peak_memory_mb"]) for values in self.diagnostics.values())
+        return sum(float(values['peak_memory_mb']) for values in self.diagnostics.values())
 
     def figure(self, node: str, key: str) -> float | None:
-        """A number from a node's diagnostics, or None where there is none."""
+        """Return a number from a node's diagnostics, or None where there is none."""
         try:
             value = float(self.diagnostics[node][key])
         except (KeyError, ValueError):
@@ -123,48 +131,57 @@ def replay(
     progress: bool = True,
     node_parameters: Mapping[str, Mapping[str, parameters.Value]] | None = None,
 ) -> ReplayResult:
-    """Plays the recording through matcher, bundle and (with ``learn``) learner.
+    """
+    Play the recording through matcher, bundle and (with ``learn``) learner.
 
-    The learner sees the first ``train_fraction`` of the images, then goes on with what it has for up to
-    ``learn_seconds``, and is off while the rest is played: those images never train. ``node_parameters`` are further
-    parameters for each node, ``{"matcher": {"queries": 300}}``. Writes trajectory.txt, landmarks.ply, weights/ and
-    logs/ into ``run_dir``. Raises ReplayError; FileNotFoundError or ValueError for unusable weights; FileExistsError
-    where ``run_dir`` holds the weights of another run.
+    The learner sees the first ``train_fraction`` of the images, then goes on with what it has for
+    up to ``learn_seconds``, and is off while the rest is played: those images never train.
+    ``node_parameters`` are further parameters for each node, ``{"matcher": {"queries": 300}}``.
+    Writes trajectory.txt, landmarks.ply, weights/ and logs/ into ``run_dir``. Raises ReplayError;
+    FileNotFoundError or ValueError for unusable weights; FileExistsError where ``run_dir`` holds
+    the weights of another run.
     """
     run_dir = Path(run_dir).resolve()
-    weights_dir = run_dir / "weights"
+    weights_dir = run_dir / 'weights'
     if weights_dir.exists():
-        raise FileExistsError(f"{run_dir} holds the weights of another run; choose another run folder")
+        raise FileExistsError(
+            f'{run_dir} holds the weights of another run; choose another run folder'
+        )
     source = Path(weights or weights_files.default_path())
     _, info = weights_files.load(source)
-    before = weights_dir / f"version_{info.version:04d}.safetensors"
+    before = weights_dir / f'version_{info.version:04d}.safetensors'
     weights_files.write(before, source.read_bytes())
 
-    common = {"image_qos": "keep_all", "image_transport": recording.transport, "weights": str(before)}
+    common = {
+        'image_qos': 'keep_all', 'image_transport': recording.transport, 'weights': str(before),
+    }
     given = {
-        "matcher": {**common, "processing_mode": "all"},
-        "bundle": {"map_dir": str(run_dir)},
-        "learner": {**common, "weights_dir": str(weights_dir), "threads": 0},  # it is nice to the others
+        'matcher': {**common, 'processing_mode': 'all'},
+        'bundle': {'map_dir': str(run_dir)},
+        # it is nice to the others
+        'learner': {**common, 'weights_dir': str(weights_dir), 'threads': 0},
     }
     roles = parameters.NODES if learn else parameters.NODES[:2]
     frames = len(recording)
     train_frames = round(frames * train_fraction) if learn else 0
     with contextlib.ExitStack() as stack:
         domain = free_domain()
-        nodes = stack.enter_context(_node_processes(roles, given, node_parameters or {}, run_dir / "logs", domain))
+        nodes = stack.enter_context(
+            _node_processes(roles, given, node_parameters or {}, run_dir / 'logs', domain)
+        )
         player = stack.enter_context(_player(recording, domain, nodes))
         bar = stack.enter_context(_Bar(progress))
         player.wait_for_nodes(roles)
         images = _Images(recording, player)
         if learn:
-            bar.begin("Playing, learning" if train_fraction > 0 else "Playing", train_frames)
+            bar.begin('Playing, learning' if train_fraction > 0 else 'Playing', train_frames)
             images.play(train_frames, bar)
             player.drain(roles)
-            bar.begin("Learning", None)
+            bar.begin('Learning', None)
             player.learn(learn_seconds, bar)
             player.stop_learning()
         if train_frames < frames:
-            bar.begin("Playing", frames - train_frames)
+            bar.begin('Playing', frames - train_frames)
             images.play(frames - train_frames, bar)
         player.drain(roles)
         player.collect()
@@ -173,27 +190,32 @@ def replay(
 
 
 def _result(
-    player: _Player, images: _Images, nodes: _Processes, run_dir: Path, before: Path, train_frames: int
+    player: _Player, images: _Images, nodes: _Processes, run_dir: Path, before: Path,
+    train_frames: int,
 ) -> ReplayResult:
     keyframe_stamps, keyframe_poses = read_trajectory(run_dir)
     matched = np.array(player.matched, np.int64).reshape(-1, 3)
-    versions = sorted((run_dir / "weights").glob("version_*.safetensors"))
-    steps = [event.seconds for event in player.learning if event.kind == "step"]
-    diagnostics = {name: values for name, values in player.diagnostics.items() if name in nodes.roles}
+    versions = sorted((run_dir / 'weights').glob('version_*.safetensors'))
+    steps = [event.seconds for event in player.learning if event.kind == 'step']
+    diagnostics = {
+        name: values for name, values in player.diagnostics.items() if name in nodes.roles
+    }
     return ReplayResult(
         run_dir=run_dir,
         frames=images.sent,
         train_frames=train_frames,
         matched=len(matched),
         dropped=images.sent - len(matched),
-        refused=int(diagnostics["matcher"]["refused"]),
+        refused=int(diagnostics['matcher']['refused']),
         frame_stamps=matched[:, 0],
         frame_rows=matched[:, 1],
         frame_models=matched[:, 2],
         keyframe_stamps=keyframe_stamps,
         keyframe_poses=keyframe_poses,
         odometry_stamps=np.array(sorted(player.odometry), np.int64),
-        odometry_poses=np.array([player.odometry[stamp] for stamp in sorted(player.odometry)]).reshape(-1, 7),
+        odometry_poses=np.array(
+            [player.odometry[stamp] for stamp in sorted(player.odometry)]
+        ).reshape(-1, 7),
         landmarks=np.array(list(player.landmarks.values())).reshape(-1, 3),
         learning=player.learning,
         weights_before=before,
@@ -210,7 +232,7 @@ class _Player(Node):
     """Publishes images and camera_info, and writes down all that the nodes answer."""
 
     def __init__(self, recording: Recording, context: Context, processes: _Processes) -> None:
-        super().__init__("player", context=context, enable_rosout=False)
+        super().__init__('player', context=context, enable_rosout=False)
         self.processes = processes
         self.changed = threading.Condition()
         self.notes: list[str] = []
@@ -222,19 +244,20 @@ class _Player(Node):
         self.diagnostics: dict[str, dict[str, str]] = {}
         self._heard: dict[str, int] = {}
         self._started = time.monotonic()
-        compressed = recording.transport == "compressed"
+        compressed = recording.transport == 'compressed'
         self.image = self.create_publisher(
-            CompressedImage if compressed else Image, "image/compressed" if compressed else "image", lossless()
+            CompressedImage if compressed else Image,
+            'image/compressed' if compressed else 'image', lossless(),
         )
-        self.camera_info = self.create_publisher(CameraInfo, "camera_info", lossless())
-        self._enable = self.create_client(SetBool, "learner/enable")
-        self._save_map = self.create_client(Trigger, "bundle/save_map")
+        self.camera_info = self.create_publisher(CameraInfo, 'camera_info', lossless())
+        self._enable = self.create_client(SetBool, 'learner/enable')
+        self._save_map = self.create_client(Trigger, 'bundle/save_map')
         for kind, topic, handle, qos in (
-            (PointCloud2, "correspondences", self._on_correspondences, lossless()),
-            (Odometry, "odometry", self._on_odometry, lossless()),
-            (PointCloud2, "landmarks", self._on_landmarks, latched(100)),
-            (DiagnosticStatus, "learning", self._on_learning, lossless()),
-            (DiagnosticArray, "/diagnostics", self._on_diagnostics, lossless()),
+            (PointCloud2, 'correspondences', self._on_correspondences, lossless()),
+            (Odometry, 'odometry', self._on_odometry, lossless()),
+            (PointCloud2, 'landmarks', self._on_landmarks, latched(100)),
+            (DiagnosticStatus, 'learning', self._on_learning, lossless()),
+            (DiagnosticArray, '/diagnostics', self._on_diagnostics, lossless()),
         ):
             self.create_subscription(kind, topic, self._noting(handle), qos)
 
@@ -254,7 +277,9 @@ class _Player(Node):
         self.matched.append((correspondences.stamp, rows, correspondences.model if rows else -1))
 
     def _on_odometry(self, message: Odometry) -> None:
-        self.odometry[messages.to_ns(message.header.stamp)] = messages.pose_from_message(message.pose.pose).numpy()
+        self.odometry[messages.to_ns(message.header.stamp)] = messages.pose_from_message(
+            message.pose.pose
+        ).numpy()
 
     def _on_landmarks(self, message: PointCloud2) -> None:
         track, points = messages.landmarks_from_cloud(message)
@@ -262,20 +287,34 @@ class _Player(Node):
         self.windows += 1
 
     def _on_learning(self, message: DiagnosticStatus) -> None:
-        kind = message.name.rpartition(" ")[2]
+        kind = message.name.rpartition(' ')[2]
         values = {pair.key: pair.value for pair in message.values}
-        self.learning.append(LearningEvent(kind, time.monotonic() - self._started, message.message, values))
+        self.learning.append(
+            LearningEvent(kind, time.monotonic() - self._started, message.message, values)
+        )
 
     def _on_diagnostics(self, message: DiagnosticArray) -> None:
         for status in message.status:
-            name = status.name.strip("/")
-            self.diagnostics[name] = {pair.key: pair.value for pair in status.values} | {"message": status.message}
+            name = status.name.strip('/')
+            self.diagnostics[name] = {pair.key: pair.value for pair in status.values} | {
+                'message': status.message
+            }
             self._heard[name] = self._heard.get(name, 0) + 1
 
     # Waiting
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout: float = STALL_S, stall: bool = True) -> bool:
-        """Waits until ``condition``, while all nodes live. Without an answer for ``timeout``: ReplayError, or False."""
+    def wait(
+        self,
+        condition: Callable[[], bool],
+        what: str,
+        timeout: float = STALL_S,
+        stall: bool = True,
+    ) -> bool:
+        """
+        Wait until ``condition``, while all nodes live.
+
+        Without an answer for ``timeout``: ReplayError, or False.
+        """
         deadline = time.monotonic() + timeout
         while True:
             with self.changed:
@@ -285,7 +324,9 @@ class _Player(Node):
             self.processes.check()
             if time.monotonic() > deadline:
                 if stall:
-                    raise ReplayError(f"no answer for {timeout:.0f} s while {what}; see {self.processes.logs}")
+                    raise ReplayError(
+                        f'no answer for {timeout:.0f} s while {what}; see {self.processes.logs}'
+                    )
                 return False
 
     def count(self, role: str, *keys: str) -> int:
@@ -293,45 +334,59 @@ class _Player(Node):
 
     def answered(self) -> int:
         """Images that the matcher has dealt with."""
-        return len(self.matched) + self.count("matcher", "refused", "dropped")
+        return len(self.matched) + self.count('matcher', 'refused', 'dropped')
 
     def wait_for_nodes(self, roles: tuple[str, ...]) -> None:
         """Until each node has spoken and every topic has all its ends."""
-        learner = int("learner" in roles)
-        subscribers = {"/correspondences": 2 + learner, "/keyframes": learner, "/landmarks": 1 + learner}
-        publishers = {"/correspondences": 1, "/odometry": 1, "/keyframes": 1, "/landmarks": 1, "/learning": learner}
+        learner = int('learner' in roles)
+        subscribers = {
+            '/correspondences': 2 + learner, '/keyframes': learner, '/landmarks': 1 + learner,
+        }
+        publishers = {
+            '/correspondences': 1, '/odometry': 1, '/keyframes': 1, '/landmarks': 1,
+            '/learning': learner,
+        }
 
         def connected() -> bool:
             return (
                 all(role in self.diagnostics for role in roles)
                 and self.image.get_subscription_count() >= 1 + learner
                 and self.camera_info.get_subscription_count() >= 2 + learner
-                and all(self.count_subscribers(topic) >= ends for topic, ends in subscribers.items())
+                and all(
+                    self.count_subscribers(topic) >= ends for topic, ends in subscribers.items()
+                )
                 and all(self.count_publishers(topic) >= ends for topic, ends in publishers.items())
                 and self._save_map.service_is_ready()
                 and (not learner or self._enable.service_is_ready())
             )
 
-        self.wait(connected, "waiting for the nodes to find each other", timeout=120.0)
+        self.wait(connected, 'waiting for the nodes to find each other', timeout=120.0)
         time.sleep(0.3)  # nodes see each other a moment after they are seen here
         self._started = time.monotonic()
 
     def fresh(self, roles: tuple[str, ...]) -> None:
         """Until each node has spoken twice more, so that what it says is of now."""
         heard = dict(self._heard)
-        self.wait(lambda: all(self._heard.get(role, 0) >= heard[role] + 2 for role in roles), "waiting for diagnostics")
+        self.wait(
+            lambda: all(self._heard.get(role, 0) >= heard[role] + 2 for role in roles),
+            'waiting for diagnostics',
+        )
 
     def drain(self, roles: tuple[str, ...]) -> None:
         """Until every node has worked off what it was sent."""
         self.fresh(roles)
         while True:
-            done = self.count("bundle", "processed", "refused", "dropped")
-            if done >= len(self.matched) and all(self.count(role, "waiting") == 0 for role in roles):
+            done = self.count('bundle', 'processed', 'refused', 'dropped')
+            if done >= len(self.matched) and all(
+                self.count(role, 'waiting') == 0 for role in roles
+            ):
                 return
             self.wait(
-                lambda done=done: self.count("bundle", "processed", "refused", "dropped") > done
-                or all(self.count(role, "waiting") == 0 for role in roles),
-                "waiting for the bundle node to finish",
+                lambda done=done: (
+                    self.count('bundle', 'processed', 'refused', 'dropped') > done
+                    or all(self.count(role, 'waiting') == 0 for role in roles)
+                ),
+                'waiting for the bundle node to finish',
             )
             self.fresh(roles)
 
@@ -341,50 +396,67 @@ class _Player(Node):
         def all_here() -> bool:
             kinds = [event.kind for event in self.learning]
             return (
-                len(self.odometry) >= self.count("bundle", "poses")
-                and self.windows >= self.count("bundle", "windows")
-                and kinds.count("step") >= self.count("learner", "steps")
-                and kinds.count("verdict") >= self.count("learner", "verdicts")
+                len(self.odometry) >= self.count('bundle', 'poses')
+                and self.windows >= self.count('bundle', 'windows')
+                and kinds.count('step') >= self.count('learner', 'steps')
+                and kinds.count('verdict') >= self.count('learner', 'verdicts')
             )
 
-        if not self.wait(all_here, "collecting", timeout=10.0, stall=False):
-            self.notes.append("some messages of the nodes did not arrive, so trajectory or loss may have gaps")
+        if not self.wait(all_here, 'collecting', timeout=10.0, stall=False):
+            self.notes.append(
+                'some messages of the nodes did not arrive, so trajectory or loss may have gaps'
+            )
 
     def save_map(self) -> None:
-        """Has the bundle write what it knows: it alone knows the poses of keyframes that it placed late."""
+        """
+        Have the bundle write what it knows.
+
+        It alone knows the poses of keyframes that it placed late.
+        """
         answer = self._save_map.call_async(Trigger.Request())
-        self.wait(answer.done, "saving the map")
+        self.wait(answer.done, 'saving the map')
         if not answer.result().success:
-            raise ReplayError(f"the map was not saved: {answer.result().message}")
-        if (maps := self.count("bundle", "maps")) > 1:
-            self.notes.append(f"the bundle lost its way and began {maps} maps, each with a scale of its own")
+            raise ReplayError(f'the map was not saved: {answer.result().message}')
+        if (maps := self.count('bundle', 'maps')) > 1:
+            self.notes.append(
+                f'the bundle lost its way and began {maps} maps, each with a scale of its own'
+            )
 
     # The learner
 
     def learn(self, seconds: float, bar: _Bar) -> None:
-        """Lets the learner go on for ``seconds``, or until it has had nothing to learn for a while."""
+        """
+        Let the learner go on for ``seconds``.
+
+        Or less where there is nothing to learn for a while.
+        """
         begun = time.monotonic()
         while (now := time.monotonic()) < begun + seconds:
             bar.show(self.learning_state(), completed=now - begun, total=seconds)
             last = self._started + self.learning[-1].seconds if self.learning else begun
             if now - max(last, begun) > IDLE_S:
-                self.notes.append(f"the learner took no step for {IDLE_S:.0f} s, so learning ended early")
+                self.notes.append(
+                    f'the learner took no step for {IDLE_S:.0f} s, so learning ended early'
+                )
                 return
             self.processes.check()
             time.sleep(0.2)
 
     def learning_state(self) -> str:
-        steps = [event for event in self.learning if event.kind == "step"]
-        loss = f"step {len(steps)}, loss {float(steps[-1].values['loss']):.3f}, " if steps else ""
-        return f"{loss}model {self.count('matcher', 'model_version')}"
+        steps = [event for event in self.learning if event.kind == 'step']
+        loss = f'step {len(steps)}, loss {float(steps[-1].values["loss"]):.3f}, ' if steps else ''
+        return f'{loss}model {self.count("matcher", "model_version")}'
 
     def stop_learning(self) -> None:
-        """Turns the learner off, and waits until the matcher uses what it promoted last."""
+        """Turn the learner off, and wait until the matcher uses what it promoted last."""
         answer = self._enable.call_async(SetBool.Request(data=False))
-        self.wait(answer.done, "turning the learner off", timeout=120.0)
-        self.fresh(("matcher", "learner"))
-        versions = lambda role: self.count(role, "model_version")  # noqa: E731
-        self.wait(lambda: versions("matcher") == versions("learner"), "waiting for the matcher to load new weights")
+        self.wait(answer.done, 'turning the learner off', timeout=120.0)
+        self.fresh(('matcher', 'learner'))
+        versions = lambda role: self.count(role, 'model_version')  # noqa: E731
+        self.wait(
+            lambda: versions('matcher') == versions('learner'),
+            'waiting for the matcher to load new weights',
+        )
 
 
 class _Images:
@@ -393,19 +465,19 @@ class _Images:
     def __init__(self, recording: Recording, player: _Player) -> None:
         self._player = player
         self._messages = iter(recording.messages())
-        self._info = messages.camera_to_info(recording.camera, messages.header(0, "camera"))
+        self._info = messages.camera_to_info(recording.camera, messages.header(0, 'camera'))
         self.sent = 0
         self.seconds = 0.0
 
     def play(self, count: int, bar: _Bar) -> None:
-        """Plays ``count`` images, each only when the matcher has dealt with those before."""
+        """Play ``count`` images, each only when the matcher has dealt with those before."""
         player, begun, first = self._player, time.monotonic(), self.sent
         if not self.sent:
             player.camera_info.publish(self._info)
         while self.sent < first + count and (entry := next(self._messages, None)) is not None:
             stamp, kind, _, recorded = entry
             message = messages.from_recording(recorded, stamp)
-            if kind == "camera_info":
+            if kind == 'camera_info':
                 player.camera_info.publish(message)
                 continue
             self._wait(IN_FLIGHT - 1)
@@ -419,10 +491,12 @@ class _Images:
         player = self._player
 
         def free() -> bool:
-            behind = len(player.matched) - player.count("bundle", "processed", "refused", "dropped")
+            behind = len(player.matched) - player.count(
+                'bundle', 'processed', 'refused', 'dropped'
+            )
             return self.sent - player.answered() <= in_flight and behind < BUNDLE_BACKLOG
 
-        player.wait(free, "playing images")
+        player.wait(free, 'playing images')
 
 
 class _Processes:
@@ -434,14 +508,17 @@ class _Processes:
         self.notes: list[str] = []
 
     def check(self) -> None:
-        """ReplayError where a node has ended."""
+        """Raise ReplayError where a node has ended."""
         for role, process in self.running.items():
             if process.poll() is not None:
-                log = self.logs / f"{role}.log"
-                lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-                last = lines[-1] if lines else "nothing"
+                log = self.logs / f'{role}.log'
+                lines = [
+                    line for line in log.read_text(errors='replace').splitlines() if line.strip()
+                ]
+                last = lines[-1] if lines else 'nothing'
                 raise ReplayError(
-                    f"the {role} node ended with exit code {process.returncode}; the last line of {log} is: {last}"
+                    f'the {role} node ended with exit code {process.returncode}; the last line '
+                    f'of {log} is: {last}'
                 )
 
 
@@ -453,25 +530,29 @@ def _node_processes(
     logs: Path,
     domain: int,
 ) -> Iterator[_Processes]:
-    """Starts the nodes; ends them by SIGINT, and only where that does not help by more."""
+    """Start the nodes; end them by SIGINT, and only where that does not help by more."""
     logs.mkdir(parents=True, exist_ok=True)
     package_root = str(Path(__file__).parents[2])
     environment = os.environ | {
-        "ROS_DOMAIN_ID": str(domain),
+        'ROS_DOMAIN_ID': str(domain),
         LOCALHOST[0]: LOCALHOST[1],
-        "PYTHONPATH": os.pathsep.join(filter(None, (package_root, os.environ.get("PYTHONPATH", "")))),
-        "PYTHONUNBUFFERED": "1",
-        "OMP_NUM_THREADS": "1",
+        'PYTHONPATH': os.pathsep.join(
+            filter(None, (package_root, os.environ.get('PYTHONPATH', '')))
+        ),
+        'PYTHONUNBUFFERED': '1',
+        'OMP_NUM_THREADS': '1',
     }
     processes = _Processes(roles, logs)
     try:
         for role in roles:
-            values = {"image_qos": "keep_all", **given[role], **further.get(role, {})}
-            assignments = [f"{name}:={parameters.yaml_scalar(value)}" for name, value in values.items()]
-            with open(logs / f"{role}.log", "wb") as log:
+            values = {'image_qos': 'keep_all', **given[role], **further.get(role, {})}
+            assignments = [
+                f'{name}:={parameters.yaml_scalar(value)}' for name, value in values.items()
+            ]
+            with open(logs / f'{role}.log', 'wb') as log:
                 processes.running[role] = subprocess.Popen(
-                    [sys.executable, "-m", f"imatching_ros.nodes.{role}", "--ros-args"]
-                    + [word for assignment in assignments for word in ("-p", assignment)],
+                    [sys.executable, '-m', f'imatching_ros.nodes.{role}', '--ros-args']
+                    + [word for assignment in assignments for word in ('-p', assignment)],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -481,23 +562,29 @@ def _node_processes(
         yield processes
     finally:
         for role, process in processes.running.items():
-            for stop, patience in ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            for stop, patience in (
+                (signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0),
+            ):
                 if process.poll() is None:
                     process.send_signal(stop)
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(patience)
             if process.returncode != 0:
-                processes.notes.append(f"the {role} node ended with exit code {process.returncode}")
+                processes.notes.append(
+                    f'the {role} node ended with exit code {process.returncode}'
+                )
 
 
 @contextlib.contextmanager
 def _player(recording: Recording, domain: int, processes: _Processes) -> Iterator[_Player]:
-    """A node that spins in a thread of its own, which is joined at the end."""
+    """Return a node that spins in a thread of its own, which is joined at the end."""
     name, value = LOCALHOST
     before = os.environ.get(name)
     os.environ[name] = value
     context = Context()
-    rclpy.init(args=[], context=context, domain_id=domain, signal_handler_options=SignalHandlerOptions.NO)
+    rclpy.init(
+        args=[], context=context, domain_id=domain, signal_handler_options=SignalHandlerOptions.NO
+    )
     player = _Player(recording, context, processes)
     executor = SingleThreadedExecutor(context=context)
     executor.add_node(player)
@@ -506,7 +593,7 @@ def _player(recording: Recording, domain: int, processes: _Processes) -> Iterato
         with contextlib.suppress(ExternalShutdownException):
             executor.spin()
 
-    thread = threading.Thread(target=spin, name="player")
+    thread = threading.Thread(target=spin, name='player')
     thread.start()
     try:
         yield player
@@ -522,14 +609,17 @@ def _player(recording: Recording, domain: int, processes: _Processes) -> Iterato
 
 
 def free_domain() -> int:
-    """A ROS domain in which nobody on this machine speaks: its first DDS ports are free."""
-    for domain in random.SystemRandom().sample(range(1, 100), 99):  # whatever seed a caller has set
+    """Return a ROS domain in which nobody on this machine speaks: its first DDS ports are free."""
+    # whatever seed a caller has set
+    for domain in random.SystemRandom().sample(range(1, 100), 99):
         with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
             for offset in (0, 10, 11):
                 udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-                udp.bind(("", 7400 + 250 * domain + offset))
+                udp.bind(('', 7400 + 250 * domain + offset))
             return domain
-    raise ReplayError("no ROS domain is free on this machine; end some of the ROS programs that run")
+    raise ReplayError(
+        'no ROS domain is free on this machine; end some of the ROS programs that run'
+    )
 
 
 class _Bar:
@@ -537,14 +627,15 @@ class _Bar:
 
     def __init__(self, shown: bool) -> None:
         self._progress = Progress(
-            TextColumn("{task.description:>17}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("{task.fields[state]}"), console=Console(stderr=True), disable=not shown,
+            TextColumn('{task.description:>17}'), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn('{task.fields[state]}'), console=Console(stderr=True), disable=not shown,
         )  # fmt: skip
         self._task: Any = None
 
     def __enter__(self) -> _Bar:
         self._progress.start()
-        self.begin("Starting nodes", None)
+        self.begin('Starting nodes', None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -552,10 +643,10 @@ class _Bar:
 
     def begin(self, what: str, total: int | None) -> None:
         self._end()
-        self._task = self._progress.add_task(what, total=total, state="")
+        self._task = self._progress.add_task(what, total=total, state='')
 
     def show(self, state: str, completed: float, total: float | None = None) -> None:
-        limits = {} if total is None else {"total": round(total)}
+        limits = {} if total is None else {'total': round(total)}
         self._progress.update(self._task, completed=round(completed), state=state, **limits)
 
     def _end(self) -> None:

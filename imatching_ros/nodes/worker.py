@@ -1,21 +1,28 @@
-"""One thread for one core object: whatever touches it runs there, in order, and callbacks stay short."""
+"""
+One thread for one core object.
+
+Whatever touches it runs there, in order, and callbacks stay short.
+"""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+import threading
+import time
 from typing import Any
 
 
 class Worker:
-    """Runs posted requests first, then waiting inputs in order, then ``idle`` while it has something to do.
+    """
+    Run posted requests first, then waiting inputs in order.
 
-    ``process(item)`` handles one input; ``ready()`` says whether inputs may be taken yet; ``idle()`` does one piece
-    of background work and says whether there was any. An exception in ``process`` or ``idle`` goes to ``on_error``:
-    the thread lives on.
+    Then ``idle`` while it has something to do.
+
+    ``process(item)`` handles one input; ``ready()`` says whether inputs may be taken yet;
+    ``idle()`` does one piece of background work and says whether there was any. An exception in
+    ``process`` or ``idle`` goes to ``on_error``: the thread lives on.
     """
 
     def __init__(
@@ -35,13 +42,13 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._begun: float | None = None  # when the piece of work in hand began
-        self._thread = threading.Thread(target=self._run, name="core", daemon=True)
+        self._thread = threading.Thread(target=self._run, name='core', daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def put(self, item: Any) -> None:
-        """Queues an input; the oldest beyond the queue's size is dropped."""
+        """Queue an input; the oldest beyond the queue's size is dropped."""
         dropped = []
         with self._changed:
             self._inputs.append(item)
@@ -52,7 +59,11 @@ class Worker:
             self._on_drop(old)
 
     def request(self, function: Callable[[], Any]) -> Future:
-        """Runs ``function`` in the core's thread before the next input. The future has its result."""
+        """
+        Run ``function`` in the core's thread before the next input.
+
+        The future has its result.
+        """
         future: Future = Future()
         with self._changed:
             self._requests.append((function, future))
@@ -60,7 +71,7 @@ class Worker:
         return future
 
     def post(self, function: Callable[[], Any]) -> None:
-        """The same where nobody waits for it: an exception goes to ``on_error``."""
+        """Do the same where nobody waits for it: an exception goes to ``on_error``."""
 
         def report(future: Future) -> None:
             if not future.cancelled() and (error := future.exception()) is not None:
@@ -69,7 +80,7 @@ class Worker:
         self.request(function).add_done_callback(report)
 
     def waiting(self) -> int:
-        """Inputs that have not been taken yet."""
+        """Return how many inputs have not been taken yet."""
         return len(self._inputs)
 
     def busy(self) -> float:
@@ -78,7 +89,7 @@ class Worker:
         return 0.0 if begun is None else time.monotonic() - begun
 
     def clear(self) -> None:
-        """Drops the inputs that wait."""
+        """Drop the inputs that wait."""
         with self._changed:
             dropped = list(self._inputs)
             self._inputs.clear()
@@ -86,7 +97,11 @@ class Worker:
             self._on_drop(old)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """Ends the thread after the piece of work in hand, and waits for that; False where it takes longer."""
+        """
+        End the thread after the piece of work in hand, and wait for that.
+
+        False where it takes longer.
+        """
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -103,7 +118,8 @@ class Worker:
             with self._changed:
                 nothing = not self._requests and not (self._inputs and self._ready())
                 if nothing and not busy and not self._stopping:
-                    self._changed.wait(0.05)  # readiness may change without a notice, so look again soon
+                    # readiness may change without a notice, so look again soon
+                    self._changed.wait(0.05)
                 if self._stopping:
                     return
                 request = self._requests.popleft() if self._requests else None
