@@ -121,7 +121,7 @@ class Ros:
         self.node.create_subscription(kind, topic, callback, qos)
         return heard
 
-    def wait(self, condition, timeout=60.0):
+    def wait(self, condition, timeout=150.0):
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             with self.changed:
