@@ -650,15 +650,15 @@ def test_a_candidate_under_which_every_window_falls_apart_starts_again(shipped, 
 def test_rollback_and_reset_restore_bit_by_bit_and_the_version_grows(shipped, night, events):
     learner = taught(shipped, night, events, verdict_every=4, max_age=100)
     versions, kept = [learner.version], [learner.weights()]
-    for _ in range(24):
+    for _ in range(60):
         learner.step()
         verdict = learner.verdict()
         if verdict is not None and verdict.promoted:
             versions.append(learner.version)
             kept.append(learner.weights())
-        if len(kept) == 2:
+        if len(kept) == 3:
             break
-    assert len(kept) == 2 and versions == sorted(set(versions))
+    assert len(kept) == 3 and versions == sorted(set(versions))
     version = learner.rollback()
     assert version == versions[-1] + 1 == learner.version
     assert same(state(learner.weights()), state(kept[-2])) and not same(
