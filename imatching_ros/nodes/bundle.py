@@ -100,6 +100,8 @@ class BundleNode(CoreNode):
         self._camera_frame = message.header.frame_id
         self.status, self.motion, self.reason = estimate.status, estimate.motion, estimate.reason
         self.inliers = estimate.inliers
+        # Poses of earlier images stay out of odometry, whose stamps never go back; the keyframes
+        # among them are in the window
         if estimate.T_world_camera is not None:
             pose = messages.odometry(
                 estimate.T_world_camera, estimate.covariance, estimate.stamp, self._world_frame,

@@ -48,7 +48,7 @@ class PlayerNode(Node):
             ),
             'camera_info': self.create_publisher(CameraInfo, 'camera_info', QoSProfile(depth=10)),
         }
-        self._clock = (
+        self._time = (
             self.create_publisher(Clock, '/clock', 10)
             if self.get_parameter('clock').value
             else None
@@ -76,8 +76,8 @@ class PlayerNode(Node):
                 rclpy.spin_once(self, timeout_sec=min(left, 0.1))
             if not rclpy.ok():
                 return
-            if self._clock is not None:
-                self._clock.publish(Clock(clock=messages.to_stamp(stamp)))
+            if self._time is not None:
+                self._time.publish(Clock(clock=messages.to_stamp(stamp)))
             self._publishers_of[kind].publish(messages.from_recording(message, stamp))
             images += kind == 'image'
         self.get_logger().info(f'the recording has ended: {images} images')
