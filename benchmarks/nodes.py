@@ -6,8 +6,9 @@ The nodes under load: images at a camera's pace, in real processes, for as long 
 A rendered 640x480 recording goes to and fro at ``--rate``. ``latency`` is from an image's
 publication to the arrival of its correspondences here, so it holds both ways through the
 middleware. ``dropped`` are images that a node says it dropped by its policy, ``lost`` those that
-no node ever saw. Memory is the resident size: after the first second, at the end, and at its
-highest; ``cpu_percent`` is of one core. The peer in the same run is OpenCV's good features and
+no node ever saw. Memory is the resident size: at the start (after a tenth of the time, for what is
+made once is no leak), in the middle, at the end, and at its highest; ``cpu_percent`` is of one
+core. The peer in the same run is OpenCV's good features and
 pyramidal KLT, forward and backward, as a node of its own that publishes the tracks it found: it
 neither learns nor solves, so its row says what images, middleware and classical tracking cost.
 """
@@ -51,6 +52,7 @@ from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
 ROOT = Path(__file__).parents[1]
 START_NS = 1_700_000_000 * 10**9
 PEER = 'OpenCV GFTT+KLT'
+WHEN = ('start', 'middle', 'end')
 #: Case, processing_mode, roles
 CASES = (
     ('matcher and bundle, latest', 'latest', ('matcher', 'bundle')),
@@ -64,7 +66,8 @@ class Load:
     """Node processes in a domain of their own, and the camera that loads them."""
 
     def __init__(self, roles: tuple[str, ...], mode: str, composed: bool, folder: Path) -> None:
-        self.domain, self.roles = free_domain(), roles
+        self.stack, self.roles = contextlib.ExitStack(), roles
+        self.domain = self.stack.enter_context(free_domain())
         self.processes: dict[str, subprocess.Popen] = {}
         lossless_input = mode == 'all'
         values = [
@@ -146,15 +149,19 @@ class Load:
             {'matcher', 'learner', 'peer'} & {*self.roles}
         ):
             self._check(patience)
-        while self.roles != ('peer',) and set(self.says) < set(self.roles):
+        while self.roles != ('peer',) and (
+            set(self.says) < set(self.roles)
+            or self.infos.get_subscription_count() < len(self.roles)
+        ):
             self._check(patience)
         time.sleep(0.5)
         self.infos.publish(info)
-        frames, begun, memory, used = 0, time.monotonic(), {}, self._cpu_seconds()
-        warm = max(1.0, 0.1 * seconds)
+        frames, begun, used = 0, time.monotonic(), self._cpu_seconds()
+        memory, looks = [], [0.1 * seconds, 0.5 * seconds]
         while (now := time.monotonic()) < begun + seconds:
-            if not memory and now > begun + warm:  # what is made once is no leak
-                memory = self._memory_mb('VmRSS')
+            if looks and now > begun + looks[0]:
+                memory.append(self._memory_mb('VmRSS'))
+                del looks[0]
             due = begun + frames / rate_hz
             if now < due:
                 time.sleep(min(due - now, 0.01))
@@ -169,6 +176,7 @@ class Load:
             )
             frames += 1
         played = time.monotonic() - begun
+        memory.append(self._memory_mb('VmRSS'))
         used = (self._cpu_seconds() - used) / played
         # one more second of diagnostics, and what is still on its way
         quiet = time.monotonic() + 2.5
@@ -181,9 +189,9 @@ class Load:
             'frames_out': len(self.latency_ms),
             'dropped': self.count('dropped'), 'refused': self.count('refused'),
             'lost': frames - received,
-            'latency_p50_ms': p50, 'latency_p95_ms': p95, 'memory_mb_start': memory,
-            'memory_mb_end': self._memory_mb('VmRSS'), 'memory_mb_peak': self._memory_mb('VmHWM'),
-            'cpu_percent': 100 * used,
+            'latency_p50_ms': p50, 'latency_p95_ms': p95,
+            **{f'memory_mb_{when}': mb for when, mb in zip(WHEN, memory, strict=False)},
+            'memory_mb_peak': self._memory_mb('VmHWM'), 'cpu_percent': 100 * used,
         }  # fmt: skip
 
     def close(self) -> None:
@@ -198,6 +206,7 @@ class Load:
         self.thread.join()
         self.node.destroy_node()
         rclpy.shutdown(context=self.context)
+        self.stack.close()
 
     def _check(self, patience: float) -> None:
         for name, process in self.processes.items():
@@ -254,13 +263,13 @@ def peer() -> None:
 def show(rows: list[dict]) -> None:
     table = Table(title=f'{os.cpu_count()} cores, one thread per node')
     names = (
-        'case', 'in', 'out', 'dropped', 'lost', 'p50 ms', 'p95 ms', 'MB start', 'MB end',
-        'MB peak', 'CPU %',
+        'case', 'in', 'out', 'dropped', 'lost', 'p50 ms', 'p95 ms',
+        *(f'MB {when}' for when in (*WHEN, 'peak')), 'CPU %',
     )
     for index, name in enumerate(names):
         table.add_column(name, justify='right' if index else 'left')
     for row in rows:
-        memory = [row[f'memory_mb_{when}'].values() for when in ('start', 'end', 'peak')]
+        memory = [row[f'memory_mb_{when}'].values() for when in (*WHEN, 'peak')]
         table.add_row(
             row['case'], *(str(row[key])
                            for key in ('frames_in', 'frames_out', 'dropped', 'lost')),

@@ -38,7 +38,8 @@ class Ros:
     """One ROS domain: node processes, and a node in this process that talks to them."""
 
     def __init__(self, logs: Path) -> None:
-        self.logs, self.domain = logs, free_domain()
+        self.logs, self.stack = logs, contextlib.ExitStack()
+        self.domain = self.stack.enter_context(free_domain())
         self.processes: dict[str, subprocess.Popen] = {}
         self.heard: dict[str, list] = {}
         self.changed = threading.Condition()
@@ -72,6 +73,7 @@ class Ros:
         self.thread.join()
         self.node.destroy_node()
         rclpy.shutdown(context=self.context)
+        self.stack.close()
 
     def start(self, role: str, **values) -> subprocess.Popen:
         words = [w for k, v in values.items() for w in ('-p', f'{k}:={parameters.yaml_scalar(v)}')]

@@ -1,9 +1,17 @@
 """Decoding of images, against per-pixel references."""
 
+import resource
+
 import cv2
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from imatching_ros.data.images import decode_compressed, decode_image, ENCODINGS
+from imatching_ros.data.images import (
+    compressed_size,
+    decode_compressed,
+    decode_image,
+    ENCODINGS,
+    PIXELS,
+)
 import numpy as np
 import pytest
 
@@ -154,6 +162,37 @@ def test_jpeg_decodes_and_an_orientation_mark_turns_nothing():
     # the mark is real
     assert cv2.imdecode(np.frombuffer(marked, np.uint8), cv2.IMREAD_COLOR).shape[:2] == (64, 48)
     assert np.array_equal(decode_compressed(marked), grey)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'how'),
+    [
+        ('.png', []), ('.jpg', []), ('.jpg', [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]),
+        ('.jpg', [cv2.IMWRITE_JPEG_RST_INTERVAL, 2, cv2.IMWRITE_JPEG_OPTIMIZE, 1]),
+    ],
+)  # fmt: skip
+def test_a_file_says_its_size_before_it_is_decoded(kind, how):
+    data = cv2.imencode(kind, picture(), how)[1].tobytes()
+    assert compressed_size(data) == (48, 64)
+    if kind == '.jpg':  # a preview in another segment, filling bytes and a stray restart mark
+        small = cv2.imencode(kind, picture()[:8, :8])[1].tobytes()
+        segment = b'\xff\xe1' + (len(small) + 2).to_bytes(2, 'big') + small
+        data = data[:2] + segment + b'\xff\xd0\xff\xff' + data[2:]
+        assert compressed_size(data) == decode_compressed(data).shape == (48, 64)
+
+
+@pytest.mark.parametrize('kind', ['.jpg', '.png'])
+def test_fault_a_file_that_claims_to_be_a_giant_is_not_decoded(kind):
+    data = cv2.imencode(kind, picture())[1].tobytes()
+    size = b'\x000\x00@' if kind == '.jpg' else b'\x00\x00\x00@\x00\x00\x000'
+    assert data.count(size) == 1
+    side = (30000).to_bytes(len(size) // 2, 'big')
+    data = data.replace(size, 2 * side)
+    assert compressed_size(data) == (30000, 30000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=f'claims to be 30000x30000; more than {PIXELS} pixels'):
+        decode_compressed(data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (10 << 10)
 
 
 @pytest.mark.parametrize('kind', ['.jpg', '.png'])

@@ -5,6 +5,7 @@ With launch_ros and an installed package, the whole for real.
 """
 
 import ast
+import contextlib
 from dataclasses import dataclass
 import json
 import os
@@ -180,10 +181,10 @@ def launched(installed, tmp_path):
     """Start the launch file with arguments, and end what is left; the log is tmp_path / "log"."""
     from imatching_ros.nodes.replay import free_domain
 
-    processes = []
+    processes, stack = [], contextlib.ExitStack()
 
     def start(*given) -> Launched:
-        domain = free_domain()
+        domain = stack.enter_context(free_domain())
         environment = os.environ | {
             'ROS_DOMAIN_ID': str(domain),
             'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
@@ -202,6 +203,7 @@ def launched(installed, tmp_path):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+    stack.close()
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import cv2
 import numpy as np
 
@@ -27,6 +29,13 @@ ENCODINGS = {
     'bayer_gbrg16': (2, 1, cv2.COLOR_BayerGR2GRAY),
     'bayer_grbg16': (2, 1, cv2.COLOR_BayerGB2GRAY),
 }
+
+PIXELS = 1 << 27  #: of the largest compressed picture that is decoded: a short file may claim more
+
+# A JPEG is a row of segments. A marker may be filled up with 0xff; 0xff 0x00 is none.
+_MARKER = re.compile(rb'\xff+([^\x00\xff])')
+_BARE = {0x01, *range(0xD0, 0xD8)}  # markers of no segment
+_FRAME = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of the segment with the size
 
 
 def decode_image(
@@ -67,6 +76,27 @@ def decode_image(
     return _eight_bit(rows if to_grey is None else cv2.cvtColor(rows, to_grey))
 
 
+def compressed_size(data) -> tuple[int, int]:
+    """
+    Return (height, width) that a JPEG or PNG file's bytes claim, without decoding them.
+
+    Raises ValueError, one sentence, where they are neither.
+    """
+    data = bytes(data)
+    if data.startswith(b'\x89PNG\r\n\x1a\n') and data[12:16] == b'IHDR' and len(data) >= 24:
+        return int.from_bytes(data[20:24], 'big'), int.from_bytes(data[16:20], 'big')
+    at = 2 if data.startswith(b'\xff\xd8') else len(data)
+    while found := _MARKER.search(data, at):
+        marker, at = found[1][0], found.end()
+        if marker in _FRAME and at + 7 <= len(data):
+            return int.from_bytes(data[at + 3:at + 5], 'big'), int.from_bytes(
+                data[at + 5:at + 7], 'big'
+            )
+        if marker not in _BARE:
+            at += max(int.from_bytes(data[at:at + 2], 'big'), 2)
+    raise ValueError(f"the compressed image's {len(data)} bytes are not a JPEG or PNG picture")
+
+
 def decode_compressed(data) -> np.ndarray:
     """
     Return the grey picture (H, W) uint8 of a JPEG or PNG file's bytes.
@@ -74,10 +104,16 @@ def decode_compressed(data) -> np.ndarray:
     Such as a sensor_msgs/CompressedImage carries them.
 
     Pixels stay where the file has them: an orientation mark is ignored, for the calibration does
-    not know of it. Raises ValueError, one sentence, where the bytes are no picture or are cut
-    short.
+    not know of it. Raises ValueError, one sentence, where the bytes are no picture, are cut short
+    or claim more than ``PIXELS``.
     """
     data = bytes(data)
+    height, width = compressed_size(data)
+    if height * width > PIXELS:
+        raise ValueError(
+            f'the compressed image claims to be {width}x{height}; more than {PIXELS} pixels are '
+            'not decoded'
+        )
     # OpenCV fills what is missing with grey and says nothing, so the end marks are looked for
     # here.
     for begin, end, name in ((b'\xff\xd8', b'\xff\xd9', 'JPEG'), (b'\x89PNG', b'IEND', 'PNG')):
@@ -85,11 +121,17 @@ def decode_compressed(data) -> np.ndarray:
             raise ValueError(f'the compressed image is cut short: its {name} data has no end')
     keep = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), keep) if data else None
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), keep)
     except cv2.error:
         image = None
-    if image is None or image.dtype not in (np.uint8, np.uint16):
-        raise ValueError(f"the compressed image's {len(data)} bytes are not a JPEG or PNG picture")
+    if (
+        image is None
+        or image.shape[:2] != (height, width)
+        or image.dtype not in (np.uint8, np.uint16)
+    ):
+        raise ValueError(
+            f"the compressed image's {len(data)} bytes are not a whole JPEG or PNG picture"
+        )
     return _eight_bit(cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image)
 
 

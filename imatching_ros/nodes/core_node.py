@@ -341,13 +341,13 @@ class CoreNode(LifecycleNode):
 
         Only one that can be read, and is the camera's, sets the time.
         """
-        image, camera = messages.image_from_message(message), self.camera
-        height, width = image.shape
+        (height, width), camera = messages.image_size(message), self.camera
         if (width, height) != (camera.width, camera.height):
             raise ValueError(
                 f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
                 'publish the camera_info that belongs to the image'
             )
+        image = messages.image_from_message(message)
         self.follow(messages.to_ns(message.header.stamp))
         return image
 

@@ -32,7 +32,7 @@ import torch
 
 from ..bundle.prior import Prior
 from ..bundle.window import Window
-from ..data.images import decode_compressed, decode_image
+from ..data.images import compressed_size, decode_compressed, decode_image
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..geometry.frames import carried
@@ -510,6 +510,17 @@ def camera_to_info(camera: Camera, head: Header) -> CameraInfo:
         r=[1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0],
         p=[*K[:3], 0.0, *K[3:6], 0.0, *K[6:], 0.0],
     )
+
+
+def image_size(message: Image | CompressedImage) -> tuple[int, int]:
+    """
+    Return (height, width) as the message says them, without decoding what it holds.
+
+    ValueError where a CompressedImage does not say.
+    """
+    if isinstance(message, CompressedImage):
+        return compressed_size(message.data)
+    return message.height, message.width
 
 
 def image_from_message(message: Image | CompressedImage) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 from dataclasses import dataclass, field
 import os
@@ -165,7 +165,7 @@ def replay(
     frames = len(recording)
     train_frames = round(frames * train_fraction) if learn else 0
     with contextlib.ExitStack() as stack:
-        domain = free_domain()
+        domain = stack.enter_context(free_domain())
         nodes = stack.enter_context(
             _node_processes(roles, given, node_parameters or {}, run_dir / 'logs', domain)
         )
@@ -608,15 +608,27 @@ def _player(recording: Recording, domain: int, processes: _Processes) -> Iterato
             os.environ[name] = before
 
 
-def free_domain() -> int:
-    """Return a ROS domain in which nobody on this machine speaks: its first DDS ports are free."""
+@contextlib.contextmanager
+def free_domain(among: Sequence[int] = range(1, 100)) -> Iterator[int]:
+    """
+    Give a ROS domain in which nobody on this machine speaks, and which nobody else is given.
+
+    Its first DDS ports are free; its third, which DDS leaves alone, is held until the context
+    ends, or the process, however that ends. ReplayError where none is free.
+    """
     # whatever seed a caller has set
-    for domain in random.SystemRandom().sample(range(1, 100), 99):
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            for offset in (0, 10, 11):
-                udp = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
-                udp.bind(('', 7400 + 250 * domain + offset))
-            return domain
+    for domain in random.SystemRandom().sample(among, len(among)):
+        first = 7400 + 250 * domain
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as held:
+            try:
+                held.bind(('', first + 2))
+                for port in (first, first + 10, first + 11):
+                    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+                        udp.bind(('', port))
+            except OSError:
+                continue
+            yield domain
+            return
     raise ReplayError(
         'no ROS domain is free on this machine; end some of the ROS programs that run'
     )
