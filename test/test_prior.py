@@ -171,6 +171,13 @@ def test_a_prior_moves_with_the_world():
         prior.transformed(G, scale).on(stamps).cost(moved), prior.on(stamps).cost(T), rtol=1e-11,
         atol=0,
     )
+    centre = T[2, :3]
+    about = lie.identity()
+    about[:3] = (1 - scale) * centre
+    one, other = prior.enlarged(scale, centre), prior.transformed(about, scale)
+    torch.testing.assert_close(one.T_world_camera, other.T_world_camera)
+    torch.testing.assert_close(one.information, other.information)
+    torch.testing.assert_close(one.gradient, other.gradient)
 
 
 def test_gradient_is_that_of_the_cost():

@@ -29,7 +29,6 @@ from imatching_ros.bundle.observations import (
     Observations,
     own,
     pose_problem,
-    select,
     survives,
     surviving,
 )
@@ -38,7 +37,7 @@ from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import marginalise, Prior
 from imatching_ros.bundle.problem import Problem
 from imatching_ros.bundle.registration import register, Registration
-from imatching_ros.bundle.solve import shift, solve
+from imatching_ros.bundle.solve import solve
 from imatching_ros.bundle.window import Window
 from imatching_ros.geometry import lie, two_view
 from imatching_ros.geometry.camera import Camera
@@ -105,6 +104,8 @@ class Bundle:
         self._rests: tuple[Window, Problem] | None = None
         # the newest of ``_seen``
         self._sight: tuple[Correspondences, Window, Observations, Tensor] | None = None
+        # the newest of ``_register``
+        self._placed: tuple[Correspondences, Window, tuple[Registration, int] | None] | None = None
         # of the keyframes in the window, or waiting for a pose
         self._messages: dict[int, Correspondences] = {}
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
@@ -279,8 +280,16 @@ class Bundle:
         """
         Return the image against the window's landmarks, and how many tracks agree.
 
-        None where it is not to be trusted.
+        None where it is not to be trusted. Once for each message and window.
         """
+        known = self._placed
+        if known is None or known[0] is not message or known[1] is not self.window:
+            self._placed = known = message, self.window, self._place(message, guess)
+        return known[2]
+
+    def _place(
+        self, message: Correspondences, guess: Tensor | None
+    ) -> tuple[Registration, int] | None:
         observed, place = self._seen(message)
         tracks = len(torch.unique_consecutive(place))
         if tracks < self.options.min_landmarks:
@@ -393,8 +402,9 @@ class Bundle:
         poses = torch.cat((window.T_world_camera[~leaves], T[None]))
         messages = [*(self._messages[stamp] for stamp in window.stamps[~leaves].tolist()), message]
         gone = gone[torch.isin(gone, torch.cat([m.track for m in messages]))]
-        fresh = [select(m, ~torch.isin(m.track, gone)) for m in messages]
-        solved = solve(fresh, poses, window.track, window.points, self.camera, self.options, prior)
+        solved = solve(
+            messages, poses, window.track, window.points, self.camera, self.options, prior, gone
+        )
         if solved is None:
             return None
         self._gone, self._rests = gone, (solved[0], solved[2])
@@ -536,16 +546,14 @@ class Bundle:
             return
         if self.metric:
             scale = scale**_GENTLY
-            self.window = self.window.moved(
-                shift((1 - scale) * self.window.T_world_camera[-1, :3]), scale
-            )
+            self.window = self.window.enlarged(scale, self.window.T_world_camera[-1, :3])
             return
         self.metric = True
 
         def larger(T: Tensor | None) -> Tensor | None:
             return None if T is None else torch.cat((T[:3] * scale, T[3:]))
 
-        self.window = self.window.moved(lie.identity(), scale)
+        self.window = self.window.enlarged(scale, torch.zeros(3, dtype=torch.float64))
         self.trajectory = {stamp: larger(T) for stamp, T in self.trajectory.items()}
         self._pending = {
             stamp: (message, larger(T)) for stamp, (message, T) in self._pending.items()

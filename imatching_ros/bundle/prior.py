@@ -55,6 +55,17 @@ class Prior:
             found.int().argmax(-1), self.T_world_camera, self.information, self.gradient, least
         )
 
+    def enlarged(self, scale: float, centre: Tensor) -> Prior:
+        """Return the same prior in a world enlarged by ``scale`` about ``centre`` (3,)."""
+        positions = centre + scale * (self.T_world_camera[:, :3] - centre)
+        undo = torch.ones(len(self.stamps), 6, dtype=torch.float64)
+        undo[:, :3] = 1 / scale  # d = undo d_new
+        undo = undo.flatten()
+        return Prior(
+            self.stamps, torch.cat((positions, self.T_world_camera[:, 3:]), -1),
+            undo[:, None] * self.information * undo, undo * self.gradient,
+        )
+
     def transformed(self, T: Tensor, scale: float = 1.0) -> Prior:
         """
         Return the same prior in another world.

@@ -17,7 +17,6 @@ _GUESSED = 0.5  #: where the motion model agrees with this share of the points, 
 @dataclass(frozen=True)
 class Registration:
     T_world_camera: Tensor  #: (7,)
-    covariance: Tensor  #: (6, 6), landmarks taken as exact, as ``lie.retract``
     inliers: Tensor  #: (N,) bool
 
 
@@ -29,7 +28,8 @@ def register(
     """
     Pose by 2D-3D registration.
 
-    The better of PnP and the motion model's guess, refined under the robust kernel.
+    The motion model's guess, refined under the robust kernel; PnP where it has too few points
+    agree, and the better of the two.
 
     points: (N, 3), world. xy: (N, 2) on the plane z = 1, cov: (N, 3) undistorted px^2, focal: (2,)
     px. guess: T_world_camera (7,) or None. Returns None where there is neither a guess nor a
@@ -40,6 +40,10 @@ def register(
         guess,
         None if guess is None else _inliers(guess, points, xy, focal, inlier_px, backend),
     )
+    if guess is not None and int(inliers.sum()) < _GUESSED * len(points):
+        # the kernel alone brings most guesses there
+        T, _ = refine(guess, points, xy, cov, focal, options.kernel, backend=backend)
+        inliers = _inliers(T, points, xy, focal, inlier_px, backend)
     if inliers is None or int(inliers.sum()) < _GUESSED * len(points):
         found = two_view.absolute_pose(points, xy, inlier_px, float(focal.mean()))
         if found is not None:
@@ -51,11 +55,11 @@ def register(
         return None
     # on inliers only: with half the rows wrong, the kernel alone would be pulled aside
     for _ in range(2):
-        T, H = refine(
+        T, _ = refine(
             T, points[inliers], xy[inliers], cov[inliers], focal, options.kernel, backend=backend
         )
         inliers = _inliers(T, points, xy, focal, inlier_px, backend)
-    return Registration(T, torch.linalg.pinv(H, hermitian=True), inliers)
+    return Registration(T, inliers)
 
 
 def refine(

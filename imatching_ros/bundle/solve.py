@@ -12,7 +12,7 @@ from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import Prior
 from imatching_ros.bundle.problem import Problem
 from imatching_ros.bundle.window import Window
-from imatching_ros.geometry import lie, triangulation
+from imatching_ros.geometry import triangulation
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences
 import torch
@@ -60,6 +60,7 @@ def solve(
     camera: Camera,
     options: BundleOptions,
     prior: Prior | None = None,
+    gone: Tensor | None = None,
     rounds: int = _ROUNDS,
 ) -> tuple[Window, Solution, Problem] | None:
     """
@@ -71,12 +72,14 @@ def solve(
     messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to
     be; they are held where ``options.poses`` is "external". track, points: (L,) ascending and (L,
     3), the landmarks known so far; all other tracks are triangulated. prior: what keyframes that
-    left know of these. rounds: of prune and adjust, before landmarks whose observations come and
-    go are dropped; at most twice as many. Returns None where fewer landmarks than
-    ``options.min_landmarks`` survive.
+    left know of these. gone: (G,) tracks that are used up in it. rounds: of prune and adjust,
+    before landmarks whose observations come and go are dropped; at most twice as many. Returns
+    None where fewer landmarks than ``options.min_landmarks`` survive.
     """
     stamps = torch.tensor([message.stamp for message in messages])
     observed = observations(messages, camera)
+    if gone is not None and len(gone):
+        observed = observed.select(index_of(gone.sort().values, observed.track) < 0)
     candidates = torch.unique_consecutive(observed.track)
     known = index_of(track, candidates)
     start = (
@@ -122,13 +125,7 @@ def rescaled_to(window: Window, T_world_camera: Tensor) -> Window:
     )
     ratio = (theirs / ours)[ours > 0]
     scale = float(ratio.median()) if len(ratio) else 1.0
-    origin = window.T_world_camera[0, :3]
-    return window.moved(shift((1 - scale) * origin), scale)
-
-
-def shift(t: Tensor) -> Tensor:
-    """Return the pose (7,) that moves by t (3,)."""
-    return torch.cat((t, lie.identity()[3:]))
+    return window.enlarged(scale, window.T_world_camera[0, :3])
 
 
 class _Solver:
@@ -304,11 +301,14 @@ class _Solver:
             ratio = (self.start[same] - origin).norm(dim=-1) / (self.points[same] - origin).norm(
                 dim=-1
             )
-            scale = float(ratio.median())
-            window = window.moved(shift((1 - scale) * origin), scale)
+            window = window.enlarged(float(ratio.median()), origin)
+        # its least value is the same in every world
+        prior = prior and replace(
+            posed.prior, T_world_camera=window.prior.T_world_camera,
+            information=window.prior.information, gradient=window.prior.gradient,
+        )
         posed = replace(
             posed, T_world_camera=window.T_world_camera, points=window.points,
-            landmark=(alive.cumsum(0) - 1)[landmark],
-            prior=window.prior and window.prior.on(stamps),
+            landmark=(alive.cumsum(0) - 1)[landmark], prior=prior,
         )  # fmt: skip
         return window, self.solution, posed

@@ -42,6 +42,15 @@ class Window:
             prior=self.prior and self.prior.transformed(T, scale),
         )  # fmt: skip
 
+    def enlarged(self, scale: float, centre: Tensor) -> Window:
+        """Return the window enlarged by ``scale`` about ``centre`` (3,)."""
+        positions = centre + scale * (self.T_world_camera[:, :3] - centre)
+        return replace(
+            self, T_world_camera=torch.cat((positions, self.T_world_camera[:, 3:]), -1),
+            points=centre + scale * (self.points - centre),
+            prior=self.prior and self.prior.enlarged(scale, centre),
+        )  # fmt: skip
+
     @property
     def poses(self) -> pypose.LieTensor:
         """Return the poses as pypose.SE3 (K, 7)."""
