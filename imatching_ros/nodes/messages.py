@@ -32,7 +32,7 @@ import torch
 
 from ..bundle.prior import Prior
 from ..bundle.window import Window
-from ..data.images import compressed_size, decode_compressed, decode_image
+from ..data.images import compressed_size, decode_compressed, decode_image, ENCODINGS
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..geometry.frames import carried
@@ -527,7 +527,9 @@ def image_from_message(message: Image | CompressedImage) -> np.ndarray:
     """Grey (H, W) uint8 of an Image or a CompressedImage; ValueError where it cannot be read."""
     if isinstance(message, CompressedImage):
         return decode_compressed(bytes(message.data))
-    if _BRIDGE is not None:
+    size, channels, _ = ENCODINGS.get(message.encoding, (1, 1, None))
+    # it takes a row for whole pixels, and shears an image whose padding is not
+    if _BRIDGE is not None and message.step % (size * channels) == 0:
         # what it cannot read, or what is malformed, is for the decoder to say
         with contextlib.suppress(Exception):
             return np.ascontiguousarray(_BRIDGE.imgmsg_to_cv2(message, 'mono8'))
