@@ -195,6 +195,16 @@ def test_fault_a_file_that_claims_to_be_a_giant_is_not_decoded(kind):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (10 << 10)
 
 
+def test_fault_a_chunk_that_claims_to_be_a_giant_is_not_read():
+    data = bytearray(cv2.imencode('.png', picture())[1].tobytes())
+    at = data.index(b'IDAT') - 4
+    data[at:at + 4] = (3 << 30).to_bytes(4, 'big')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match='cut short'):
+        decode_compressed(data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (10 << 10)
+
+
 @pytest.mark.parametrize('kind', ['.jpg', '.png'])
 def test_a_cut_file_is_refused(kind):
     data = cv2.imencode(kind, picture())[1].tobytes()

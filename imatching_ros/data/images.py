@@ -114,11 +114,13 @@ def decode_compressed(data) -> np.ndarray:
             f'the compressed image claims to be {width}x{height}; more than {PIXELS} pixels are '
             'not decoded'
         )
-    # OpenCV fills what is missing with grey and says nothing, so the end marks are looked for
-    # here.
-    for begin, end, name in ((b'\xff\xd8', b'\xff\xd9', 'JPEG'), (b'\x89PNG', b'IEND', 'PNG')):
-        if data.startswith(begin) and end not in data:
-            raise ValueError(f'the compressed image is cut short: its {name} data has no end')
+    # OpenCV fills what is missing with grey and says nothing, and makes room for all that a PNG's
+    # chunk claims to hold, so the ends are looked for here.
+    at = 8
+    while data.startswith(b'\x89') and at < len(data) and data[at + 4:at + 8] != b'IEND':
+        at += 12 + int.from_bytes(data[at:at + 4], 'big')
+    if at >= len(data) or data.startswith(b'\xff') and b'\xff\xd9' not in data:
+        raise ValueError('the compressed image is cut short: its data has no end')
     keep = cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), keep)
