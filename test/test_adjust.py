@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from imatching_ros.bundle import adjust as module
 from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled, free_parameters
@@ -464,6 +464,8 @@ def test_the_optimum_is_ceres(name, keyframes, backend):
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)
+@example(0, 3, 0.5, 0.5, 1.0, 'none')  # a camera's plane stands in the way
+@example(144, 3, 0.5, 0.5, 1.0, 'none')
 @given(
     st.integers(0, 10**6), st.integers(2, 20), st.floats(0, 0.6), st.floats(0, 0.7),
     st.floats(0.01, 1),
@@ -502,12 +504,15 @@ def test_ceres_finds_nothing_better_nearby(
     behind = (
         (found.squared() == BEHIND_PX**2).sum() * float(kernel.rho(torch.tensor(BEHIND_PX**2))) / 2
     )
-    # With few views, most rows wrong and hardly any parallax the steps may end before the gradient
-    # does, and Ceres gets farther; the solution then says itself that it has not converged.
+    # A landmark that ran into a camera's centre, or away for good, has no optimum near it.
+    depth = found.residual()[1]
+    assume(((depth <= 0) | (depth > 1e-3) & (depth < 1e9)).all())
+    # In a valley as flat as that of two views a few millimetres apart, the steps end before the
+    # gradient does.
+    close = 1e-7 if solution.converged else 1e-4
     assert (
-        not solution.converged
-        or ceres_optimum(found, kernel, 25)
-        >= solution.cost - 1e-7 * (solution.cost - behind) - 1e-13 * solution.cost
+        ceres_optimum(found, kernel, 25)
+        >= solution.cost - close * (solution.cost - behind) - 1e-13 * solution.cost
     )
 
 

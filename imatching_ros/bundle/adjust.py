@@ -27,7 +27,8 @@ BACKENDS = ('auto', 'eager', 'cpu')
 class AdjustOptions:
     kernel: Kernel = Kernel()
     max_iterations: int = 50
-    relative_decrease: float = 1e-6  #: of the cost in the last step
+    #: of the cost in the last step, without what points behind their cameras cost
+    relative_decrease: float = 1e-6
     #: largest cosine between the whitened residual and a column of its Jacobian
     gradient: float = 1e-3
     #: "eager": torch, any device; "cpu": compiled by numba; "auto": this one where it can be
@@ -46,7 +47,7 @@ class Solution:
     points: Tensor  #: (L, 3) float64; landmarks without observations as they came
     iterations: int  #: steps taken
     cost: float  #: 1/2 sum rho(s), and the prior's
-    relative_decrease: float  #: of the cost in the last step
+    relative_decrease: float  #: in the last step, as ``AdjustOptions.relative_decrease``
     gradient_norm: float  #: as ``AdjustOptions.gradient``
     converged: bool
 
@@ -174,22 +175,22 @@ def _minimise(system: System, options: AdjustOptions) -> Solution:
     exact = 1e-18 * len(system.problem.pose)
     iterations, decrease, damping, growth = map(read, here.cost.new_tensor([0.0, 1.0, 1e-4, 2.0]))
     cost = read(here.cost)
-    stuck = cost < 0
+    stuck = refused = cost < 0
     for turn in count():
         if moved:
             system.linearise(here, decrease < 1e-4)
-            gradient = read(system.gradient_norm())
+            gradient, behind = read(system.gradient_norm()), read(system.behind)
         flat = gradient < options.gradient
         converged = (cost <= exact) | ((decrease < options.relative_decrease) | stuck) & flat
         done = converged | stuck | (iterations >= options.max_iterations)
         if turn % every == 0 and done:
             break
         step, definite = system.solve(damping)
-        there = system.evaluate(*system.move(here, step))
+        there = system.evaluate(*system.move(here, step, refused))
         predicted, definite = read(system.predicted_decrease(step, damping)), read(definite)
         cost_there = read(there.cost)
         better = definite & (cost_there < cost)
-        accepted = better & ~done
+        accepted, refused = better & ~done, ~better
         # So near the optimum, rounding decides which cost is less.
         stuck = stuck | ~better & ~done & (
             definite & (predicted <= 1e-13 * cost) | (damping >= 1e12)
@@ -198,9 +199,8 @@ def _minimise(system: System, options: AdjustOptions) -> Solution:
         eased = at_least(damping * at_least(1 - (2 * gain - 1) ** 3, 0.1), 1e-12)
         damping = where(better, eased, damping * growth)
         growth = where(better, 0 * growth + 2, 2 * growth)
-        decrease = where(
-            accepted, (cost - cost_there) / cost, where(stuck, 0 * decrease, decrease)
-        )
+        relative = (cost - cost_there) / at_least(cost - behind, 1e-300)
+        decrease = where(accepted, relative, where(stuck, 0 * decrease, decrease))
         iterations = iterations + accepted
         here, cost = _choose(accepted, there, here), where(accepted, cost_there, cost)
         moved = accepted if asking_is_free else True

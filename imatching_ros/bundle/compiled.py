@@ -286,12 +286,14 @@ def linearise(
     jacobian, point, camera,
 ):
     """
-    Compute the blocks of the normal equations at a state; return the weighted residuals' square.
+    Compute the blocks of the normal equations at a state.
+
+    Returns the weighted residuals' square, and how many rows have their point behind the camera.
 
     jacobian: (cells, 6 * LANES), W. point: (blocks, 9 * LANES), Hpp and gp. camera: (K, 27), Hcc
     and -gc.
     """
-    R, energy = rotations(q), 0.0
+    R, energy, behind = rotations(q), 0.0, 0
     point[:] = 0.0
     camera[:] = 0.0
     for b in range(len(p)):
@@ -304,6 +306,7 @@ def linearise(
                 residual(t, row, fx, fy)
                 energy += reweight(t, kernel, scale, curved)
                 for i in range(LANES):
+                    behind += row[2 * N + i] > 0 and t[FRONT + i] == 0
                     w, bend, gx, gy = t[WEIGHT + i], t[BEND + i], t[GX + i], t[GY + i]
                     t[XX + i] += w * row[2 * N + i] - bend * gx * gx
                     t[XY + i] += w * row[3 * N + i] - bend * gx * gy
@@ -311,7 +314,7 @@ def linearise(
                     t[BX + i] += w * gx
                     t[BY + i] += w * gy
             add_cell(t, R[k], fx, fy, jacobian[cell], point[b], camera[k])
-    return energy
+    return energy, behind
 
 
 @_compiled
@@ -787,6 +790,24 @@ def retract(q, c, step, held, q_new, c_new):
         q_new[k, 0], q_new[k, 1], q_new[k, 2], q_new[k, 3] = x / size, y / size, z / size, w / size
 
 
+@_compiled
+def stay(t, q, c, p, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell, rows):
+    """Put landmarks that passed a camera where system.py's ``stay`` does."""
+    R, R_new = rotations(q), rotations(q_new)
+    for b in range(len(p)):
+        here, there = p[b], p_new[b]
+        for cell in range(cell_of_block[b], cell_of_block[b + 1]):
+            k = cell_pose[cell]
+            project(t, here, R[k], c[k])
+            t[S:S + N] = t[FRONT:FRONT + N]
+            project(t, there, R_new[k], c_new[k])
+            for layer in range(layer_of_cell[cell], layer_of_cell[cell + 1]):
+                for i in range(LANES):
+                    if t[S + i] != t[FRONT + i] and rows[layer, 2 * N + i] > 0:
+                        for j in range(3):
+                            there[j * N + i] = here[j * N + i] + c_new[k, j] - c[k, j]
+
+
 _f8, _i8 = types.float64, types.int64
 
 
@@ -832,9 +853,11 @@ def minimise(
         t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale
     )
     cost += prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q, c)
+    t[S:S + N] = BEHIND_PX * BEHIND_PX
+    each = 0.5 * rho(t, kernel, scale) / LANES  # what a row costs whose point is behind its camera
     iterations, decrease, damping, growth = 0, 1.0, 1e-4, 2.0
     while True:
-        energy = linearise(
+        energy, behind = linearise(
             t, q, c, p, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy, kernel, scale,
             decrease < 1e-4,
             jacobian, point, camera,
@@ -849,7 +872,7 @@ def minimise(
         )
         if converged or iterations >= max_iterations:
             break
-        cost_new, predicted = np.inf, 0.0
+        cost_new, predicted, refused = np.inf, 0.0, False
         while damping < 1e12:
             eliminate(
                 t, c, p, cell_of_block, cell_pose, chunks, jacobian, point, damping, held,
@@ -865,19 +888,24 @@ def minimise(
                         length += H[k, j * (j + 3) // 2] * step[k, j] * step[k, j]
                 predicted = 0.5 * (damping * length - slope)
                 retract(q, c, step, held, q_new, c_new)
+                if refused:
+                    stay(
+                        t, q, c, p, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell,
+                        rows,
+                    )  # fmt: skip
                 cost_new = evaluate(
                     t, q_new, c_new, p_new, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy,
                     kernel, scale,
                 ) + prior_cost(prior_pose, prior_T, prior_H, prior_g, prior_constant, q_new, c_new)
                 if cost_new < cost or predicted <= 1e-13 * cost:
                     break
-            damping, growth = damping * growth, growth * 2
+            damping, growth, refused = damping * growth, growth * 2, True
         if not cost_new < cost:
             decrease, converged = 0.0, slope_norm < gradient
             break
         gain = (cost - cost_new) / max(predicted, 1e-300)
         damping, growth = max(damping * max(0.1, 1 - (2 * gain - 1) ** 3), 1e-12), 2.0
-        decrease, cost = (cost - cost_new) / cost, cost_new
+        decrease, cost = (cost - cost_new) / max(cost - behind * each, 1e-300), cost_new
         q, c, p, q_new, c_new, p_new = q_new, c_new, p_new, q, c, p
         iterations += 1
 

@@ -33,7 +33,7 @@ class Projection:
     u: Tensor  # (k, l): where p projects, on the plane z = 1
     v: Tensor
     inverse: Tensor  # (k, l): of the depth
-    seen: Tensor  # (o,): in front
+    front: Tensor  # (k, l): whether the depth is positive
     g: Tensor  # (2, o): information times residual
     s: Tensor  # (o,): squared whitened residual
 
@@ -134,10 +134,12 @@ class System:
         """
         K = len(at.q)
         self.gc, blocks = at.c.new_zeros(K, 6), at.c.new_zeros(K, 6, 6)
-        self.energy, gp, Hpp = 0.0, [], []
+        self.energy, self.behind, gp, Hpp = 0.0, 0.0, [], []
         for strip, part in zip(self.strips, at.strips, strict=True):
-            energy, gp_strip, gc, Hpp_strip, Hcc = strip.linearise(part, self.kernel, curved)
-            self.energy = self.energy + energy
+            squared, behind, gp_strip, gc, Hpp_strip, Hcc = strip.linearise(
+                part, self.kernel, curved
+            )
+            self.energy, self.behind = self.energy + squared, self.behind + behind
             self.gc[strip.poses] += gc
             blocks[strip.poses] += Hcc
             gp.append(gp_strip)
@@ -206,9 +208,27 @@ class System:
         held = held + (self.Hpp.diagonal(dim1=0, dim2=1).T * point * point).sum()
         return 0.5 * (damping * held - slope)
 
-    def move(self, at: Estimate, step: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def move(
+        self, at: Estimate, step: tuple[Tensor, Tensor], careful: Tensor | bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Return the state after a step.
+
+        ``careful``: landmarks that would pass through the plane of a camera that sees them move
+        with the camera instead. The cost leaps there, and one of them could keep all others from
+        moving at all.
+        """
         T = lie.retract(torch.cat((at.c, at.q), -1), step[0].view(-1, 6))
-        return T[:, 3:], T[:, :3], at.p + step[1]
+        q, c, p = T[:, 3:], T[:, :3], at.p + step[1]
+        if isinstance(careful, Tensor) or careful:
+            R = lie.rotation(q)
+            stayed = [
+                strip.stay(part, R, at.c, c, at.p, p)
+                for strip, part in zip(self.strips, at.strips, strict=True)
+            ]
+            stayed = torch.cat(stayed, -1)
+            p = torch.where(careful, stayed, p) if isinstance(careful, Tensor) else stayed
+        return q, c, p
 
 
 class _Strip:
@@ -236,6 +256,8 @@ class _Strip:
         if rows is not None:
             pose, landmark, cov, xy = pose[rows], place[landmark[rows]], cov[rows], xy[rows]
         self.cell = (pose - poses.start) * self.l + landmark - landmarks.start
+        self.sees = torch.zeros(self.k, self.l, dtype=torch.bool, device=pose.device)
+        self.sees.view(-1)[self.cell] = True
         uu, uv, vv = cov.unbind(-1)
         self.information = torch.stack((vv, -uv, uu)) / (uu * vv - uv * uv)  # (3, o)
         self.x, self.y = xy.T.contiguous()
@@ -252,21 +274,33 @@ class _Strip:
         ey = self.fy * (v.view(-1)[self.cell] - self.y)
         xx, xy, yy = self.information
         gx, gy = xx * ex + xy * ey, xy * ex + yy * ey
-        seen = front.view(-1)[self.cell]
-        s = torch.where(seen, ex * gx + ey * gy, BEHIND_PX**2)
-        return Projection(R, d, u, v, inverse, seen, torch.stack((gx, gy)), s)
+        s = torch.where(front.view(-1)[self.cell], ex * gx + ey * gy, BEHIND_PX**2)
+        return Projection(R, d, u, v, inverse, front, torch.stack((gx, gy)), s)
+
+    def stay(
+        self, at: Projection, R: Tensor, c: Tensor, c_new: Tensor, p: Tensor, p_new: Tensor
+    ) -> Tensor:
+        """Return p_new (3, l), but for landmarks that passed a camera: p moved with it."""
+        c, c_new, ahead = c[self.poses], c_new[self.poses], R[self.poses, :, 2]
+        p, p_new = p[:, self.landmarks], p_new[:, self.landmarks]
+        front = ahead @ p_new - (ahead * c_new).sum(-1, keepdim=True) > MIN_DEPTH
+        passed = self.sees & (front != at.front)
+        moved = p + (c_new - c)[passed.byte().argmax(0)].T
+        return torch.where(passed.any(0), moved, p_new)
 
     def linearise(
         self, at: Projection, kernel: Kernel, curved: Tensor | bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """
         Return the normal equations' blocks.
 
-        The weighted residuals' square, gp (3, l), gc (k, 6), Hpp (3, 3, l), and the diagonal
-        blocks Hcc (k, 6, 6).
+        The weighted residuals' square, the cost of points behind cameras, gp (3, l), gc (k, 6),
+        Hpp (3, 3, l), and the diagonal blocks Hcc (k, 6, 6).
         """
-        weight = torch.where(at.seen, kernel.weight(at.s), 0.0)
+        seen = at.front.view(-1)[self.cell]
+        weight = torch.where(seen, kernel.weight(at.s), 0.0)
         energy = (weight * at.s).sum()
+        behind = 0.5 * torch.where(seen, 0.0, kernel.rho(at.s)).sum()
         m = weight * self.information
         if isinstance(curved, Tensor) or curved:
             bend = (
@@ -291,7 +325,7 @@ class _Strip:
         self.V = torch.cat((W, _cross(at.d.to(self.dtype), W)), 2)  # (2, k, 6, l)
         self.W = W.double()
         Hpp = torch.einsum('akil,akjl->ijl', self.W, self.W)
-        return energy, b.sum(0), gc, Hpp, (self.V @ self.V.mT).sum(0).double()
+        return energy, behind, b.sum(0), gc, Hpp, (self.V @ self.V.mT).sum(0).double()
 
     def eliminate(self, Hpp: Tensor, gp: Tensor, lift: Tensor | float) -> tuple[Tensor, Tensor]:
         """
