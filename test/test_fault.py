@@ -5,8 +5,11 @@ The others go on, and what comes back learns on.
 """
 
 import itertools
+import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -197,6 +200,49 @@ def test_fault_images_of_another_size_and_stamps_from_nowhere_reach_nobody(robot
         assert (
             'publish the camera_info that belongs to the image' in robot.says(role)['last_error']
         )
+
+
+STOPPED = """
+import signal, rclpy
+from nav_msgs.msg import Odometry
+from sensor_msgs.msg import PointCloud2
+rclpy.init()
+node = rclpy.create_node('consumer')
+node.create_subscription(PointCloud2, 'correspondences', lambda _: None, 10)
+node.create_subscription(Odometry, 'odometry', lambda _: None, 10)
+rclpy.spin(node)
+"""
+
+
+def test_fault_slow_consumer_holds_nobody_up(day, tmp_path):
+    """One that has stopped reading altogether, under the QoS of a robot."""
+    camera, pictures = day
+    ros = Ros(tmp_path)
+    try:
+        ros.start('matcher', queries=200)
+        ros.start('bundle')
+        images = ros.node.create_publisher(Image, 'image', 10)
+        infos = ros.node.create_publisher(CameraInfo, 'camera_info', 10)
+        matched = ros.listen(PointCloud2, 'correspondences', 10)
+        ros.connect(images)
+        ros.connect(infos, 2)
+        ros.processes['consumer'] = consumer = subprocess.Popen(
+            [sys.executable, '-c', STOPPED], env=os.environ | {'ROS_DOMAIN_ID': str(ros.domain)}
+        )
+        for topic, readers in (('correspondences', 3), ('odometry', 1)):
+            ros.wait(lambda: ros.node.count_subscribers(topic) == readers)  # noqa: B023
+        consumer.send_signal(signal.SIGSTOP)
+        infos.publish(messages.camera_to_info(camera, messages.header(0, 'camera')))
+        for index in range(150):  # many times what a reader's queue holds
+            _, image = pictures[index % len(pictures)]
+            images.publish(image_message(START + index * SECOND // 20, image))
+            ros.wait(lambda index=index: len(matched) > index, timeout=20)
+        for role in ('matcher', 'bundle'):
+            ros.wait(lambda role=role: ros.says(role)['processed'] == '150', timeout=60)
+            assert ros.says(role)['dropped'] == ros.says(role)['refused'] == '0'
+        consumer.send_signal(signal.SIGCONT)
+    finally:
+        ros.close()
 
 
 def test_fault_nothing_unforeseen_was_said(robot):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import ctypes
 from functools import partial
 import os
 from pathlib import Path as FilePath
@@ -109,6 +110,8 @@ class LearnerNode(CoreNode):
             promoted or self.core.settled and started > self._saved + SAVE_S
         ):
             self._save()
+        if self.core.settled:
+            _trim()
         self._share.add(time.monotonic() - started)
         return True
 
@@ -266,6 +269,16 @@ class LearnerNode(CoreNode):
 
         response.success, response.message = self.ask('~/enable', judge)
         return response
+
+
+def _trim() -> None:
+    """
+    Give what a window's steps left free back to the system, where its allocator can.
+
+    It would be kept, in pieces too small for the next window's.
+    """
+    if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
+        trim(0)
 
 
 def main(arguments: list[str] | None = None) -> None:
