@@ -4,16 +4,21 @@ from dataclasses import replace
 
 from imatching_ros.bundle import motion
 from imatching_ros.bundle.adjust import AdjustOptions, compiled
+from imatching_ros.bundle.observations import observations
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.problem import problem
 from imatching_ros.bundle.registration import refine, register
 from imatching_ros.bundle.robust import Kernel, KERNELS
 from imatching_ros.bundle.solve import _Solver
 from imatching_ros.geometry import lie, triangulation, two_view
+from imatching_ros.geometry.camera import Camera
+from imatching_ros.geometry.correspondences import Correspondences
 import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(not compiled(), reason='numba is not installed')
+# far corners cannot be undistorted
+CAMERA = Camera(300, 300, 200.0, 200.0, 20.0, 20.0, 'plumb_bob', (-0.3, 0.1, 0.0, 0.0, 0.0))
 FOCAL = torch.tensor([500.0, 520.0], dtype=torch.float64)
 
 
@@ -92,7 +97,7 @@ def test_triangulation_and_survivors(seed, known):
     start = p.clone()
     if known != 'all':
         start[:: 1 if known == 'nothing' else 2] = torch.nan
-    points, kept = [], []
+    points, kept, errors = [], [], []
     for backend in ('eager', 'cpu'):
         options = BundleOptions(adjust=AdjustOptions(backend=backend))
         solver = _Solver(replace(posed, T_world_camera=T), start, float(FOCAL.mean()), options, 6)
@@ -100,9 +105,34 @@ def test_triangulation_and_survivors(seed, known):
         solver._triangulate(3.0)
         points.append(solver.points)
         kept.append(solver._survivors(3.0))
+        solver.kept = kept[-1]
+        errors.append(solver._errors(solver._kept()))
     torch.testing.assert_close(*points, rtol=1e-6, atol=1e-9, equal_nan=True)
     assert torch.equal(*kept) and not kept[0][posed.landmark < 5].any()
     assert 0.3 < kept[0].double().mean() < 0.95
+    assert torch.equal(errors[0][0], errors[1][0])
+    torch.testing.assert_close(errors[0][1], errors[1][1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_observations(seed):
+    """Of messages in any order, with rows that say nothing, and tracks that are there twice."""
+    g = torch.Generator().manual_seed(seed)
+    messages = []
+    for stamp in torch.randperm(9, generator=g).tolist():
+        n = int(torch.randint(0, 80, (1,), generator=g))
+        uv, ref_uv = (300 * torch.rand(n, 2, generator=g) for _ in range(2))
+        cov = torch.tensor([1.0, 0.2, 1.0]).repeat(n, 1)
+        uv[::11], ref_uv[::7], cov[::13, 0] = torch.nan, torch.inf, -1.0
+        ref = torch.randint(-2, max(stamp, 1), (n,), generator=g)
+        track = torch.randint(0, 40, (n,), generator=g)
+        xy = CAMERA.normalise(uv)
+        messages.append(Correspondences(stamp, uv, xy, ref, ref_uv, track, 0 * cov[:, 0], cov, 0))
+    found, expected = (observations(messages, CAMERA, backend) for backend in ('cpu', 'eager'))
+    for name, column in vars(expected).items():
+        assert torch.equal(getattr(found, name), column), name
+    assert (found.row < 0).any() and (found.row >= 0).any()
+    assert len(observations([messages[0]] * 0, CAMERA, 'cpu')) == 0
 
 
 @pytest.mark.parametrize('size', [0, 1, 2, 3, 10, 500])

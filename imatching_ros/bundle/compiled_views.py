@@ -338,6 +338,53 @@ def survivors(T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine):
     return keep, alive
 
 
+@_entry(types.Tuple((_indices, _vector))(_rows, _rows, _indices, _indices, _rows, _f8, _f8))
+def errors(T, points, pose, landmark, xy, fx, fy):
+    """solve.py's ``_errors``: observations (L,), and the sum of their squared residuals."""
+    R = rotations(T[:, 3:].copy())
+    count, total = np.zeros(len(points), np.int64), np.zeros(len(points))
+    for o in range(len(pose)):
+        m, k = landmark[o], pose[o]
+        count[m] += 1
+        total[m] += distance(R[k], T[k], points[m], xy[o], fx, fy) ** 2
+    return count, total
+
+
+@_entry(
+    types.Tuple((_indices, _mask))(_indices, _indices, _indices, _indices, _rows, _rows, _mask)
+)
+def arranged(order, track, stamp, ref_stamp, xy, cov, valid):
+    """observations.py's ``_arranged``, track by track. order: the rows, by track."""
+    total, end, count = len(track), 0, 0
+    rows, begun = np.empty(2 * total, np.int64), np.empty(2 * total, np.bool_)
+    image = np.empty(2 * total, np.int64)
+    while end < total:
+        begin, first = end, count
+        while end < total and track[order[end]] == track[order[begin]]:
+            n = order[end]
+            end += 1
+            uu, uv, vv = cov[n, 0], cov[n, 1], cov[n, 2]
+            if np.isfinite(xy[n, 0] + xy[n, 1] + uu + uv + vv) and uu > 0 and uu * vv > uv * uv:
+                rows[count], begun[count], image[count] = n, False, stamp[n]
+                count += 1
+        for i in range(begin, end):
+            n, known = order[i], not valid[order[i]]
+            for j in range(begin, end):
+                known = known or stamp[order[j]] == ref_stamp[n]
+            for j in range(first, count):
+                known = known or (begun[j] and image[j] == ref_stamp[n])
+            if not known:
+                rows[count], begun[count], image[count] = n, True, ref_stamp[n]
+                count += 1
+        for i in range(first + 1, count):  # by image; equal ones stay in order
+            j, n, began, when = i, rows[i], begun[i], image[i]
+            while j > first and image[j - 1] > when:
+                rows[j], begun[j], image[j] = rows[j - 1], begun[j - 1], image[j - 1]
+                j -= 1
+            rows[j], begun[j], image[j] = n, began, when
+    return rows[:count].copy(), begun[:count].copy()
+
+
 @_entry(types.Tuple((_indices, _indices, _rows, _rows))(_mask, _indices, _indices, _rows, _rows))
 def select(keep, pose, landmark, xy, cov):
     """Problem.select's columns."""

@@ -35,7 +35,7 @@ def initialise(
     if len(messages) < 3:
         return None
     stamps = torch.tensor([message.stamp for message in messages])
-    observed = observations(messages, camera)
+    observed = observations(messages, camera, options.adjust.backend)
     track = torch.unique(observed.track)
     zeros = torch.zeros(len(track), 3, dtype=torch.float64)
     _, posed = pose_problem(observed, stamps, lie.identity(len(stamps)), track, zeros, camera)

@@ -7,8 +7,9 @@ Shared with the learner.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
+from imatching_ros.bundle.adjust import array, compiled_views
 from imatching_ros.bundle.problem import MIN_DEPTH, Problem, problem
 from imatching_ros.bundle.window import Window
 from imatching_ros.geometry.camera import Camera
@@ -36,10 +37,13 @@ class Observations:
 
     def select(self, keep: Tensor) -> Observations:
         """Those of a (O,) bool mask or an index."""
-        return Observations(*(getattr(self, field.name)[keep] for field in fields(self)))
+        keep = keep.nonzero().squeeze(-1) if keep.dtype == torch.bool else keep
+        return Observations(*(column.index_select(0, keep) for column in vars(self).values()))
 
 
-def observations(messages: Sequence[Correspondences], camera: Camera) -> Observations:
+def observations(
+    messages: Sequence[Correspondences], camera: Camera, backend: str = 'eager'
+) -> Observations:
     """
     Every observation that the messages hold.
 
@@ -47,28 +51,27 @@ def observations(messages: Sequence[Correspondences], camera: Camera) -> Observa
     The reference point of a row observes it too where it began the track: where no row of any
     message finds the track in the reference image. (A later reference point only repeats what the
     reference image's own rows say.) Rows that are not finite, or have a covariance that is not
-    positive definite, are left out.
+    positive definite, are left out. backend: as in ``AdjustOptions``.
     """
-    parts = [_rows(index, message, camera) for index, message in enumerate(messages)]
-    if not parts:
+    if not messages:
         empty = torch.zeros(0, dtype=torch.int64)
         return Observations(
             empty, empty, torch.zeros(0, 2).double(), torch.zeros(0, 3).double(), empty, empty
         )
-    rows = Observations(
-        *(
-            torch.cat([getattr(part, field.name) for part in parts])
-            for field in fields(Observations)
-        )
-    )
-    begun = _begun(messages, rows, camera)
-    both = Observations(
-        *(
-            torch.cat((getattr(rows, field.name), getattr(begun, field.name)))
-            for field in fields(Observations)
-        )
-    )
-    return both.select(_order(both, (both.stamp, both.track)))
+    rows = _rows(messages, camera)
+    ref_stamp = torch.cat([message.ref_stamp for message in messages])
+    ref_uv = torch.cat([message.ref_uv for message in messages])
+    which, begun = _arranged(rows, ref_stamp, ref_uv.isfinite().all(-1), backend)
+    observed = rows.select(which)
+    first = begun.nonzero().squeeze(-1)
+    xy = camera.normalise(ref_uv[which[first]].double())
+    cov = camera.undistorted_covariance(xy, xy.new_tensor(QUERY_COV).expand(len(xy), 3))
+    observed.xy[first], observed.cov[first], observed.row[first] = xy, cov, -1
+    observed.stamp[first] = ref_stamp[which[first]]
+    sound = _sound(xy, cov)
+    if not bool(sound.all()):
+        observed = observed.select(torch.ones_like(begun).index_put_((first,), sound))
+    return observed
 
 
 def own(message: Correspondences, camera: Camera) -> Observations:
@@ -77,41 +80,45 @@ def own(message: Correspondences, camera: Camera) -> Observations:
 
     Its observations without the reference points.
     """
-    rows = _rows(0, message, camera)
-    return rows.select(_order(rows, (rows.track,)))
+    rows = _rows([message], camera)
+    good = _sound(rows.xy, rows.cov).nonzero().squeeze(-1)
+    return rows.select(good[torch.argsort(rows.track[good], stable=True)])
 
 
-def _order(rows: Observations, keys: tuple[Tensor, ...]) -> Tensor:
-    """
-    Return the good ones' indices, sorted by the last key first.
-
-    Equal ones stay in order, which is that of the messages.
-    """
-    uu, uv, vv = rows.cov.unbind(-1)
-    good = (rows.xy.sum(-1) + rows.cov.sum(-1)).isfinite() & (uu > 0) & (uu * vv - uv * uv > 0)
-    order = good.nonzero().squeeze(-1)
-    for key in keys:
-        order = order[torch.argsort(key[order], stable=True)]
-    return order
+def _sound(xy: Tensor, cov: Tensor) -> Tensor:
+    uu, uv, vv = cov.unbind(-1)
+    return (xy.sum(-1) + cov.sum(-1)).isfinite() & (uu > 0) & (uu * vv - uv * uv > 0)
 
 
-def _rows(index: int, message: Correspondences, camera: Camera) -> Observations:
-    n = len(message)
-    xy = message.xy.double()
+def _rows(messages: Sequence[Correspondences], camera: Camera) -> Observations:
+    """Return what the messages say of their own images, row by row."""
+    xy = torch.cat([message.xy for message in messages]).double()
+    cov = torch.cat([message.cov for message in messages]).double()
+    lengths = torch.tensor([len(message) for message in messages])
+    index = torch.arange(len(messages)).repeat_interleave(lengths)
     return Observations(
-        torch.full((n,), message.stamp, dtype=torch.int64), message.track, xy,
-        camera.undistorted_covariance(xy, message.cov.double()),
-        torch.full((n,), index, dtype=torch.int64), torch.arange(n),
+        torch.tensor([message.stamp for message in messages])[index],
+        torch.cat([message.track for message in messages]), xy,
+        camera.undistorted_covariance(xy, cov), index,
+        torch.arange(len(xy)) - (lengths.cumsum(0) - lengths)[index],
     )  # fmt: skip
 
 
-def _begun(
-    messages: Sequence[Correspondences], rows: Observations, camera: Camera
-) -> Observations:
-    """Return the reference points that began their tracks, each once."""
-    ref_stamp = torch.cat([message.ref_stamp for message in messages])
-    ref_uv = torch.cat([message.ref_uv for message in messages])
-    valid = ref_uv.isfinite().all(-1)
+def _arranged(
+    rows: Observations, ref_stamp: Tensor, valid: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    """
+    Return what observes a track, by track, then image, then message and row: indices of rows.
+
+    Also (O,) bool, where it is not the row but its reference point that does. valid: (M,) bool,
+    rows with a finite one.
+    """
+    order = torch.argsort(rows.track, stable=True)
+    if views := compiled_views(backend):
+        found = views.arranged(*map(array, (
+            order, rows.track, rows.stamp, ref_stamp, rows.xy, rows.cov, valid
+        )))  # fmt: skip
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
     # Image and track as one number (unique over pairs is a hundred times slower than over
     # numbers).
     _, image = torch.unique(torch.cat((rows.stamp, ref_stamp)), return_inverse=True)
@@ -123,13 +130,11 @@ def _begun(
     first.scatter_reduce_(0, asked, position, 'amin')
     first[seen] = len(rows)
     first = first[first < len(rows)]
-    n = len(first)
-    xy = camera.normalise(ref_uv[first].double())
-    return Observations(
-        ref_stamp[first], rows.track[first], xy,
-        camera.undistorted_covariance(xy, xy.new_tensor(QUERY_COV).expand(n, 3)),
-        rows.message[first], torch.full((n,), -1, dtype=torch.int64),
-    )  # fmt: skip
+    good = _sound(rows.xy, rows.cov).nonzero().squeeze(-1)
+    which = torch.cat((good, first))
+    order = torch.argsort(torch.cat((rows.stamp[good], ref_stamp[first])), stable=True)
+    order = order[torch.argsort(rows.track[which[order]], stable=True)]
+    return which[order], order >= len(good)
 
 
 def select(message: Correspondences, rows: Tensor) -> Correspondences:

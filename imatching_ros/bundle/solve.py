@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import math
 
 from imatching_ros.bundle.adjust import adjust, array, compiled_views, Solution
-from imatching_ros.bundle.observations import index_of, observations, pose_problem, survives
+from imatching_ros.bundle.observations import index_of, observations, survives
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import Prior
 from imatching_ros.bundle.problem import Problem
@@ -77,20 +77,21 @@ def solve(
     None where fewer landmarks than ``options.min_landmarks`` survive.
     """
     stamps = torch.tensor([message.stamp for message in messages])
-    observed = observations(messages, camera)
+    observed = observations(messages, camera, options.adjust.backend)
     if gone is not None and len(gone):
         observed = observed.select(index_of(gone.sort().values, observed.track) < 0)
-    candidates = torch.unique_consecutive(observed.track)
+    candidates, landmark = torch.unique_consecutive(observed.track, return_inverse=True)
     known = index_of(track, candidates)
     start = (
         torch.where((known >= 0)[:, None], points[known], torch.nan)
         if len(track)
         else points.new_full((len(candidates), 3), torch.nan)
     )
-    zeros = torch.zeros(len(candidates), 3, dtype=torch.float64)
-    _, posed = pose_problem(observed, stamps, T_world_camera, candidates, zeros, camera)
-    if prior is not None:
-        posed = replace(posed, prior=prior.on(stamps))
+    pose = index_of(stamps, observed.stamp)
+    posed = Problem(
+        T_world_camera.double(), start, pose, landmark, observed.xy, observed.cov,
+        torch.tensor([camera.fx, camera.fy], dtype=torch.float64), prior and prior.on(stamps),
+    ).select(pose >= 0)  # fmt: skip
     window = _Solver(posed, start, camera.focal, options, rounds)
     if not window.adjust(_LOOSE * options.prune_px, once=True):
         return None
@@ -275,6 +276,20 @@ class _Solver:
         self.points = self.points.clone()
         self.points[again[better]] = found[better]
 
+    def _errors(self, posed: Problem) -> tuple[Tensor, Tensor]:
+        """Return each landmark's observations, and their squared residuals' sum, px^2."""
+        if self.views:
+            found = self.views.errors(*map(array, (
+                posed.T_world_camera, posed.points, posed.pose, posed.landmark, posed.xy
+            )), *posed.focal.tolist())  # fmt: skip
+            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        squared = posed.residual()[0].square().sum(-1)
+        total = torch.zeros(len(posed.points), dtype=torch.float64)
+        return (
+            torch.bincount(posed.landmark, minlength=len(total)),
+            total.index_add_(0, posed.landmark, squared),
+        )
+
     def result(
         self, stamps: Tensor, track: Tensor, carried: Tensor, prior: Prior | None
     ) -> tuple[Window, Solution, Problem]:
@@ -287,9 +302,7 @@ class _Solver:
         """
         posed = self._kept()
         landmark = posed.landmark
-        count = torch.bincount(landmark, minlength=len(track))
-        squared = posed.residual()[0].square().sum(-1)
-        total = torch.zeros(len(track), dtype=torch.float64).index_add_(0, landmark, squared)
+        count, total = self._errors(posed)
         alive = count > 0
         window = Window(
             stamps, self.T, track[alive], self.points[alive], count[alive],
