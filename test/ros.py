@@ -18,7 +18,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.nodes import messages, parameters
 from imatching_ros.nodes.core_node import lossless
-from imatching_ros.nodes.replay import free_domain
+from imatching_ros.nodes.replay import free_domain, LOCALHOST
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 import numpy as np
@@ -43,7 +43,7 @@ class Ros:
         self.processes: dict[str, subprocess.Popen] = {}
         self.heard: dict[str, list] = {}
         self.changed = threading.Condition()
-        os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
+        os.environ.update([LOCALHOST])
         self.context = Context()
         rclpy.init(
             args=[], context=self.context, domain_id=self.domain,
@@ -78,8 +78,9 @@ class Ros:
     def start(self, role: str, **values) -> subprocess.Popen:
         words = [w for k, v in values.items() for w in ('-p', f'{k}:={parameters.yaml_scalar(v)}')]
         environment = os.environ | {
-            'ROS_DOMAIN_ID': str(self.domain), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1',
-            'PYTHONUNBUFFERED': '1',
+            'ROS_DOMAIN_ID': str(self.domain), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1',
+            # a ROS installation is itself on this path
+            'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
         }  # fmt: skip
         with open(self.logs / f'{role}.log', 'wb') as log:
             self.processes[role] = subprocess.Popen(

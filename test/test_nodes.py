@@ -24,6 +24,7 @@ from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes.bundle import transform  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from imatching_ros.nodes.replay import replay, ReplayError  # noqa: E402
 from imatching_ros.nodes.worker import Worker  # noqa: E402
@@ -31,6 +32,7 @@ from nav_msgs.msg import Odometry  # noqa: E402
 from nav_msgs.msg import Path as PathMessage  # noqa: E402
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import GetParameters, SetParametersAtomically  # noqa: E402
+from rclpy.time import Time  # noqa: E402
 from ros import CAMERA, image_message, picture, Ros, SECOND, START  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud, PointCloud2  # noqa: E402
 from std_msgs.msg import UInt8MultiArray  # noqa: E402
@@ -362,18 +364,27 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
     assert len((tmp_path / 'trajectory.txt').read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize('poses', ['own', 'external'])
-def test_bundle_node_beside_another_odometry(ros, poses):
+@pytest.mark.parametrize(
+    ('poses', 'mounting'),
+    [('own', 'camera_pose'), ('external', 'camera_pose'), ('own', 'tf2'), ('external', 'tf2')],
+)
+def test_bundle_node_beside_another_odometry(ros, poses, mounting):
     """
     The robot's odometry gives the map its metre, or all of its poses.
 
-    Camera_pose says where the camera is on it.
+    Camera_pose, or /tf_static, says where the camera is on it, and what is published goes to /tf.
     """
-    role = 'bundle'
+    tf2, role = mounting == 'tf2', 'bundle'
+    if tf2:
+        reason = 'tf2_ros is not installed (a ROS 2 installation has it)'
+        tf2_ros = pytest.importorskip('tf2_ros', reason=reason)
+        broadcaster, buffer = tf2_ros.StaticTransformBroadcaster(ros.node), tf2_ros.Buffer()
+        listener = tf2_ros.TransformListener(buffer, ros.node)
     if role in ros.processes:
         ros.end(role)
     T_base_camera = messages.pose_from_numbers((0.3, -0.1, 0.2, -0.5, 0.5, -0.5, 0.5))
-    ros.start(role, image_qos='keep_all', poses=poses, camera_pose=T_base_camera.tolist())
+    numbers = [0.0] * 7 if tf2 else T_base_camera.tolist()
+    ros.start(role, image_qos='keep_all', poses=poses, camera_pose=numbers, publish_tf=tf2)
     odometry = ros.listen(Odometry, 'odometry', lossless())
     infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
     rows = ros.node.create_publisher(PointCloud2, 'correspondences', lossless())
@@ -381,6 +392,11 @@ def test_bundle_node_beside_another_odometry(ros, poses):
     for publisher in (infos, rows, robot):
         ros.connect(publisher)
     ros.wait(lambda: ros.node.count_publishers('/odometry'))
+    if tf2:
+        broadcaster.sendTransform(
+            transform(messages.odometry(T_base_camera, None, 0, 'base_link', 'camera_optical'))
+        )
+        ros.wait(lambda: ros.node.count_publishers('/tf'))
     time.sleep(0.5)
     infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
     ros.wait(lambda: 'camera_info' not in ros.says(role).get('message', 'camera_info'))
@@ -390,13 +406,18 @@ def test_bundle_node_beside_another_odometry(ros, poses):
         T[:3] = torch.tensor([0.06 * index, 0.01 * index, 0.0])
         truth[correspondences.stamp] = T[:3]
         body = lie.compose(T, lie.inverse(T_base_camera))
+        matches = messages.correspondences_to_cloud(correspondences, 'camera_optical')
+        if index == 0:  # they name the camera's frame
+            rows.publish(matches)
+            ros.wait(lambda: ros.says(role).get('processed') == '1')
         robot.publish(messages.odometry(body, None, correspondences.stamp, 'odom', 'base_link'))
         ros.wait(
             lambda index=index: (
                 int(ros.says(role).get('external_odometry', 0)) > index or index % 10
             )
         )
-        rows.publish(messages.correspondences_to_cloud(correspondences, 'camera_optical'))
+        if index > 0:
+            rows.publish(matches)
     ros.wait(lambda: ros.says(role).get('processed') == '40')
     says = ros.says(role)
     assert (says['scale'], says['external_odometry'], says['status']) == (
@@ -409,9 +430,18 @@ def test_bundle_node_beside_another_odometry(ros, poses):
     first, last = min(poses_of), max(poses_of)
     moved = (poses_of[last] - poses_of[first])[:3].norm()
     assert float(moved) == pytest.approx(float((truth[last] - truth[first]).norm()), rel=0.05)
+    world = 'odom' if poses == 'external' else 'map'
+    assert odometry[-1].header.frame_id == world
     if poses == 'external':
-        assert odometry[-1].header.frame_id == 'odom'
         torch.testing.assert_close(poses_of[last][:3], truth[last], atol=1e-3, rtol=0)
+    if tf2:
+        ros.wait(lambda: buffer.can_transform(world, 'camera_optical', Time(nanoseconds=last)))
+        for stamp in (first, last):
+            found = buffer.lookup_transform(world, 'camera_optical', Time(nanoseconds=stamp))
+            one, other = messages.pose_from_transform(found.transform), poses_of[stamp]
+            torch.testing.assert_close(lie.matrix(one), lie.matrix(other), atol=1e-9, rtol=0)
+        listener.unregister()
+        ros.node.destroy_publisher(broadcaster.pub_tf)
     ros.end(role)
 
 

@@ -18,7 +18,8 @@ from sensor_msgs.msg import PointCloud2
 import torch
 
 from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, LEAP_NS, lossless, run
+from .core_node import ACTIVE, CoreNode, LEAP_NS, lossless
+from .process import run
 from .run_files import write_map
 from ..bundle.adjust import compiled
 from ..bundle.bundle import Bundle, LOST
@@ -110,7 +111,7 @@ class BundleNode(CoreNode):
             self._odometry.publish(pose)
             self.poses += 1
             if self._broadcaster is not None:
-                self._broadcaster.sendTransform(_transform(pose))
+                self._broadcaster.sendTransform(transform(pose))
         if estimate.window is not None:
             self._remember(estimate.window)
             self._publish(estimate.window, estimate.stamp)
@@ -216,13 +217,13 @@ class BundleNode(CoreNode):
         return self._T_child_camera
 
 
-def _transform(pose: Odometry) -> TransformStamped:
-    transform = TransformStamped(header=pose.header, child_frame_id=pose.child_frame_id)
-    position = pose.pose.pose.position
-    translation = transform.transform.translation
+def transform(pose: Odometry) -> TransformStamped:
+    """Return what /tf says of a pose."""
+    message = TransformStamped(header=pose.header, child_frame_id=pose.child_frame_id)
+    position, translation = pose.pose.pose.position, message.transform.translation
     translation.x, translation.y, translation.z = position.x, position.y, position.z
-    transform.transform.rotation = pose.pose.pose.orientation
-    return transform
+    message.transform.rotation = pose.pose.pose.orientation
+    return message
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,9 +15,10 @@ import torch
 
 from . import parameters
 from .bundle import BundleNode
-from .core_node import load_weights, run_ros, spin_nodes
+from .core_node import load_weights
 from .learner import LearnerNode
 from .matcher import MatcherNode
+from .process import run_ros, spin_nodes
 from ..matching import weights
 
 CLASSES = {node_class.role: node_class for node_class in (MatcherNode, BundleNode, LearnerNode)}

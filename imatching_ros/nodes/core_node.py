@@ -6,26 +6,22 @@ A life cycle, parameters, camera, a core object in a thread of its own, diagnost
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as Unfinished
 import contextlib
 import copy
 import os
 from pathlib import Path
-import sys
 import textwrap
-import threading
 import time
 import traceback
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 import numpy as np
-import rclpy
 from rclpy.clock import Clock, ClockType, JumpThreshold
 from rclpy.duration import Duration
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import (
     LifecycleNode,
     LifecyclePublisher,
@@ -558,86 +554,3 @@ class CoreNode(LifecycleNode):
         self._diagnostics.publish(
             messages.diagnostic_array([status], self.get_clock().now().to_msg())
         )
-
-
-def run(node_class: type[CoreNode], arguments: list[str] | None = None) -> None:
-    """Run as the ``main`` of a node's executable."""
-    run_ros(lambda stack: spin_nodes([node_class], stack), arguments)
-
-
-def spin_nodes(
-    node_classes: Sequence[type[CoreNode]], stack: contextlib.ExitStack, **node_options: Any
-) -> None:
-    """
-    Make nodes and spin each in a thread of its own, until ROS is shut down.
-
-    Their end goes on the stack.
-
-    Raises ValueError, one sentence, where a node that is to start by itself refuses.
-    """
-    nodes, broken = [], []
-    for node_class in node_classes:
-        nodes.append(node_class(**node_options))
-        stack.callback(_end, nodes[-1])
-    for node in nodes:
-        if node.value('autostart'):
-            node.start()
-
-    def spin(node: CoreNode) -> None:
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
-        try:
-            executor.spin()
-        except (KeyboardInterrupt, ExternalShutdownException):
-            pass
-        except Exception:
-            traceback.print_exc()
-            broken.append(node)
-        finally:
-            rclpy.try_shutdown()  # one ends, all end
-
-    threads = [threading.Thread(target=spin, args=(node,), name=node.role) for node in nodes[1:]]
-    for thread in threads:
-        thread.start()
-    spin(nodes[0])
-    for thread in threads:
-        thread.join()
-    if broken:
-        sys.exit(1)
-
-
-def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] | None) -> None:
-    """
-    ``body`` between the beginning and the end of ROS.
-
-    What it puts on the stack is undone before that end.
-
-    Ends the process: exit code 0 after SIGINT or SIGTERM, 2 with one sentence where the input is
-    wrong.
-    """
-    rclpy.init(args=arguments)
-    code = 0
-    with contextlib.ExitStack() as stack:
-        stack.callback(rclpy.try_shutdown)
-        try:
-            body(stack)
-        except (KeyboardInterrupt, ExternalShutdownException):
-            pass
-        except Exception as error:
-            if rclpy.ok():  # otherwise the signal to end came first, and this is its work
-                if not isinstance(error, ValueError | OSError):
-                    raise
-                print(error, file=sys.stderr)
-                code = 2
-    sys.exit(code)
-
-
-def _end(node: CoreNode) -> None:
-    if not node.close():
-        print(
-            f'{node.get_name()}: the work in hand does not end, so the process ends without it',
-            file=sys.stderr,
-        )
-        sys.stderr.flush()
-        os._exit(1)
-    node.destroy_node()

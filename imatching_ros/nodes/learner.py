@@ -19,8 +19,9 @@ from std_srvs.srv import SetBool
 import torch
 
 from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, latched, run
+from .core_node import ACTIVE, CoreNode, latched
 from .diagnostics import OK, percentiles, Share, WARN
+from .process import run
 from ..bundle.options import BundleOptions
 from ..geometry.camera import Camera
 from ..learning import checkpoints

@@ -12,7 +12,8 @@ from std_msgs.msg import UInt8MultiArray
 import torch
 
 from . import messages, parameters
-from .core_node import CoreNode, latched, placed, run
+from .core_node import CoreNode, latched, placed
+from .process import run
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights

@@ -18,7 +18,7 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from . import messages, parameters
-from .core_node import run_ros
+from .process import run_ros
 from ..data.recording import open_recording, Recording
 
 
