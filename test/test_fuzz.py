@@ -1,5 +1,5 @@
 """
-Ten thousand spoilt messages of each type that a node takes.
+Ten thousand spoilt messages of each type that a node takes, and some hundreds over the wire.
 
 No crash, each counted, each said in one sentence.
 """
@@ -17,17 +17,19 @@ from imatching_ros.bundle.bundle import Bundle  # noqa: E402,I100
 from imatching_ros.bundle.options import BundleOptions  # noqa: E402
 from imatching_ros.geometry.camera import Camera  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
-from imatching_ros.nodes import messages  # noqa: E402
+from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
+from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode, PARTS  # noqa: E402
 from imatching_ros.nodes.matcher import MatcherNode  # noqa: E402
 from imatching_ros.nodes.replay import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from rclpy.context import Context  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402
+from rclpy.serialization import serialize_message  # noqa: E402
 from rclpy.signals import SignalHandlerOptions  # noqa: E402
-from ros import picture, SECOND, START  # noqa: E402
-from sensor_msgs.msg import CompressedImage  # noqa: E402
+from ros import picture, Ros, SECOND, START  # noqa: E402
+from sensor_msgs.msg import CompressedImage, PointCloud2  # noqa: E402
 from test_nodes import CAMERA as SCENE  # noqa: E402
 from test_nodes import scene_correspondences  # noqa: E402
 
@@ -385,3 +387,87 @@ def test_fuzz_odometry(fed):
         bundle.feed('external_odometry', message)
     bundle.settle()
     assert bundle.node.odometry == before + len(poses)
+
+
+def test_fuzz_over_the_wire(tmp_path):
+    """
+    What another process says: spoilt messages, and bytes that are none.
+
+    The three nodes live, count and say it, and work on what is good afterwards.
+    """
+    ros, rng, now = Ros(tmp_path), np.random.default_rng(7), START + 1000 * SECOND
+    try:
+        ros.start('matcher', image_qos='keep_all', processing_mode='all', queries=50)
+        ros.start('bundle', image_qos='keep_all', queue_size=10_000)
+        ros.start(
+            'learner', image_qos='keep_all', image_transport='compressed', queue_size=10_000
+        )
+        good = {
+            'camera_info': infos(), 'image': images(), 'image/compressed': compressed(),
+            'correspondences': clouds(), 'weights': weights_messages(), **windows(),
+            'external_odometry': [
+                Odometry(header=head(frame), child_frame_id='camera') for frame in range(FRAMES)
+            ],
+        }  # fmt: skip
+        ends = {'camera_info': 3, 'correspondences': 2}
+        publishers = {}
+        for topic, each in good.items():
+            late = latched(100) if topic in PARTS else latched() if topic == 'weights' else None
+            publisher = ros.node.create_publisher(type(each[0]), topic, late or lossless())
+            ros.connect(publisher, ends.get(topic, 1))
+            publishers[topic] = publisher
+        matched = ros.listen(PointCloud2, 'correspondences', lossless())
+        poses = ros.listen(Odometry, 'odometry', lossless())
+        for role in parameters.NODES:
+            ros.wait(lambda role=role: ros.says(role).get('lifecycle') == 'active')
+        publishers['camera_info'].publish(messages.camera_to_info(CAMERA, head(0)))
+        for index in range(300):
+            for topic, publisher in publishers.items():
+                message = good[topic][index % len(good[topic])]
+                if index % 3 == 0:
+                    # Of nothing at all, Fast DDS waits for the rest for ever
+                    publisher.publish(_other_bytes(rng, serialize_message(message)) or b'\0')
+                else:
+                    publisher.publish(spoilt(rng, spoilt(rng, message)))
+            time.sleep(0.005)
+        publishers['camera_info'].publish(messages.camera_to_info(SCENE, head(0)))
+
+        def settled(role: str) -> dict[str, str] | None:
+            """Its diagnostics, where all that it received is accounted for."""
+            says = ros.says(role)
+            done = sum(int(says[key]) for key in ('processed', 'refused', 'dropped'))
+            return says if says['waiting'] == '0' and int(says['received']) == done else None
+
+        time.sleep(3.0)  # until diagnostics are of afterwards
+        before = {role: ros.wait(lambda role=role: settled(role)) for role in parameters.NODES}
+        assert all(int(says['refused']) > 30 for says in before.values()), before
+        last = len(matched)
+        for frame in range(FRAMES):
+            stamp = messages.header(now + frame * SECOND // 20, 'camera')
+            publishers['image'].publish(messages.image_to_message(picture(1.5 * frame), stamp))
+            data = cv2.imencode('.png', picture(1.5 * frame))[1].tobytes()
+            publishers['image/compressed'].publish(
+                CompressedImage(header=stamp, format='png', data=array.array('B', data))
+            )
+        stamps = [messages.to_ns(head(frame).stamp) + now - START for frame in range(FRAMES)]
+        ros.wait(lambda: {messages.to_ns(m.header.stamp) for m in matched[last:]} >= {*stamps})
+        assert len(messages.correspondences_from_cloud(matched[-1])) > 20
+        for role in parameters.NODES:
+            ros.wait(
+                lambda role=role: (
+                    settled(role)
+                    and int(ros.says(role)['processed']) - int(before[role]['processed']) >= FRAMES
+                )
+            )
+        last = len(poses)
+        for cloud in clouds():  # of long before: the clock goes back, and a new map begins
+            publishers['correspondences'].publish(cloud)
+        ros.wait(lambda: len(poses) > last)
+        for role, sentence in {
+            'matcher': 'the weights message: ', 'bundle': 'external_odometry: ',
+            'learner': 'camera_info: ',
+        }.items():  # fmt: skip
+            log = ros.log(role)
+            assert sentence in log and 'unexpected' not in log and 'Traceback' not in log, log
+    finally:
+        ros.close()
