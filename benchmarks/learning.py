@@ -3,10 +3,13 @@ Measure the learner.
 
 Against self-supervision without bundle adjustment, under faults, and for what it forgets.
 
-    python benchmarks/learning.py [compare] [--scenes NAME…] [--methods M…] [--seeds N] [--steps N]
-                                  [--json PATH]
-    python benchmarks/learning.py faults [--faults NAME…] [--steps N] [--json PATH]
-    python benchmarks/learning.py forgetting [--seeds N] [--steps N] [--json PATH]
+    python benchmarks/learning.py [compare] [--scenes NAME…] [--methods M…] [--seeds N…]
+                                  [--steps N] [--json PATH]
+    python benchmarks/learning.py faults [--faults NAME…] [--light L] [--seeds N…] [--json PATH]
+    python benchmarks/learning.py forgetting [--seeds N…] [--steps N] [--json PATH]
+
+Rows that `--json` has already are kept and not measured again: what was interrupted goes on, and
+what is asked for piece by piece adds up.
 
 `compare` trains on the first part of each scene and measures the last, after a gap: `base` is the
 shipped weights, `imatching` and `sgp` are the learner's two objectives from these weights on the
@@ -15,7 +18,7 @@ network trained with the exact matches of the first part (rendered scenes only; 
 default methods). Rendered scenes are seen by a small camera in dim light with a fixed pattern,
 which the shipped weights do not know; a seed is of the scene and of the training, for recordings
 of the training alone. Rows: scene, method, seed, mma_1px, mma_2px, mma_5px, auc_5, auc_10, auc_20,
-steps, seconds.
+steps, seconds, cpu_seconds (all threads together, whatever else the machine does).
 
 `faults` plays, after some good images, images that teach nothing true, and measures the weights in
 use afterwards on other images of the same place, against exact depth and poses. `forgetting`
@@ -71,6 +74,8 @@ METHODS = ('base', 'sgp', 'imatching')
 FIGURES = ('mma_1px', 'mma_2px', 'mma_5px', 'auc_5', 'auc_10', 'auc_20')
 TRAINED, GAP = 0.7, 5  # share of a scene that trains; images between it and what is measured
 
+SIZE = (320, 240)  # of rendered images, px
+
 console = Console(width=130)
 
 
@@ -91,25 +96,45 @@ class Part:
 
 
 def compare(options: argparse.Namespace) -> list[dict]:
-    rows = []
+    rows = Rows(options.json, ('scene', 'method', 'seed'))
     with tempfile.TemporaryDirectory() as cache:
         for scene in options.scenes or (*RENDERED, *REAL):
-            for seed in range(options.seeds):
-                recording = _scene(scene, seed, options.frames, Path(options.cache or cache))
+            for seed in options.seeds:
+                missing = [
+                    method for method in options.methods or METHODS
+                    if not rows.has(scene, method, seed)
+                    # nothing of the base depends on the seed
+                    and not (method == 'base' and scene in REAL and seed)
+                ]
+                recording = (
+                    _scene(scene, seed, options.frames, Path(options.cache or cache))
+                    if missing else None
+                )  # fmt: skip
                 if recording is None:
                     continue
-                for method in options.methods or METHODS:
-                    if method == 'base' and scene in REAL and seed:
-                        continue  # nothing in it depends on the seed
-                    rows.append(_measured(recording, scene, method, seed, options.steps))
-                    if rows[-1] is None:
-                        rows.pop()
-                        continue
-                    console.print({key: _short(value) for key, value in rows[-1].items()})
-                    if options.json:
-                        options.json.write_text(json.dumps(rows, indent=1) + '\n')
+                for method in missing:
+                    row = _measured(recording, scene, method, seed, options.steps)
+                    if row is not None:
+                        rows.add(row)
     _summary(rows)
     return rows
+
+
+class Rows(list):
+    """The rows measured so far, with those that the file of an earlier run has."""
+
+    def __init__(self, path: Path | None, key: tuple[str, ...]) -> None:
+        super().__init__(json.loads(path.read_text()) if path and path.is_file() else ())
+        self.path, self.key = path, key
+
+    def has(self, *key: object) -> bool:
+        return any(tuple(row[name] for name in self.key) == key for row in self)
+
+    def add(self, row: dict) -> None:
+        self.append(row)
+        console.print({key: _short(value) for key, value in row.items()})
+        if self.path:
+            self.path.write_text(json.dumps(self, indent=1) + '\n')
 
 
 def _scene(scene: str, seed: int, frames: int, cache: Path) -> Recording | None:
@@ -124,8 +149,8 @@ def _scene(scene: str, seed: int, frames: int, cache: Path) -> Recording | None:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task(f'Rendering {scene} {seed}', total=frames)
             render_recording(
-                folder, seed=seed, frames=frames, path=path, surfaces=surfaces, sensor=sensor,
-                depth_every=5,
+                folder, seed=seed, frames=frames, size=SIZE, path=path, surfaces=surfaces,
+                sensor=sensor, depth_every=5,
                 progress=lambda done, total: progress.update(task, completed=done),
             )  # fmt: skip
     return open_recording(folder)
@@ -134,27 +159,33 @@ def _scene(scene: str, seed: int, frames: int, cache: Path) -> Recording | None:
 def _measured(recording: Recording, scene: str, method: str, seed: int, steps: int) -> dict | None:
     count = round(TRAINED * len(recording))
     matcher, info = weights.load(weights.default_path())
-    done, notes, started = 0, {}, time.perf_counter()
+    done, notes = 0, {}
+    started, begun = time.perf_counter(), time.process_time()
     if method == 'truth':
         if recording.depth(recording.ground_truth[0][0].item()) is None:
             return None
         done = steps
         _train_with_truth(matcher, recording, count, steps, seed)
     elif method != 'base':
-        learner, history = tune(
-            matcher, info, [(recording.camera, Part(recording, count))], steps,
-            options=LearnerOptions(seed=seed, objective=method),
-        )  # fmt: skip
-        matcher, _ = weights.loads(learner.weights())
-        done = learner.step_count
-        notes = {'promotions': learner.promotions, 'stopped': history.stopped}
-    seconds = time.perf_counter() - started if done else 0.0
+        try:
+            learner, history = tune(
+                matcher, info, [(recording.camera, Part(recording, count))], steps, epochs=1,
+                options=LearnerOptions(seed=seed, objective=method),
+            )  # fmt: skip
+        except ValueError as error:  # no window to learn from: the weights stay
+            notes = {'promotions': 0, 'stopped': str(error)}
+        else:
+            matcher, _ = weights.loads(learner.weights())
+            done = learner.step_count
+            notes = {'promotions': learner.promotions, 'stopped': history.stopped}
+    seconds = time.perf_counter() - started if method != 'base' else 0.0
+    cpu_seconds = time.process_time() - begun if method != 'base' else 0.0
     pairs = evaluation_pairs(recording, count + GAP, len(recording) - 1)
     accuracy = asdict(evaluate_matching(matcher, recording, pairs))
     figures = {key: accuracy[key] for key in FIGURES}
     return {
         'scene': scene, 'method': method, 'seed': seed, **figures, 'steps': done,
-        'seconds': seconds, **notes,
+        'seconds': seconds, 'cpu_seconds': cpu_seconds, **notes,
     }
 
 
@@ -210,7 +241,7 @@ def _summary(rows: list[dict]) -> None:
     table = Table(title='Mean over the seeds ± standard deviation; gain over base, relative')
     for name in (
         'scene', 'method', 'mma_1px', 'mma_2px', 'auc_5', 'auc_10', 'gain mma_1px', 'gain auc_5',
-        's',
+        'CPU s',
     ):
         table.add_column(name, justify='left' if name in ('scene', 'method') else 'right')
 
@@ -241,7 +272,7 @@ def _summary(rows: list[dict]) -> None:
                 gains = gain('mma_1px'), gain('auc_5')
                 table.add_row(
                     scene, method, *figures, *gains,
-                    spread([row['seconds'] for row in ours], '.0f'),
+                    spread([row.get('cpu_seconds') for row in ours], '.0f'),
                 )
     console.print(table)
 
@@ -259,13 +290,11 @@ class Place:
     Images on demand, and a recording of other images to measure on.
     """
 
-    def __init__(
-        self, folder: Path, sensor: Sensor, seed: int, size: tuple[int, int] = (320, 240)
-    ) -> None:
+    def __init__(self, folder: Path, sensor: Sensor, seed: int) -> None:
         self.sensor, self.seed = sensor, seed
         self.recording = open_recording(
             folder if folder.is_dir() else render_recording(
-                folder, seed=seed, frames=LAST, size=size, sensor=sensor, depth_every=5
+                folder, seed=seed, frames=LAST, size=SIZE, sensor=sensor, depth_every=5
             )
         )  # fmt: skip
         self.camera = self.recording.camera
@@ -274,7 +303,7 @@ class Place:
         self.scene, self.path = make_scene('handheld', seed, self.camera, LAST / 20.0)
         self.rng = np.random.default_rng([seed, 9])
         # the recording's own
-        self.pattern = sensor.pattern(size, np.random.default_rng([seed, 3]))
+        self.pattern = sensor.pattern(SIZE, np.random.default_rng([seed, 3]))
 
     def mma(self, matcher: torch.nn.Module) -> float:
         return evaluate_matching(matcher, self.recording, self.pairs).mma_1px
@@ -360,20 +389,22 @@ FAULTS = {
 
 
 def faults(options: argparse.Namespace) -> list[dict]:
-    rows = []
+    rows = Rows(options.json, ('light', 'fault', 'seed'))
     with tempfile.TemporaryDirectory() as cache:
         for light, sensor in (('dim', DIM), ('day', Sensor())):
             if options.light not in (light, 'both'):
                 continue
-            for seed in range(options.seeds):
+            for seed in options.seeds:
+                missing = [n for n in options.faults or FAULTS if not rows.has(light, n, seed)]
+                if not missing:
+                    continue
                 place = Place(Path(options.cache or cache) / f'{light}-{seed}', sensor, seed)
                 matcher, info = weights.load(weights.default_path())
                 before = place.mma(matcher)
-                for name in options.faults or FAULTS:
-                    rows.append({'light': light, 'fault': name, 'seed': seed, 'before': before,
-                                 **_under_fault(place, name, matcher, info, options.steps,
-                                                before)})  # fmt: skip
-                    console.print({key: _short(value) for key, value in rows[-1].items()})
+                for name in missing:
+                    rows.add({'light': light, 'fault': name, 'seed': seed, 'before': before,
+                              **_under_fault(place, name, matcher, info, options.steps,
+                                             before)})  # fmt: skip
     _show(rows, 'mma_1px of the weights in use, after learning through a fault')
     worst = min(row['change'] for row in rows)
     console.print(f'worst change {worst:+.2f} points; the bound is -0.5')
@@ -435,9 +466,11 @@ def live(learner: Learner, images: list[tuple[int, np.ndarray]], steps: int) -> 
 
 
 def forgetting(options: argparse.Namespace) -> list[dict]:
-    rows = []
+    rows = Rows(options.json, ('seed',))
     with tempfile.TemporaryDirectory() as cache:
-        for seed in range(options.seeds):
+        for seed in options.seeds:
+            if rows.has(seed):
+                continue
             folder = Path(options.cache or cache)
             first = Place(folder / f'dim-{seed}', DIM, seed)
             # another place, another light
@@ -463,7 +496,7 @@ def forgetting(options: argparse.Namespace) -> list[dict]:
             row['kept'] = (
                 (row['first_after'] - row['first_before']) / gained if gained > 0 else math.nan
             )
-            rows.append(row)
+            rows.add(row)
     _show(
         rows,
         'mma_1px at two places, learned one after the other; the part of the first gain that '
@@ -498,9 +531,11 @@ def main() -> None:
     parser.add_argument(
         '--light', choices=('dim', 'day', 'both'), default='both', help='of faults (default: both)'
     )
-    parser.add_argument('--seeds', type=int, help='how many (default: 3 of compare, else 1)')
     parser.add_argument(
-        '--steps', type=int, help='default: 400 of compare, 60 of faults, 90 of forgetting'
+        '--seeds', type=int, nargs='+', default=[0, 1, 2], help='which (default: 0 1 2)'
+    )
+    parser.add_argument(
+        '--steps', type=int, help='default: 100 of compare, 60 of faults, 90 of forgetting'
     )
     parser.add_argument(
         '--frames', type=int, default=300, help='of a rendered scene of compare (default: 300)'
@@ -512,11 +547,8 @@ def main() -> None:
     parser.add_argument('--json', type=Path, help='write all rows to this file')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.seeds = options.seeds or (3 if options.what == 'compare' else 1)
-    options.steps = options.steps or {'compare': 400, 'faults': 60, 'forgetting': 90}[options.what]
-    rows = {'compare': compare, 'faults': faults, 'forgetting': forgetting}[options.what](options)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + '\n')
+    options.steps = options.steps or {'compare': 100, 'faults': 60, 'forgetting': 90}[options.what]
+    {'compare': compare, 'faults': faults, 'forgetting': forgetting}[options.what](options)
 
 
 if __name__ == '__main__':

@@ -700,7 +700,9 @@ def test_the_gate_decides_by_certainty():
         errors = (
             noise(1, n) + torch.randn(n, generator=g) * 0.3 + shift for shift in (epipolar, probe)
         )
-        return gate.Evidence(noise(1, n), *errors, *2 * [torch.arange(n) % images])
+        return gate.Evidence(
+            noise(1, n), *errors, *2 * [torch.arange(n) % images], torch.full((n,), 3)
+        )
 
     assert gate.judge(evidence(-0.1, 0), evidence(0, 0.0))[0] == 1
     assert gate.judge(evidence(0.1, 0), evidence(0, 0.0))[0] == -1
@@ -739,7 +741,9 @@ def test_the_gate_decides_by_certainty():
     mark, reason, figures = gate.judge(evidence(0, 0), evidence(0, 0))
     assert mark < 1 and set(figures) >= {
         'epipolar_px', 'epipolar_px_before', 'probe_1px', 'probe_1px_before',
+        'reprojection_1px', 'track_length', 'track_length_before',
     }
+    assert figures['track_length'] == 3
 
 
 class Identity(torch.nn.Module):

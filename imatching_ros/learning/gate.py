@@ -40,6 +40,8 @@ class Evidence:
     probe: Tensor  #: (P,) px, distance from the truth
     target: Tensor  #: (N,) int64, which image the point of ``epipolar`` was sought in
     image: Tensor  #: (P,) int64, which image the point of ``probe`` is of
+    #: (L,) int64, observations of each landmark of the held-out windows. Told, not judged by
+    length: Tensor
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def gather(
 
     The lower level is solved for each model anew: T*, p* are its own.
     """
-    reprojection, epipolar, target = [], [], []
+    reprojection, epipolar, target, length = [], [], [], []
     for window, (lesson, pairs) in enumerate(held_out):
         with torch.no_grad():
             features = encode(matcher, lesson, lesson.pairs)
@@ -80,13 +82,14 @@ def gather(
             errors = tuple(torch.full_like(error, torch.inf) for error in errors)
         reprojection.append(errors[0])
         epipolar.append(errors[1])
+        length.append(measured.window.observations * (solved is not None))
         target.append(sought + window * len(lesson.images))
     probe = [probe_error(matcher, known) for known in probes]
     image = [torch.full((len(error),), k) for k, error in enumerate(probe)]
     errors = (
         torch.cat(errors).clamp(max=TRUNCATE_PX) for errors in (reprojection, epipolar, probe)
     )
-    return Evidence(*errors, torch.cat(target), torch.cat(image))
+    return Evidence(*errors, torch.cat(target), torch.cat(image), torch.cat(length))
 
 
 @torch.no_grad()
@@ -140,6 +143,8 @@ def judge(candidate: Evidence, incumbent: Evidence) -> tuple[int, str, dict[str,
     figures = {}
     for name, evidence in (('', candidate), ('_before', incumbent)):
         figures[f'reprojection_px{name}'] = float(evidence.reprojection.mean())
+        figures[f'reprojection_1px{name}'] = _share(evidence.reprojection)
+        figures[f'track_length{name}'] = float(evidence.length.double().mean())
         figures[f'epipolar_px{name}'] = float(evidence.epipolar.mean())
         figures[f'epipolar_1px{name}'] = _share(evidence.epipolar)
         figures[f'probe_px{name}'] = float(evidence.probe.mean())

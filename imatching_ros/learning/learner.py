@@ -53,11 +53,11 @@ class LearnerOptions:
 
     #: the bundle's reprojection error, or "sgp": two views, RANSAC, no bundle
     objective: str = 'imatching'
-    rate: float = 2e-4  #: Adam's learning rate (the paper's is 1e-4, over hours)
+    rate: float = 5e-4  #: Adam's learning rate (the paper's is 1e-4, over hours)
     clip: float = 1.0  #: largest norm of a gradient
     #: of the candidate's weights: what one step adds is one part in ten of what is judged
     average: float = 0.9
-    coarse: float = 0.02  #: weight of the coarse head's loss
+    coarse: float = 0.2  #: weight of the coarse head's loss
     #: weight of the known warps: windows show few views, and what they do not show is forgotten
     anchor: float = 0.3
     targets: int = 2  #: keyframes j per step; each with all its references

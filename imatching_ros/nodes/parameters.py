@@ -172,7 +172,7 @@ TABLE: tuple[Parameter, ...] = (
               "Pose of the camera's optical frame in the child frame of external_odometry: x y z "
               'qx qy qz qw. All zero: the two frames are one, or tf2 knows.', read_only=True),
     # The upper level
-    Parameter('learning_rate', _L, 2e-4, "Adam's learning rate.", 1e-8, 0.1,
+    Parameter('learning_rate', _L, 5e-4, "Adam's learning rate.", 1e-8, 0.1,
               option='learner.rate'),
     Parameter('clip', _L, 1.0, 'Largest norm of a gradient.', 1e-6, 1e6, option='learner.clip'),
     Parameter('verdict_every', _L, 30, 'Gradient steps between two verdicts of the gate.', 1,
