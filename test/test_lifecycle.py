@@ -5,6 +5,7 @@ Managed from outside, refusing what is wrong, leaving nothing behind.
 """
 
 from functools import partial
+from pathlib import Path
 import signal
 import time
 
@@ -19,6 +20,7 @@ from imatching_ros.nodes import bundle, matcher, messages, parameters  # noqa: E
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
 from imatching_ros.nodes.core_node import lossless  # noqa: E402
+from imatching_ros.nodes.learner import LearnerNode  # noqa: E402
 from imatching_ros.nodes.matcher import draw, MatcherNode  # noqa: E402
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import SetParameters  # noqa: E402
@@ -182,6 +184,63 @@ def test_lifecycle_configuration_is_refused_with_one_sentence(ros, name, value, 
     # what had been made before the refusal is gone
     assert not ros.node.count_subscribers('/image')
     node.destroy_node()
+
+
+INTERFACE = {
+    MatcherNode: {
+        'image': 'Image best_effort', 'camera_info': 'CameraInfo best_effort',
+        'weights': 'UInt8MultiArray reliable 1 latched',
+        'correspondences': 'PointCloud2 reliable 10', 'debug/matches': 'Image reliable 1',
+        'feature_tracker/feature': 'PointCloud reliable 10',
+        '~/reset': 'Trigger', '~/reload_weights': 'Trigger',
+    },
+    BundleNode: {
+        'correspondences': 'PointCloud2 reliable 10', 'camera_info': 'CameraInfo best_effort',
+        'external_odometry': 'Odometry best_effort', 'odometry': 'Odometry reliable 10',
+        'keyframes': 'Path reliable 1 latched', 'landmarks': 'PointCloud2 reliable 1 latched',
+        'prior': 'PointCloud2 reliable 1 latched',
+        '~/reset': 'Trigger', '~/save_map': 'Trigger',
+    },
+    LearnerNode: {
+        'image/compressed': 'CompressedImage best_effort',
+        'camera_info': 'CameraInfo best_effort', 'correspondences': 'PointCloud2 reliable 10',
+        'keyframes': 'Path reliable 1 latched', 'landmarks': 'PointCloud2 reliable 1 latched',
+        'prior': 'PointCloud2 reliable 1 latched',
+        'weights': 'UInt8MultiArray reliable 1 latched',
+        'learning': 'DiagnosticStatus reliable 10',
+        '~/reset': 'Trigger', '~/enable': 'SetBool', '~/save_checkpoint': 'Trigger',
+        '~/rollback': 'Trigger',
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', INTERFACE, ids=lambda kind: kind.role)
+def test_lifecycle_a_configured_node_has_the_topics_and_services_of_the_interface(ros, kind):
+    """All names are relative; README's table names each."""
+    values = {'vins_features': True} if kind is MatcherNode else {}
+    values |= {'image_transport': 'compressed'} if kind is LearnerNode else {}
+    node = kind(
+        context=ros.context, namespace='robot',
+        parameter_overrides=[rclpy.Parameter(name, value=value) for name, value in values.items()],
+    )  # fmt: skip
+    before = {*node.publishers, *node.subscriptions, *node.services}
+    node.start()
+    found = {}
+    for end in {*node.publishers, *node.subscriptions} - before:
+        if end.topic_name.startswith('/robot/'):  # else tf2's
+            qos = end.qos_profile
+            words = [end.msg_type.__name__, qos.reliability.name.lower()]
+            words += [str(qos.depth)] if 'reliable' in words else []
+            words += ['latched'] if qos.durability.name == 'TRANSIENT_LOCAL' else []
+            found[end.topic_name.removeprefix('/robot/')] = ' '.join(words)
+    for service in {*node.services} - before:
+        name = service.srv_name.removeprefix(f'/robot/{kind.role}/')
+        found['~/' + name.removeprefix('~/')] = service.srv_type.__name__
+    assert found == INTERFACE[kind]
+    assert node.close() and {*node.publishers, *node.subscriptions, *node.services} == before
+    node.destroy_node()
+    readme = (Path(__file__).parents[1] / 'README.md').read_text()
+    assert all(f'`{name}`' in readme for name in found)
 
 
 def test_an_active_matcher_draws_only_while_someone_looks(ros, monkeypatch):
