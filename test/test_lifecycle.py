@@ -186,6 +186,15 @@ def test_lifecycle_configuration_is_refused_with_one_sentence(ros, name, value, 
     node.destroy_node()
 
 
+def test_lifecycle_publish_tf_is_refused_where_there_is_no_tf2(ros, monkeypatch):
+    monkeypatch.setattr(bundle, 'tf2_ros', None)
+    override = rclpy.Parameter('publish_tf', value=True)
+    node = BundleNode(context=ros.context, parameter_overrides=[override])
+    with pytest.raises(ValueError, match='publish_tf is set but tf2_ros is not installed'):
+        node.start()
+    node.destroy_node()
+
+
 INTERFACE = {
     MatcherNode: {
         'image': 'Image best_effort', 'camera_info': 'CameraInfo best_effort',
