@@ -1,9 +1,16 @@
 """What is compiled for single images and tracks says what plain torch says."""
 
 from dataclasses import replace
+import math
 
 from imatching_ros.bundle import motion
-from imatching_ros.bundle.adjust import AdjustOptions, compiled
+from imatching_ros.bundle.adjust import (
+    AdjustOptions,
+    array,
+    compiled,
+    compiled_views,
+    free_parameters,
+)
 from imatching_ros.bundle.observations import observations
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.problem import problem
@@ -90,6 +97,11 @@ def test_registration(name, seed):
         )
 
 
+def solver(posed, T, start, backend):
+    options = BundleOptions(adjust=AdjustOptions(backend=backend))
+    return _Solver(replace(posed, T_world_camera=T), start, float(FOCAL.mean()), options, 6)
+
+
 @pytest.mark.parametrize('seed', range(4))
 @pytest.mark.parametrize('known', ['nothing', 'half', 'all'])
 def test_triangulation_and_survivors(seed, known):
@@ -97,21 +109,56 @@ def test_triangulation_and_survivors(seed, known):
     start = p.clone()
     if known != 'all':
         start[:: 1 if known == 'nothing' else 2] = torch.nan
-    points, kept, errors = [], [], []
-    for backend in ('eager', 'cpu'):
-        options = BundleOptions(adjust=AdjustOptions(backend=backend))
-        solver = _Solver(replace(posed, T_world_camera=T), start, float(FOCAL.mean()), options, 6)
-        solver.dropped[:5] = True
-        solver._triangulate(3.0)
-        points.append(solver.points)
-        kept.append(solver._survivors(3.0))
-        solver.kept = kept[-1]
-        errors.append(solver._errors(solver._kept()))
-    torch.testing.assert_close(*points, rtol=1e-6, atol=1e-9, equal_nan=True)
-    assert torch.equal(*kept) and not kept[0][posed.landmark < 5].any()
-    assert 0.3 < kept[0].double().mean() < 0.95
-    assert torch.equal(errors[0][0], errors[1][0])
-    torch.testing.assert_close(errors[0][1], errors[1][1], rtol=1e-6, atol=1e-9)
+    plain, views = solver(posed, T, start, 'eager'), compiled_views('cpu')
+    plain.dropped[:5] = True
+    plain._triangulate(3.0)
+    rows = [array(column) for column in (posed.pose, posed.landmark, posed.xy)]
+    points = views.triangulate(array(T), array(start), *rows, 3.0 / float(FOCAL.mean()))
+    torch.testing.assert_close(
+        torch.from_numpy(points), plain.points, rtol=1e-6, atol=1e-9, equal_nan=True
+    )
+    plain.kept = plain._survivors(3.0)
+    usable = (plain.points.isfinite().all(-1) & ~plain.dropped).numpy()
+    bound = math.cos(math.radians(plain.options.min_parallax_deg))
+    kept, alive = views.survivors(array(T), points, usable, *rows, *FOCAL.tolist(), 3.0, bound)
+    assert torch.equal(torch.from_numpy(kept), plain.kept) and alive == plain.alive
+    assert not kept[posed.landmark < 5].any() and 0.3 < kept.mean() < 0.95
+    both = plain._errors(plain._kept()), solver(posed, T, start, 'cpu')._errors(plain._kept())
+    assert torch.equal(both[0][0], both[1][0])
+    torch.testing.assert_close(both[0][1], both[1][1], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('held', [False, True])
+def test_rounds_of_prune_and_adjust(seed, held):
+    T, p, posed = scene(seed)
+    T = lie.retract(T, 0.01 * torch.randn(len(T), 6, generator=torch.Generator().manual_seed(seed),
+                                          dtype=torch.float64))  # fmt: skip
+    p[::3] = torch.nan
+    both = [solver(posed, T, p, backend) for backend in ('eager', 'cpu')]
+    for one in both:
+        one.held = torch.ones(len(T), dtype=torch.bool) if held else None
+        assert one.adjust(9.0, once=True) and one.adjust(3.0)
+    assert torch.equal(both[0].kept, both[1].kept)
+    assert torch.equal(both[0].dropped, both[1].dropped)
+    torch.testing.assert_close(both[0].T, both[1].T, rtol=0, atol=1e-5)
+    assert both[0].solution.converged and both[1].solution.converged
+    assert both[0].solution.cost == pytest.approx(both[1].solution.cost, rel=1e-6)
+    assert bool((both[1].T - T).abs().max() < 1e-12) == held
+    for one in both:
+        one.options = replace(one.options, min_landmarks=1000)
+        assert not one.adjust(3.0)
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_gauge(seed):
+    T = scene(seed)[0]
+    for held in (False, True):
+        mask = compiled_views('cpu').free_parameters(array(T), held)
+        fixed = torch.ones(len(T), dtype=torch.bool) if held else None
+        assert torch.equal(
+            torch.from_numpy(mask).flatten().nonzero().squeeze(-1), free_parameters(T, fixed)
+        )
 
 
 @pytest.mark.parametrize('seed', range(6))

@@ -1,15 +1,22 @@
 """
 Small, frequent work on single images and tracks, compiled for the CPU.
 
-The same as registration.py, solve.py and geometry/triangulation.py say in torch, whose every
-operation on a few hundred numbers costs more than the arithmetic.
+The same as registration.py, observations.py, solve.py and geometry/triangulation.py say in torch,
+whose every operation on a few hundred numbers costs more than the arithmetic.
 """
 
 from __future__ import annotations
 
 import math
 
-from imatching_ros.bundle.compiled import CAUCHY, GEMAN_MCCLURE, HUBER, retract, rotations
+from imatching_ros.bundle.compiled import (
+    CAUCHY,
+    GEMAN_MCCLURE,
+    HUBER,
+    minimise,
+    retract,
+    rotations,
+)
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
 from imatching_ros.geometry.two_view import HYPOTHESES
 from numba import njit, types
@@ -516,3 +523,73 @@ def triangulate(T, points, pose, landmark, xy, threshold):
             if most >= 2:
                 points[m, 0], points[m, 1], points[m, 2] = best
     return points
+
+
+@_compiled
+def sound(points, dropped):
+    return ~dropped & np.isfinite(points[:, 0] + points[:, 1] + points[:, 2])
+
+
+@_entry(_b1[:, ::1](_rows, _b1))
+def free_parameters(T, held):
+    """adjust.py's ``free_parameters`` as a mask (K, 6): the first pose is held, or all are."""
+    free = np.full((len(T), 6), not held)
+    free[0] = False
+    farthest, component, most = 0, 0, 0.0
+    for k in range(len(T)):
+        offset = T[k, :3] - T[0, :3]
+        length = offset[0] * offset[0] + offset[1] * offset[1] + offset[2] * offset[2]
+        if length > most:
+            farthest, component, most = k, np.abs(offset).argmax(), length
+    free[farthest, component] = False
+    return free
+
+
+@_entry(
+    types.Tuple((_b1, _rows, _rows, _mask, _i8, _f8, _f8, _f8, _b1))(
+        _rows, _rows, _mask, _indices, _indices, _rows, _rows, _f8, _f8, _f8, _f8, _f8, _i8, _i8,
+        _b1, _b1, _i8, _f8, _i8, _f8, _f8, _indices, _rows, _rows, _vector, _f8,
+    )
+)  # fmt: skip
+def settle(
+    T, points, dropped, pose, landmark, xy, cov, fx, fy, prune_px, reach, cosine, minimum, rounds,
+    once, held, kernel, scale, max_iterations, relative_decrease, gradient, prior_pose, prior_T,
+    prior_H, prior_g, prior_constant,
+):  # fmt: skip
+    """
+    solve.py's ``_Solver.adjust``.
+
+    Whether it came to an end, T, points, the observations kept, and what ``minimise`` says of the
+    last round; ``dropped`` is changed. reach: ``prune_px`` on the plane z = 1.
+    """
+    points = triangulate(T, points, pose, landmark, xy, reach)
+    kept, tight = np.zeros(len(pose), np.bool_), False
+    said = 0, 0.0, 1.0, 1.0, False
+    for turn in range(2 * rounds + 1):
+        keep, alive = survivors(
+            T, points, sound(points, dropped), pose, landmark, xy, fx, fy, prune_px, cosine
+        )
+        if turn > 0:
+            changed = keep != kept
+            settled = not changed.any()
+            if once or (tight and settled):
+                return True, T, points, kept, *said
+            if turn > rounds:
+                for o in np.flatnonzero(changed):
+                    dropped[landmark[o]] = True
+                keep, alive = survivors(
+                    T, points, sound(points, dropped), pose, landmark, xy, fx, fy, prune_px, cosine
+                )
+            tight = tight or settled or turn >= 3
+        if alive < minimum or turn == 2 * rounds:
+            break
+        kept = keep
+        columns = select(kept, pose, landmark, xy, cov)
+        T, points, iterations, cost, decrease, slope, converged = minimise(
+            T, points, columns[0], columns[1], columns[2], columns[3], fx, fy,
+            free_parameters(T, held), kernel, scale, max_iterations,
+            relative_decrease if tight else max(1e-3, relative_decrease),
+            gradient if tight else 1.0, prior_pose, prior_T, prior_H, prior_g, prior_constant,
+        )  # fmt: skip
+        said = iterations, cost, decrease, slope, converged
+    return False, T, points, kept, *said

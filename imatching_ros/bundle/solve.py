@@ -6,11 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 import math
 
-from imatching_ros.bundle.adjust import adjust, array, compiled_views, Solution
+from imatching_ros.bundle.adjust import (
+    adjust,
+    array,
+    compiled_views,
+    prior_arrays,
+    Solution,
+)
 from imatching_ros.bundle.observations import index_of, observations, survives
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import Prior
 from imatching_ros.bundle.problem import Problem
+from imatching_ros.bundle.robust import KERNELS
 from imatching_ros.bundle.window import Window
 from imatching_ros.geometry import triangulation
 from imatching_ros.geometry.camera import Camera
@@ -148,7 +155,6 @@ class _Solver:
         )
         self.views = compiled_views(options.adjust.backend)
         self.grid = None if self.views else Grid.of(posed)
-        self.columns = tuple(map(array, (posed.pose, posed.landmark, posed.xy, posed.cov)))
         self.start = points
         self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
         self.dropped = torch.zeros(len(points), dtype=torch.bool)
@@ -162,6 +168,8 @@ class _Solver:
         Roughly while the survivors still change, exactly at the end. False where too few landmarks
         survive.
         """
+        if self.views:
+            return self._adjust_compiled(prune_px, once)
         self._triangulate(prune_px)
         keep = self._survivors(prune_px)
         exact = self.options.adjust
@@ -185,17 +193,27 @@ class _Solver:
             tight = tight or settled or turn >= 2
         return False
 
+    def _adjust_compiled(self, prune_px: float, once: bool) -> bool:
+        posed, options, exact = self.posed, self.options, self.options.adjust
+        rows = self.T, self.points, self.dropped, posed.pose, posed.landmark, posed.xy, posed.cov
+        *prior, constant = prior_arrays(posed)
+        done, T, points, kept, *said = self.views.settle(
+            *map(array, rows), *posed.focal.tolist(), prune_px, prune_px / self.focal,
+            math.cos(math.radians(options.min_parallax_deg)), options.min_landmarks, self.rounds,
+            once, self.held is not None, KERNELS.index(exact.kernel.name),
+            float(exact.kernel.scale), exact.max_iterations, exact.relative_decrease,
+            exact.gradient, *prior, float(constant),
+        )  # fmt: skip
+        self.T, self.points, self.kept = map(torch.from_numpy, (T, points, kept))
+        self.solution = Solution(self.T, self.points, *said)
+        return done
+
     def _problem(self) -> Problem:
         return replace(self.posed, T_world_camera=self.T, points=self.points)
 
     def _kept(self) -> Problem:
         """Of the observations that are kept."""
-        if not self.views:
-            return self._problem().select(self.kept)
-        columns = self.views.select(self.kept.numpy(), *self.columns)
-        pose, landmark, xy, cov = map(torch.from_numpy, columns)
-        posed = self.posed
-        return Problem(self.T, self.points, pose, landmark, xy, cov, posed.focal, posed.prior)
+        return self._problem().select(self.kept)
 
     def _survivors(self, prune_px: float) -> Tensor:
         """
@@ -205,13 +223,6 @@ class _Solver:
         ``alive``.
         """
         finite = self.points.isfinite().all(-1) & ~self.dropped
-        if self.views:
-            keep, self.alive = self.views.survivors(
-                *map(array, (self.T, self.points, finite)), *self.columns[:3],
-                *self.posed.focal.tolist(), prune_px,
-                math.cos(math.radians(self.options.min_parallax_deg)),
-            )  # fmt: skip
-            return torch.from_numpy(keep)
         keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
         keep &= self._wide(keep.nonzero().squeeze(-1))[self.posed.landmark]
         self.alive = len(torch.unique_consecutive(self.posed.landmark[keep]))
@@ -255,12 +266,6 @@ class _Solver:
 
         Also one whose landmark fails in some keyframe.
         """
-        if self.views:
-            found = self.views.triangulate(
-                array(self.T), array(self.points), *self.columns[:3], prune_px / self.focal
-            )
-            self.points = torch.from_numpy(found)
-            return
         agree = torch.zeros_like(self.grid.mask)
         finite = self.points.isfinite().all(-1)
         threshold = prune_px / self.focal
