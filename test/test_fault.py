@@ -202,6 +202,46 @@ def test_fault_images_of_another_size_and_stamps_from_nowhere_reach_nobody(robot
         )
 
 
+def test_fault_two_publishers_of_one_camera_are_said(robot):
+    """Each image comes twice, the second time as it is or of half a second ago."""
+    second = robot.node.create_publisher(Image, 'image', lossless())
+    robot.connect(second, 2)
+    robot.play(5)
+    robot.wait(lambda: robot.says('matcher').get('waiting') == '0')
+    before = {role: int(robot.says(role)['refused']) for role in ('matcher', 'learner')}
+    for index in range(10):
+        robot.play(1)
+        second.publish(image_message(robot.now - index % 2 * SECOND // 2, next(robot.order)))
+    robot.play(1)
+    assert len(messages.correspondences_from_cloud(robot.matched[-1]))
+    for role in before:
+        robot.wait(lambda role=role: int(robot.says(role)['refused']) == before[role] + 10)
+        assert 'check for a second publisher' in robot.says(role)['last_error']
+    robot.node.destroy_publisher(second)
+
+
+def test_fault_weights_file_cut_in_the_middle(tmp_path):
+    """At a start it ends the matcher, later the matcher keeps what it has."""
+    data = weights.default_path().read_bytes()
+    path, ros = tmp_path / 'w.safetensors', Ros(tmp_path)
+    path.write_bytes(data)
+    try:
+        ros.start('matcher', weights=str(path))
+        ros.wait(lambda: ros.says('matcher').get('lifecycle') == 'active')
+        path.write_bytes(data[:len(data) // 2])
+        refused = ros.call(Trigger, 'matcher/reload_weights')
+        assert not refused.success and f'{path}: not a safetensors file, or cut' in refused.message
+        ros.wait(lambda: 'cut short' in ros.says('matcher')['last_error'])
+        assert ros.says('matcher')['model_version'] == '0'
+        ros.end('matcher')
+        assert ros.start('matcher', weights=str(path)).wait(60) == 2
+        assert ros.log('matcher').startswith(f'matcher: {path}: not a safetensors file, or cut')
+        assert len(ros.log('matcher').splitlines()) == 1
+        del ros.processes['matcher']
+    finally:
+        ros.close()
+
+
 STOPPED = """
 import signal, rclpy
 from nav_msgs.msg import Odometry

@@ -31,7 +31,6 @@ from rclpy.lifecycle import (
 from rclpy.qos import (
     DurabilityPolicy,
     HistoryPolicy,
-    qos_profile_sensor_data,
     QoSProfile,
     ReliabilityPolicy,
 )
@@ -85,6 +84,15 @@ def placed(matcher: torch.nn.Module, device: str) -> torch.nn.Module:
 def lossless() -> QoSProfile:
     """Everything arrives and waits until it is read."""
     return QoSProfile(history=HistoryPolicy.KEEP_ALL, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def sensor_data() -> QoSProfile:
+    """
+    Return the QoS of a sensor, with room for a second of a camera's images.
+
+    Those that the middleware overwrites while a node is held up nobody counts.
+    """
+    return QoSProfile(depth=30, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 def latched(depth: int = 1) -> QoSProfile:
@@ -243,7 +251,7 @@ class CoreNode(LifecycleNode):
 
     @property
     def input_qos(self) -> QoSProfile:
-        return lossless() if self.keeps_all else qos_profile_sensor_data
+        return lossless() if self.keeps_all else sensor_data()
 
     @property
     def result_qos(self) -> QoSProfile:

@@ -111,8 +111,7 @@ class LearnerNode(CoreNode):
             promoted or self.core.settled and started > self._saved + SAVE_S
         ):
             self._save()
-        if self.core.settled:
-            _trim()
+        _trim()
         self._share.add(time.monotonic() - started)
         return True
 
@@ -274,9 +273,9 @@ class LearnerNode(CoreNode):
 
 def _trim() -> None:
     """
-    Give what a window's steps left free back to the system, where its allocator can.
+    Give what a step left free, half a gigabyte, back to the system where its allocator can.
 
-    It would be kept, in pieces too small for the next window's.
+    It would be kept, in pieces too small for the next step's.
     """
     if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
         trim(0)
