@@ -63,7 +63,7 @@ class PlayerNode(Node):
                 topic = self._publishers_of['image'].topic_name
                 transport = self.recording.transport
                 self.get_logger().warning(
-                    f'nobody listens on {topic}; start the matcher with {transport} images'
+                    f'nobody listens on {topic}; start the nodes with image_transport:={transport}'
                 )
                 break
         rate = self.get_parameter('rate').value
