@@ -45,6 +45,7 @@ class LearnerNode(CoreNode):
         self._parts: dict[int, dict[str, Any]] = {}
         self.version = -1
         self.steps = self.verdicts = 0
+        self._stepped = True  # since the last window was taken
         self.last_loss, self.last_verdict = float('nan'), ''
         self._step_ms: list[float] = []
         self._share = Share()
@@ -102,7 +103,7 @@ class LearnerNode(CoreNode):
         if self.core is None or self.core.rest() > 0:
             return False
         started = time.monotonic()
-        result = self.core.step()
+        result, self._stepped = self.core.step(), True
         if result is None:
             return False
         self._report_step(result)
@@ -175,7 +176,10 @@ class LearnerNode(CoreNode):
         parts[name] = message
         if len(parts) == len(PARTS):
             del self._parts[stamp]
-            self.core.add_window(messages.window_from_messages(**parts))
+            window = messages.window_from_messages(**parts)
+            # A robot's windows come faster than steps use them: what time there is goes to steps
+            if self._stepped or self.keeps_all or not self.core.ready:
+                self._stepped = not self.core.add_window(window)
         while len(self._parts) > UNJOINED:
             del self._parts[next(iter(self._parts))]
 
