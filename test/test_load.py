@@ -17,7 +17,7 @@ from ros import picture  # noqa: E402
 from test_fuzz import clouds, context, fed, head, SCENE, windows  # noqa: E402,F401
 
 sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
-import nodes  # noqa: E402
+import nodes  # noqa: E402,I100
 
 
 @pytest.fixture(scope='module')
