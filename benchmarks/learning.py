@@ -535,7 +535,7 @@ def main() -> None:
         '--seeds', type=int, nargs='+', default=[0, 1, 2], help='which (default: 0 1 2)'
     )
     parser.add_argument(
-        '--steps', type=int, help='default: 100 of compare, 60 of faults, 90 of forgetting'
+        '--steps', type=int, help='default: 90 of forgetting, else 60'
     )
     parser.add_argument(
         '--frames', type=int, default=300, help='of a rendered scene of compare (default: 300)'
@@ -547,7 +547,7 @@ def main() -> None:
     parser.add_argument('--json', type=Path, help='write all rows to this file')
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.steps = options.steps or {'compare': 100, 'faults': 60, 'forgetting': 90}[options.what]
+    options.steps = options.steps or {'compare': 60, 'faults': 60, 'forgetting': 90}[options.what]
     {'compare': compare, 'faults': faults, 'forgetting': forgetting}[options.what](options)
 
 
