@@ -103,8 +103,9 @@ TABLE: tuple[Parameter, ...] = (
               "raw: sensor_msgs/Image on 'image'; compressed: sensor_msgs/CompressedImage on "
               "'image/compressed'.", choices=('raw', 'compressed'), read_only=True),
     Parameter('image_qos', _ALL, 'sensor_data',
-              'sensor_data: the newest image counts, one may be lost; keep_all: for replay, '
-              'everything from image to result is reliable and kept until it is read.',
+              'sensor_data: the newest image counts, thirty may wait, and what is overwritten '
+              'among them nobody counts; keep_all: for replay, everything from image to result is '
+              'reliable and kept until it is read.',
               choices=('sensor_data', 'keep_all'), read_only=True),
     Parameter('processing_mode', _M, 'latest',
               'latest: the newest image is matched, older waiting ones are dropped and counted; '
