@@ -104,8 +104,8 @@ class Bundle:
         self._rests: tuple[Window, Problem] | None = None
         # the newest of ``_seen``
         self._sight: tuple[Correspondences, Window, Observations, Tensor] | None = None
-        # the newest of ``_register``
-        self._placed: tuple[Correspondences, Window, tuple[Registration, int] | None] | None = None
+        # the newest of ``_register`` that can be trusted
+        self._placed: tuple[Correspondences, Window, tuple[Registration, int]] | None = None
         # of the keyframes in the window, or waiting for a pose
         self._messages: dict[int, Correspondences] = {}
         self._pending: dict[int, tuple[Correspondences, Tensor | None]] = {}
@@ -280,11 +280,15 @@ class Bundle:
         """
         Return the image against the window's landmarks, and how many tracks agree.
 
-        None where it is not to be trusted. Once for each message and window.
+        None where it is not to be trusted: another guess may do. Where it is, it is kept for this
+        message and window.
         """
         known = self._placed
         if known is None or known[0] is not message or known[1] is not self.window:
-            self._placed = known = message, self.window, self._place(message, guess)
+            found = self._place(message, guess)
+            if found is None:
+                return None
+            self._placed = known = message, self.window, found
         return known[2]
 
     def _place(
@@ -477,15 +481,16 @@ class Bundle:
             found.points[common >= 0] - T_found[:3]
         ).norm(dim=-1)
         scale = float(scale.median())
-        T_found = torch.cat((T_found[:3] * scale, T_found[3:]))
-        return self._take(found.moved(lie.compose(T_world, lie.inverse(T_found)), scale))
+        found = found.enlarged(scale, T_found[:3])
+        return self._take(found.moved(lie.compose(T_world, lie.inverse(T_found))))
 
     def _initialise(self) -> Window | None:
         found = initialise(self._waiting(), self.camera, self.options)
         if found is None:
             return None
         if self._origin:
-            found = found.moved(*self._origin)
+            T, scale = self._origin
+            found = found.enlarged(scale, found.T_world_camera[0, :3]).moved(T)
         self.maps, self._origin = self.maps + 1, None
         return self._take(found)
 

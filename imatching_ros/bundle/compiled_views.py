@@ -113,9 +113,9 @@ def normal_equations(q, c, points, xy, cov, fx, fy, kernel, scale, H, g):
     return 0.5 * cost
 
 
-@_entry(types.Tuple((_vector, _rows))(_vector, _rows, _rows, _rows, _f8, _f8, _i8, _f8, _i8))
+@_entry(_vector(_vector, _rows, _rows, _rows, _f8, _f8, _i8, _f8, _i8))
 def refine(T, points, xy, cov, fx, fy, kernel, scale, iterations):
-    """registration.py's ``refine``: T (7,) and its Hessian (6, 6)."""
+    """registration.py's ``refine``: T (7,)."""
     q, c = T[3:].copy().reshape(1, 4), T[:3].copy().reshape(1, 3)
     q_new, c_new, held, damping = q.copy(), c.copy(), np.zeros(1, np.bool_), 1e-4
     H, g, H_new, g_new = np.empty((6, 6)), np.empty(6), np.empty((6, 6)), np.empty(6)
@@ -138,7 +138,7 @@ def refine(T, points, xy, cov, fx, fy, kernel, scale, iterations):
             damping *= 10
             if damping > 1e3:
                 break
-    return np.concatenate((c[0], q[0])), H
+    return np.concatenate((c[0], q[0]))
 
 
 @_compiled

@@ -205,4 +205,5 @@ def _at_origin(window: Window) -> Window:
     Its oldest keyframe is at the origin, the median landmark at distance 1.
     """
     window = window.moved(lie.inverse(window.T_world_camera[0]))
-    return window.moved(lie.identity(), 1 / float(window.points.norm(dim=-1).median()))
+    scale = 1 / float(window.points.norm(dim=-1).median())
+    return window.enlarged(scale, window.T_world_camera[0, :3])

@@ -66,19 +66,13 @@ class Prior:
             undo[:, None] * self.information * undo, undo * self.gradient,
         )
 
-    def transformed(self, T: Tensor, scale: float = 1.0) -> Prior:
-        """
-        Return the same prior in another world.
-
-        This has been enlarged by ``scale`` and then moved by T (7,).
-        """
-        R = lie.rotation(T[3:])
+    def moved(self, T: Tensor) -> Prior:
+        """Return the same prior in a world moved by T (7,)."""
         # d = undo' d_new
-        undo = torch.block_diag(*[part for _ in self.stamps for part in (R / scale, R)])
-        scaled = torch.cat((self.T_world_camera[:, :3] * scale, self.T_world_camera[:, 3:]), -1)
+        undo = torch.block_diag(*[lie.rotation(T[3:])] * (2 * len(self.stamps)))
         information = undo @ self.information @ undo.T
         return Prior(
-            self.stamps, lie.compose(T, scaled), (information + information.T) / 2,
+            self.stamps, lie.compose(T, self.T_world_camera), (information + information.T) / 2,
             undo @ self.gradient,
         )
 

@@ -42,7 +42,7 @@ def register(
     )
     if guess is not None and int(inliers.sum()) < _GUESSED * len(points):
         # the kernel alone brings most guesses there
-        T, _ = refine(guess, points, xy, cov, focal, options.kernel, backend=backend)
+        T = refine(guess, points, xy, cov, focal, options.kernel, backend=backend)
         inliers = _inliers(T, points, xy, focal, inlier_px, backend)
     if inliers is None or int(inliers.sum()) < _GUESSED * len(points):
         found = two_view.absolute_pose(points, xy, inlier_px, float(focal.mean()))
@@ -55,7 +55,7 @@ def register(
         return None
     # on inliers only: with half the rows wrong, the kernel alone would be pulled aside
     for _ in range(2):
-        T, _ = refine(
+        T = refine(
             T, points[inliers], xy[inliers], cov[inliers], focal, options.kernel, backend=backend
         )
         inliers = _inliers(T, points, xy, focal, inlier_px, backend)
@@ -65,19 +65,19 @@ def register(
 def refine(
     T_world_camera: Tensor, points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, kernel: Kernel,
     iterations: int = 10, backend: str = 'auto',
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """
-    Levenberg-Marquardt on one pose (7,); returns it and its Hessian (6, 6).
+    Levenberg-Marquardt on one pose (7,).
 
     Arguments as in :func:`register`, ``backend`` as in ``AdjustOptions``.
     """
     if views := compiled_views(backend):
-        T, H = views.refine(
+        T = views.refine(
             *map(array, (T_world_camera, points, xy, cov)), *focal.tolist(),
             KERNELS.index(kernel.name),
             float(kernel.scale), iterations,
         )  # fmt: skip
-        return torch.from_numpy(T), torch.from_numpy(H)
+        return torch.from_numpy(T)
     uu, uv, vv = cov.unbind(-1)
     information = torch.stack((vv, -uv, uu)) / (uu * vv - uv * uv)
     points, xy = points.T.contiguous(), xy.T.contiguous()
@@ -96,7 +96,7 @@ def refine(
             damping *= 10
             if damping > 1e3:
                 break
-    return T, H
+    return T
 
 
 def _normal_equations(

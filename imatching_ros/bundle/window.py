@@ -30,16 +30,11 @@ class Window:
     #: what keyframes that left know of these poses; the window was solved with it
     prior: Prior | None = None
 
-    def moved(self, T: Tensor, scale: float = 1.0) -> Window:
-        """
-        Return the window enlarged by ``scale`` and then moved by T (7,).
-
-        It grows about the world's origin.
-        """
-        poses = torch.cat((self.T_world_camera[:, :3] * scale, self.T_world_camera[:, 3:]), -1)
+    def moved(self, T: Tensor) -> Window:
+        """Return the window moved by T (7,)."""
         return replace(
-            self, T_world_camera=lie.compose(T, poses), points=lie.act(T, self.points * scale),
-            prior=self.prior and self.prior.transformed(T, scale),
+            self, T_world_camera=lie.compose(T, self.T_world_camera),
+            points=lie.act(T, self.points), prior=self.prior and self.prior.moved(T),
         )  # fmt: skip
 
     def enlarged(self, scale: float, centre: Tensor) -> Window:
