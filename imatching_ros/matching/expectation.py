@@ -8,8 +8,12 @@ good matches from bad ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+import importlib
+import logging
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
@@ -19,15 +23,20 @@ from .protocol import Matches
 COARSE, RELIABILITY, FINE = 8, 4, 2  # strides of the three maps, px
 COARSE_RADIUS, FINE_RADIUS = 2, 4  # half sizes of the windows that are searched, cells
 MEAN_RADIUS = 2  # half size of the window of the fine mean, around its mode, cells
+SEARCH_RADIUS = 8  # half size of the region searched around an expected place, coarse cells
+# A match there with a smaller score is looked for in the whole image
+FAILED = 0.3
+CHUNK = 256  # queries whose similarities with a whole image are held at once
 MULTIPLE = 32  # px, the coarsest stride: images are extended to it
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the network says of a batch of images; what a keyframe caches. Descriptors are unit."""
+    """What the network says of a batch of images; what a keyframe caches."""
 
-    coarse: Tensor  #: (B, 64, ceil(H/32)*4, ceil(W/32)*4), 8x8 at least
-    #: (B, ceil(H/32)*16, ceil(W/32)*16, 32), channels last: windows gather whole descriptors
+    coarse: Tensor  #: (B, 64, ceil(H/32)*4, ceil(W/32)*4), 8x8 at least; unit descriptors
+    #: (B, ceil(H/32)*16, ceil(W/32)*16, 32), channels last: windows gather whole descriptors. Of
+    #: any length: a match makes those that it needs unit. Half precision without gradients.
     fine: Tensor
     #: (B, 1, ceil(H/32)*8, ceil(W/32)*8): log odds that a point here is found to a pixel
     reliability: Tensor
@@ -45,8 +54,8 @@ class ExpectationMatcher(nn.Module):
 
     Equation 5 weights every location of the target by its similarity S. Over a whole image that
     mean is dragged between look-alike places, so each stage takes it over a window: the coarse one
-    around the most similar cell of the whole image, the fine one around the most similar cell near
-    the coarse result. S is the softmax of scaled cosine similarities.
+    around the most similar cell of the region searched, the fine one around the most similar cell
+    near the coarse result. S is the softmax of scaled cosine similarities.
 
     ``batch_norm`` is for training from nothing; ``folded`` gives the same function without, which
     is what ships.
@@ -93,7 +102,7 @@ class ExpectationMatcher(nn.Module):
         self.mix_4 = nn.Sequential(nn.ReLU(), depthwise(32), pointwise(32, 32))
         self.up_2 = pointwise(32, 4 * 32)
         self.from_2 = pointwise(16, 32)
-        self.fine_head = nn.Sequential(nn.ReLU(), depthwise(32), pointwise(32, 32))
+        self.fine_head = nn.Sequential(nn.ReLU(inplace=True), depthwise(32), pointwise(32, 32))
         self.reliability_head = nn.Sequential(nn.ReLU(), conv(32, 16), pointwise(16, 1))
         self.log_scale_coarse = nn.Parameter(torch.tensor(3.0))
         self.log_scale_fine = nn.Parameter(torch.tensor(3.0))
@@ -101,7 +110,7 @@ class ExpectationMatcher(nn.Module):
         # training.
         self.log_cov = nn.Parameter(torch.tensor([-1.0, -2.0]))
         # The score's weights of its evidence (`score`): fitted after training
-        self.log_odds = nn.Parameter(torch.tensor([0.5, 0.5, 1.0, 1.0, 0.0]))
+        self.log_odds = nn.Parameter(torch.tensor([1.0, 4.0, 8.0, 20.0, -25.0]))
 
     def folded(self) -> ExpectationMatcher:
         """
@@ -130,8 +139,8 @@ class ExpectationMatcher(nn.Module):
         precision where the processor has it: matches move by hundredths of a pixel.
         """
         height, width = images.shape[-2:]
-        std, mean = torch.std_mean(images, dim=(-2, -1), keepdim=True)
-        x = (images - mean) / (std + 1e-3)
+        x = images - images.mean((-2, -1), keepdim=True)
+        x = x / (x.square().mean((-2, -1), keepdim=True).sqrt() + 1e-3)
         # A multiple of the coarsest stride, and enough for one window of the coarse expectation
         x = F.pad(
             x, (0, max(-width % MULTIPLE, 64 - width), 0, max(-height % MULTIPLE, 64 - height)),
@@ -141,9 +150,12 @@ class ExpectationMatcher(nn.Module):
         half = None if torch.is_grad_enabled() else half_precision(x.device)
         with torch.autocast(x.device.type, half, enabled=half is not None):
             coarse, fine, reliability = self.maps(x)
-        coarse = F.normalize(coarse.float(), dim=1).contiguous()
-        fine = F.normalize(fine.permute(0, 2, 3, 1).float(), dim=-1).contiguous()
-        return Features(coarse, fine, reliability.float(), (height, width))
+        coarse = F.normalize(coarse.to(x.dtype), dim=1)
+        coarse = coarse.contiguous(memory_format=torch.channels_last)
+        fine = fine.permute(0, 2, 3, 1).contiguous()
+        if fine.dtype == torch.float32 and not torch.is_grad_enabled():
+            fine = fine.bfloat16()
+        return Features(coarse, fine, reliability.to(x.dtype), (height, width))
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """
@@ -160,29 +172,91 @@ class ExpectationMatcher(nn.Module):
         y8 = self.from_8(x8) + _twice(y16)
         y4 = self.from_4(x4) + _twice(self.context_4(y8))
         y4 = y4 + self.mix_4(y4)
-        y2 = self.from_2(x2) + F.pixel_shuffle(self.up_2(y4), 2)
+        # As F.pixel_shuffle(self.up_2(y4), 2), but the channels of a pixel lie together: faster
+        by_pixel = (
+            p.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+            for p in (self.up_2.weight, self.up_2.bias)
+        )
+        finer = F.conv2d(y4, *by_pixel).unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2)
+        y2 = self.from_2(x2).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) + finer
+        y2 = y2.flatten(4).flatten(2, 3)
         return self.coarse_head(y8), self.fine_head(y2), self.reliability_head(y4)
 
-    def match(self, reference: Features, target: Features, queries: Tensor) -> Matches:
+    def match(
+        self, reference: Features, target: Features, queries: Tensor, around: Tensor | None = None
+    ) -> Matches:
         """
         Find queries (B, N, 2), px in the reference, in the target (equation 5, coarse then fine).
+
+        ``around`` (B, N, 2) px is where each is expected: the coarse stage searches the cells
+        within ``SEARCH_RADIUS`` of it, and the whole image for the matches that the score then
+        calls failed; the better one is kept. Without, it searches the whole image for all.
 
         The positions of the windows are not differentiated, what lies in them is: coarse_uv
         carries gradient to the coarse descriptors, uv to the fine ones.
         """
+        matches = self._search(reference, target, queries, around)
+        if around is None:
+            return matches
+        failed = (matches.score < FAILED).any(0).nonzero().squeeze(-1)
+        if not len(failed):
+            return matches
+        again = self._search(reference, target, queries[:, failed], None)
+        better = again.score > matches.score[:, failed]
+
+        def best(name: str) -> Tensor:
+            first, second = getattr(matches, name), getattr(again, name)
+            mask = better.view(*better.shape, *[1] * (first.dim() - 2))
+            return first.index_copy(1, failed, torch.where(mask, second, first[:, failed]))
+
+        return Matches(*map(best, ('uv', 'coarse_uv', 'score', 'cov')))
+
+    def _search(
+        self, reference: Features, target: Features, queries: Tensor, around: Tensor | None
+    ) -> Matches:
+        """Match in the regions around some places, or in the whole image."""
+        if _is_for_compiled(reference, target, queries) and compiled():
+            return self._search_compiled(reference, target, queries, around)
         log_similarity = self.coarse_similarity(reference, target, queries)
-        coarse_uv, coarse_mass = self.coarse_expectation(log_similarity, target)
+        if around is not None:
+            log_similarity = log_similarity.masked_fill(~_region(around, target), -torch.inf)
+        coarse_uv, coarse_cosine = self.coarse_expectation(log_similarity, target)
         similarity, cells = self.fine_similarity(reference, target, queries, coarse_uv.detach())
-        uv, spread, fine_mass = self.fine_expectation(similarity, cells)
+        uv, spread, mass = self.fine_expectation(similarity, cells)
         cov = (
             spread * self.log_cov[0].exp()
             + torch.eye(2, dtype=uv.dtype, device=uv.device) * self.log_cov[1].exp()
         )
+        fine_cosine = similarity.amax(-1) / self.log_scale_fine.exp()
         score = self.score(
-            self.reliability(reference, queries), self.reliability(target, uv.detach()),
-            coarse_mass, fine_mass,
+            self.reliability(target, uv.detach()), mass, coarse_cosine, fine_cosine
         )
         return Matches(uv, coarse_uv, score, cov)
+
+    def _search_compiled(
+        self, reference: Features, target: Features, queries: Tensor, around: Tensor | None
+    ) -> Matches:
+        """``_search`` by compiled.py."""
+        scales = self.log_scale_coarse.exp().item(), self.log_scale_fine.exp().item()
+        fitted = self.log_cov.numpy(force=True), self.log_odds.numpy(force=True)
+        rows = []
+        for b in range(len(queries)):
+            i, j = _arrays(reference[b:b + 1])[:2], _arrays(target[b:b + 1])
+            # The whole image in parts whose similarities stay in the cache
+            size = max(queries.shape[1] if around is not None else CHUNK, 1)
+            for part in queries[b].split(size):
+                whole = (
+                    self.coarse_similarity(reference[b:b + 1], target[b:b + 1], part[None])[0]
+                    if around is None else part.new_empty(0, 0)
+                )
+                near = part.new_empty(0, 2) if around is None else around[b]
+                rows.append(
+                    compiled().match(
+                        *i, *j, _array(part), _array(near), _array(whole), *scales, *fitted
+                    )
+                )
+        columns = (torch.from_numpy(np.concatenate(column)) for column in zip(*rows, strict=True))
+        return Matches(*(column.unflatten(0, queries.shape[:2]) for column in columns))
 
     def coarse_similarity(self, reference: Features, target: Features, queries: Tensor) -> Tensor:
         """
@@ -200,14 +274,14 @@ class ExpectationMatcher(nn.Module):
         """
         Equation 5 over the window around the mode.
 
-        Coarse_uv (B, N, 2) px, and S within the window (B, N).
+        Coarse_uv (B, N, 2) px, and the cosine similarity of the mode (B, N).
         """
         h, w = target.coarse.shape[-2:]
-        mode = log_similarity.detach().argmax(-1)
+        peak, mode = log_similarity.detach().max(-1)
         cells, index = _window(mode // w, mode % w, COARSE_RADIUS, h, w)
         window = log_similarity.gather(-1, index)
         uv = (window.softmax(-1).unsqueeze(-1) * cells).sum(-2) * COARSE + (COARSE - 1) / 2
-        return uv, (window.logsumexp(-1) - log_similarity.logsumexp(-1)).exp()
+        return uv, peak / self.log_scale_coarse.detach().exp()
 
     def fine_similarity(
         self, reference: Features, target: Features, queries: Tensor, centre: Tensor
@@ -218,17 +292,15 @@ class ExpectationMatcher(nn.Module):
         The window lies around ``centre`` (B, N, 2) px; its cells (B, N, 81, 2) are x, y.
         """
         batch, h, w, channels = target.fine.shape
-        descriptors = F.normalize(
-            _sample(reference.fine.permute(0, 3, 1, 2), queries, FINE), dim=1
-        )  # (B, 32, N)
+        descriptors = F.normalize(_sample_fine(reference.fine, queries), dim=-1)  # (B, N, 32)
         cell = ((centre - (FINE - 1) / 2) / FINE).round().long()
         cells, index = _window(cell[..., 1], cell[..., 0], FINE_RADIUS, h, w)
         first = torch.arange(batch, device=index.device).view(-1, 1, 1) * (h * w)
         # index_select, for the gradient of plain indexing adds up in an order that varies from run
         # to run
         window = target.fine.reshape(-1, channels).index_select(0, (index + first).flatten())
-        window = window.view(*index.shape, channels)  # (B, N, 81, 32)
-        descriptors = descriptors.transpose(1, 2) * self.log_scale_fine.exp()
+        window = F.normalize(window.to(queries.dtype), dim=-1).view(*index.shape, channels)
+        descriptors = descriptors * self.log_scale_fine.exp()
         return (window @ descriptors.unsqueeze(-1)).squeeze(-1), cells
 
     def fine_expectation(self, similarity: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,20 +331,17 @@ class ExpectationMatcher(nn.Module):
         )[:, 0, 0]
 
     def score(
-        self, reference: Tensor, target: Tensor, coarse_mass: Tensor, fine_mass: Tensor
+        self, reliability: Tensor, mass: Tensor, coarse_cosine: Tensor, fine_cosine: Tensor
     ) -> Tensor:
         """
         Return the probability (B, N) that a match lies within a pixel of the truth.
 
-        Its evidence are the reliability at both ends and how much of S lies within the windows
-        of the two means.
+        A logistic regression from what is known of it: the reliability of the place that was
+        found, how much of S lies near the fine mode, and how alike both modes are to the query.
         """
-        a, b, c, d, e = self.log_odds
-        least = 1e-6
-        return torch.sigmoid(
-            a * reference + b * target + c * coarse_mass.clamp_min(least).log()
-            + d * fine_mass.clamp_min(least).log() + e
-        )
+        evidence = (reliability, mass.clamp_min(1e-6).log(), coarse_cosine, fine_cosine)
+        *weights, bias = self.log_odds
+        return torch.sigmoid(sum(w * e for w, e in zip(weights, evidence, strict=True)) + bias)
 
 
 @lru_cache
@@ -285,9 +354,49 @@ def half_precision(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if device.type == 'cpu' and supported() else None
 
 
+@cache
+def compiled() -> ModuleType | None:
+    """
+    Return compiled.py, or None with a notice where numba is not to be had.
+
+    The first time on a machine this compiles it, for some ten seconds: call it when starting up.
+    """
+    try:
+        return importlib.import_module('imatching_ros.matching.compiled')
+    # numba absent, at odds with numpy, or nowhere to keep its cache
+    except (ImportError, RuntimeError) as error:
+        logging.getLogger(__name__).warning(
+            'matching runs ten times slower, in plain torch: numba cannot be used (%s)', error
+        )
+        return None
+
+
+def _is_for_compiled(reference: Features, target: Features, queries: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and queries.device.type == 'cpu'
+        and queries.dtype == reference.coarse.dtype == target.coarse.dtype == torch.float32
+        and reference.fine.dtype == target.fine.dtype == torch.bfloat16
+    )
+
+
+def _arrays(features: Features) -> tuple[np.ndarray, ...]:
+    """Return the maps of one image as compiled.py takes them."""
+    return (
+        _array(features.coarse[0].permute(1, 2, 0)),
+        _array(features.fine[0].view(torch.int16)).view(np.uint16),
+        _array(features.reliability[0, 0]),
+    )
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.numpy())
+
+
 def _twice(x: Tensor) -> Tensor:
     """Return a map (B, C, h, w) at twice its size: each cell four times."""
-    return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return F.interpolate(x, scale_factor=2.0)
 
 
 def _sample(features: Tensor, uv: Tensor, stride: int) -> Tensor:
@@ -299,6 +408,35 @@ def _sample(features: Tensor, uv: Tensor, stride: int) -> Tensor:
         features, grid.unsqueeze(1).to(features.dtype), mode='bilinear', padding_mode='border',
         align_corners=False,
     ).squeeze(2)
+
+
+def _sample_fine(fine: Tensor, uv: Tensor) -> Tensor:
+    """Bilinear unit descriptors (B, N, C), of a map (B, h, w, C) of any, at pixels (B, N, 2)."""
+    batch, h, w, channels = fine.shape
+    last = uv.new_tensor([w - 1, h - 1])
+    at = ((uv + 0.5) / FINE - 0.5).clamp(min=torch.zeros_like(last), max=last)
+    cell = at.detach().floor()
+    right, below = (at - cell).unsqueeze(-2).unbind(-1)  # shares (B, N, 1)
+    first = torch.arange(batch, device=uv.device).view(-1, 1) * (h * w)
+    total = 0
+    for x, y in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        column, row = torch.minimum(cell + cell.new_tensor([x, y]), last).long().unbind(-1)
+        corner = fine.reshape(-1, channels).index_select(0, (first + row * w + column).flatten())
+        corner = F.normalize(corner.to(uv.dtype), dim=-1).view(batch, -1, channels)
+        total = total + (right if x else 1 - right) * (below if y else 1 - below) * corner
+    return total
+
+
+def _region(around: Tensor, target: Features) -> Tensor:
+    """Which cells of the target (B, N, h * w) are searched around some places (B, N, 2) px."""
+    h, w = target.coarse.shape[-2:]
+    centre = ((around - (COARSE - 1) / 2) / COARSE).clamp(min=0)
+    inside = [
+        (torch.arange(size, device=around.device) - x.clamp(max=size - 1).round().unsqueeze(-1))
+        .abs() <= SEARCH_RADIUS
+        for x, size in zip(centre.unbind(-1), (w, h), strict=True)
+    ]
+    return (inside[1].unsqueeze(-1) & inside[0].unsqueeze(-2)).flatten(-2)
 
 
 def _window(row: Tensor, column: Tensor, radius: int, h: int, w: int) -> tuple[Tensor, Tensor]:

@@ -36,3 +36,6 @@ class Matcher(Protocol):
 
     def match(self, reference: Any, target: Any, queries: Tensor) -> Matches:
         """Find queries (B, N, 2), px in the reference, in the target."""
+
+    def reliability(self, features: Any, uv: Tensor) -> Tensor:
+        """Log odds (B, N) that points uv (B, N, 2) px are found to a pixel, before any match."""

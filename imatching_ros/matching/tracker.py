@@ -62,6 +62,25 @@ def round_trip(
     return forward, (backward.uv - queries).norm(dim=-1)
 
 
+def keypoints(
+    matcher: Matcher, image: np.ndarray, features: Any, count: int,
+    occupied: np.ndarray | None = None,
+) -> Tensor:
+    """
+    Return points (N, 2) float32 px to ask for, ``count`` at most, of an image (H, W) uint8.
+
+    Of twice as many corners, away from the ``occupied`` points (M, 2) px, those that the matcher
+    believes to find again: corners alone are placed best, but some lie on occlusion edges or in
+    noise.
+    """
+    corners = torch.from_numpy(detect(image, 2 * count, occupied))
+    if len(corners) <= count:
+        return corners
+    device = next(matcher.parameters()).device
+    odds = matcher.reliability(features, corners[None].to(device))[0]
+    return corners[odds.topk(count).indices.cpu()]
+
+
 class Tracker:
     """Keeps the last n keyframes with their features, and gives tracks their ids."""
 
@@ -195,8 +214,8 @@ class Tracker:
         Its points are the tracks found in it, and new corners between them.
         """
         track, uv, cov, _ = _mean_of_tracks(found.uv, found.cov, found.track)
-        corners = torch.from_numpy(
-            detect(image, max(self.options.queries - len(track), 1), uv.numpy())
+        corners = keypoints(
+            self._matcher, image, features, max(self.options.queries - len(track), 1), uv.numpy()
         )
         born = torch.arange(self._next_track, self._next_track + len(corners)) % 2**32
         self._next_track = (self._next_track + len(corners)) % 2**32
