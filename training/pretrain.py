@@ -1,256 +1,270 @@
 """
-Makes the shipped weights from nothing: photographs, random warps, exact correspondence.
+Makes the shipped weights from nothing: pictures, rendered scenes, exact correspondence.
 
-    python training/pretrain.py PHOTOGRAPHS... --out models/expectation.safetensors
+    python training/pretrain.py SOURCES... --out models/expectation.safetensors
 
-Each pair is one photograph seen through two random homographies, with patches of other photographs
-moving on their own in front of it (so that occlusion edges are seen), each view with its own
-exposure, blur and noise. The coarse similarities learn by cross entropy over all cells, the fine
-expectation by its distance to the truth. Resumable: progress is kept beside the output and taken
-up again.
+Sources are photographs, videos and folders of both. An interrupted run is taken up by the same
+command, to the same bits on a CPU. See README.md beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+import json
+import math
+import os
 from pathlib import Path
+import shutil
+import signal
+import sys
 import time
 
-import cv2
 from imatching_ros.matching import weights
-from imatching_ros.matching.detector import detect
-from imatching_ros.matching.expectation import COARSE, ExpectationMatcher
-from imatching_ros.matching.warps import apply_homography, in_frame, photometric, random_homography
-import numpy as np
+from judge import accuracy, calibrate, calibration_error
+from losses import losses, Trained, WEIGHTS
+from pairs import loader, Pair, Pairs
 import safetensors
 import safetensors.torch
+from sources import HELD_OUT_SCENES, SCENE_SIZE, Scenes, write_pictures
 import torch
 
-SIZE = (320, 240)  # W, H px of the training views
-QUERIES = 256  # per pair
-PATCHES = 3  # at most, moving in front
-RATE = 2e-3
+RATE = 2e-3  # of learning, at most
+FINE_TUNING = 0.1  # of it, where training begins from weights
+WARM_UP = 300  # steps, at most a tenth of all
+KEEP_EVERY, JUDGE_EVERY = 100, 500  # steps
+JUDGED = 20  # batches of each kind
+CALIBRATED = 80  # batches that the score is fitted to, and as many others that it is held to
+TRAINING, JUDGING, CALIBRATION = range(3)  # what pairs are drawn for: their seeds differ
 
 
-def read_photographs(paths: list[Path]) -> list[np.ndarray]:
-    """Grey photographs, each at three scales, so that a view never samples one too coarsely."""
-    files = [
-        f
-        for p in paths
-        for f in (sorted(p.iterdir()) if p.is_dir() else [p])
-        if f.suffix in ('.jpg', '.png')
-    ]
-    photographs = []
-    for file in files:
-        image = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
-        if image is None:
-            raise SystemExit(f'{file}: not an image that can be read')
-        for width in (1600, 900, 520):
-            scale = width / image.shape[1]
-            photographs.append(
-                cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-            )
-    if not photographs:
-        raise SystemExit('no photographs (.jpg, .png) were found in the given folders')
-    return photographs
-
-
-def crop(rng: np.random.Generator, photographs: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return a photograph, and the homography that takes a random window of it to a view."""
-    image = photographs[rng.integers(len(photographs))]
-    height, width = image.shape
-    x = rng.uniform(0, max(width - SIZE[0], 1))
-    y = rng.uniform(0, max(height - SIZE[1], 1))
-    return image, np.array([[1, 0, -x], [0, 1, -y], [0, 0, 1.0]])
-
-
-def draw_pair(rng: np.random.Generator, photographs: list[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """
-    Two views (H, W) uint8, queries (N, 2) and their truth (N, 2).
-
-    Queries are in the first view, truth is in the second, both px.
-    """
-    layers = []
-    for index in range(1 + (rng.integers(1, PATCHES + 1) if rng.random() < 0.6 else 0)):
-        image, window = crop(rng, photographs)
-        mask = np.full(image.shape, 255, np.uint8)
-        if index:  # a patch: a random polygon of another photograph
-            centre = rng.uniform(0.1, 0.9, 2) * SIZE
-            angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 8)))
-            radii = rng.uniform(20, 90, len(angles))
-            polygon = centre + radii[:, None] * np.stack((np.cos(angles), np.sin(angles)), 1)
-            mask[:] = 0
-            cv2.fillPoly(
-                mask, [np.rint(apply_homography(np.linalg.inv(window), polygon)).astype(np.int32)],
-                255,
-            )
-        layers.append(
-            (image, mask, window, random_homography(rng, SIZE, 0.3), random_homography(rng, SIZE))
-        )
-    views, labels = [], []
-    for view in (3, 4):
-        canvas = np.zeros(SIZE[::-1], np.uint8)
-        label = np.zeros(SIZE[::-1], np.uint8)
-        for index, layer in enumerate(layers, 1):
-            H = layer[view] @ layer[2]
-            border = cv2.BORDER_REFLECT_101 if index == 1 else cv2.BORDER_CONSTANT
-            seen = cv2.warpPerspective(layer[1], H, SIZE, flags=cv2.INTER_LINEAR)
-            warped = cv2.warpPerspective(
-                layer[0], H, SIZE, flags=cv2.INTER_LINEAR, borderMode=border
-            )
-            if index == 1:
-                canvas, label = warped, (seen > 127).astype(np.uint8)
-            else:
-                canvas = np.where(seen > 127, warped, canvas)
-                label = np.where(seen > 127, index, label).astype(np.uint8)
-        views.append(canvas)
-        labels.append(label)
-    corners = detect(views[0], QUERIES // 2)
-    scattered = rng.uniform(8, np.array(SIZE) - 9, (QUERIES - len(corners), 2)).astype(np.float32)
-    queries = np.concatenate((corners, scattered))
-    owner = labels[0][np.rint(queries[:, 1]).astype(int), np.rint(queries[:, 0]).astype(int)]
-    truth = np.full_like(queries, np.nan)
-    for index, layer in enumerate(layers, 1):
-        mine = owner == index
-        if mine.any():
-            moved = apply_homography(layer[4] @ np.linalg.inv(layer[3]), queries[mine])
-            inside = in_frame(moved, SIZE)
-            at = np.rint(np.where(inside[:, None], moved, 0)).astype(int)
-            visible = inside & (labels[1][at[:, 1], at[:, 0]] == index)
-            truth[mine] = np.where(visible[:, None], moved, np.nan)
-    return photometric(rng, views[0]), photometric(rng, views[1]), queries, truth
-
-
-def losses(matcher: ExpectationMatcher, images0, images1, queries, truth):
-    """
-    Coarse cross entropy, fine distance, calibration, and what is good.
-
-    Calibration is of the covariance; what is good is the share of matches under 1 px.
-    """
-    known = truth.isfinite().all(-1)
-    truth = torch.where(known[..., None], truth, queries)
-    features = matcher.encode(torch.cat((images0, images1)))
-    batch = len(images0)
-    reference, target = features[:batch], features[batch:]
-    log_p = matcher.coarse_similarity(reference, target, queries).log_softmax(-1)
-    h, w = target.coarse.shape[-2:]
-    cell = ((truth - (COARSE - 1) / 2) / COARSE).clamp(min=0)
-    low, part = cell.floor().long(), cell - cell.floor()
-    coarse = 0.0
-    for dx in (0, 1):
-        for dy in (0, 1):
-            share = (part[..., 0] if dx else 1 - part[..., 0]) * (
-                part[..., 1] if dy else 1 - part[..., 1]
-            )
-            index = (low[..., 1] + dy).clamp(max=h - 1) * w + (low[..., 0] + dx).clamp(max=w - 1)
-            coarse = coarse - share * log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    jitter = (torch.rand_like(truth) - 0.5) * 12
-    uv, spread = matcher.fine_expectation(reference, target, queries, truth + jitter)
-    error = uv - truth
-    distance = (error.square().sum(-1) + 0.01).sqrt() - 0.1
-    cov = spread.detach() * matcher.log_cov[0].exp() + torch.eye(2) * matcher.log_cov[1].exp()
-    # Student's t with 4 degrees of freedom instead of a Gaussian: a few gross errors must not set
-    # the scale.
-    e = error.detach().unsqueeze(-1)
-    m2 = (e.mT @ torch.linalg.solve(cov, e)).flatten(-3)
-    calibration = 0.5 * torch.logdet(cov) + 3.0 * torch.log1p(m2 / 4)
-    matches = matcher.coarse_expectation(log_p.detach(), target)[0]
-    coarse_hit = (matches - truth).norm(dim=-1) < 6
-    return (
-        coarse[known].mean(), distance[known].mean(), calibration[known].mean(),
-        (error.norm(dim=-1) < 1)[known].float().mean(), coarse_hit[known].float().mean(),
-    )  # fmt: skip
-
-
-def main() -> None:
-    """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('photographs', nargs='+', type=Path)
-    parser.add_argument('--out', type=Path, default=Path('models/expectation.safetensors'))
-    parser.add_argument('--steps', type=int, default=6000)
-    parser.add_argument('--batch', type=int, default=4)
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--threads', type=int, default=2)
-    options = parser.parse_args()
+def train(options: argparse.Namespace) -> None:
+    """Do what the command is asked to."""
+    gpu = torch.cuda.is_available()
+    if options.device == 'cuda' and not gpu:
+        raise ValueError('torch sees no CUDA device here; choose --device cpu')
+    device = torch.device('cuda' if gpu and options.device != 'cpu' else 'cpu')
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    photographs = read_photographs(options.photographs)
-    matcher = ExpectationMatcher(batch_norm=True).to(memory_format=torch.channels_last).train()
+    matcher, version, parent = Trained(batch_norm=True), 0, 0
+    if options.start:
+        loaded, info = weights.load(options.start)
+        matcher = Trained()
+        matcher.load_state_dict(loaded.state_dict())
+        version, parent = info.version + 1, info.version
+    matcher = matcher.to(device, memory_format=torch.channels_last).train()
+
+    progress, cache = (options.out.with_suffix(suffix) for suffix in ('.progress', '.cache'))
+    job = {
+        'pictures': write_pictures(options.sources, cache / 'pictures'),
+        'from': options.start and info.sha256,
+    } | {name: getattr(options, name) for name in ('steps', 'batch', 'seed', 'scenes')}
     optimiser = torch.optim.AdamW(matcher.parameters(), lr=RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, options.steps, pct_start=0.1)
-    progress = options.out.with_suffix('.progress')
-    first = resume(progress, matcher, optimiser, schedule) if progress.exists() else 0
-    figures, started = [], time.perf_counter()
-    for step in range(first + 1, options.steps + 1):
-        pairs = [
-            draw_pair(np.random.default_rng((options.seed, step, i)), photographs)
-            for i in range(options.batch)
-        ]
-        images0, images1, queries, truth = (
-            np.stack(column) for column in zip(*pairs, strict=True)
-        )
-        images0, images1 = (
-            torch.from_numpy(x).float().unsqueeze(1) / 255 for x in (images0, images1)
-        )
-        coarse, fine, calibration, hit, coarse_hit = losses(
-            matcher, images0, images1, torch.from_numpy(queries), torch.from_numpy(truth).float()
-        )
-        optimiser.zero_grad()
-        (coarse + fine + 0.1 * calibration).backward()
-        torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
-        figures.append(torch.stack((coarse, fine, calibration, hit, coarse_hit)).detach())
-        if step % 100 == 0 or step == options.steps:
-            names = ('coarse', 'fine_px', 'nll', 'hit_1px', 'coarse_hit')
-            means = torch.stack(figures).mean(0).tolist()
-            seconds = (time.perf_counter() - started) / (step - first)
-            values = '  '.join(
-                f'{name} {value:.3f}' for name, value in zip(names, means, strict=True)
-            )
-            print(f'step {step}  {values}  {seconds:.3f} s/step', flush=True)
-            figures.clear()
-            keep(progress, step, matcher, optimiser)
-    print(weights.save(options.out, matcher.folded(), version=0, parent=0))
+    first = resume(progress, job, matcher, optimiser) if progress.exists() else 0
+    scenes = render(cache / 'scenes', options.scenes, options.workers)
+    held_out = scenes[max(len(scenes) - HELD_OUT_SCENES, 0):]
+    pictures = {part: sorted((cache / 'pictures' / part).iterdir()) for part in
+                ('train', 'held_out')}  # fmt: skip
+    if not pictures['held_out']:
+        print('too few pictures to hold any out: the same ones judge, under other warps')
+        pictures['held_out'] = pictures['train']
+
+    def held(purpose: int, batches: Iterable[int], **kind) -> Iterator[Pair]:
+        # As the matcher is used: whole images, at corners
+        pairs = Pairs(
+            pictures['held_out'], held_out, (options.seed, purpose), options.batch, SCENE_SIZE,
+            corners=1.0, **kind,
+        )  # fmt: skip
+        return (to(batch, device) for batch in ahead(pairs, batches, options.workers))
+
+    def judge(step: int) -> None:
+        shown = {'pictures': held(JUDGING, range(JUDGED), rendered=0.0)}
+        if held_out:
+            shown['scenes'] = held(JUDGING, range(JUDGED), rendered=1.0)
+        matcher.eval()
+        values = '  '.join(f'{name} {accuracy(matcher, pairs):.3f}' for name, pairs in
+                           shown.items())  # fmt: skip
+        matcher.train()
+        print(f'step {step}  held out, share within 1 px:  {values}', flush=True)
+
+    batches = ahead(
+        Pairs(
+            pictures['train'], scenes[:len(scenes) - len(held_out)], (options.seed, TRAINING),
+            options.batch,
+        ),
+        range(first + 1, options.steps + 1), options.workers,
+    )  # fmt: skip
+    with patience() as interrupted:
+        figures, started = [], time.perf_counter()
+        for step, batch in enumerate(batches, first + 1):
+            for group in optimiser.param_groups:
+                group['lr'] = rate(step, options)
+            found = losses(matcher, to(batch, device))
+            optimiser.zero_grad()
+            sum(weight * found[name] for name, weight in WEIGHTS.items()).backward()
+            torch.nn.utils.clip_grad_norm_(matcher.parameters(), 1.0)
+            optimiser.step()
+            figures.append(torch.stack([value.detach() for value in found.values()]))
+            last = interrupted or step == options.steps
+            if step % KEEP_EVERY == 0 or last:
+                means = torch.stack(figures).mean(0).tolist()
+                values = '  '.join(f'{n} {v:.3f}' for n, v in zip(found, means, strict=True))
+                seconds = (time.perf_counter() - started) / (step - first)
+                print(f'step {step}  {values}  {seconds:.3f} s/step', flush=True)
+                figures.clear()
+                keep(progress, job, step, matcher, optimiser)
+            if interrupted:
+                raise KeyboardInterrupt
+            if step % JUDGE_EVERY == 0 or last:
+                judge(step)
+
+    folded = matcher.cpu().folded().to(device, memory_format=torch.channels_last)
+    calibrate(folded, held(CALIBRATION, range(CALIBRATED)))
+    error = calibration_error(folded, held(CALIBRATION, range(CALIBRATED, 2 * CALIBRATED)))
+    print(f'score: expected calibration error {error:.3f} on pairs that it was not fitted to')
+    print(f'{options.out}: {weights.save(options.out, folded, version, parent)}')
     progress.unlink(missing_ok=True)
+    shutil.rmtree(cache)
 
 
-def keep(
-    path: Path, step: int, matcher: ExpectationMatcher, optimiser: torch.optim.Optimizer
-) -> None:
-    """Write what a later run needs to go on from here."""
-    tensors = {
-        f'matcher.{name}': tensor.contiguous() for name, tensor in matcher.state_dict().items()
-    }
-    for index, state in optimiser.state_dict()['state'].items():
+def rate(step: int, options: argparse.Namespace) -> float:
+    """Return a step's rate of learning: a linear warm-up, then a cosine to almost zero."""
+    warm_up = min(1.0, step / min(WARM_UP, options.steps / 10))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / options.steps)) + 0.005
+    return RATE * (FINE_TUNING if options.start else 1.0) * warm_up * cosine
+
+
+@contextmanager
+def patience() -> Iterator[list[bool]]:
+    """
+    Let a step end before Ctrl-C ends the run; the list that is given is then filled.
+
+    A second Ctrl-C does not wait.
+    """
+    asked: list[bool] = []
+
+    def ask(*_) -> None:
+        asked.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def render(folder: Path, count: int, workers: int) -> list[Path]:
+    """Return the folders of the scenes, those that judge last; render what is lacking."""
+    if not count:
+        return []
+    scenes = Scenes(folder, count + HELD_OUT_SCENES)
+    lacking = [k for k, scene in enumerate(scenes.folders) if not scene.is_dir()]
+    for done, _ in enumerate(ahead(scenes, lacking, workers), 1):
+        if done % 10 == 0 or done == len(lacking):
+            print(f'rendered {done} of {len(lacking)} scenes', flush=True)
+    return scenes.folders
+
+
+def ahead(dataset, order: Iterable[int], workers: int) -> Iterator:
+    """Return ``loader``'s iterator, whose workers leave Ctrl-C to this process."""
+    order = list(order)
+    if not order:
+        return iter(())
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # they inherit it
+    try:
+        return iter(loader(dataset, order, workers))
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def to(batch: Pair, device: torch.device) -> Pair:
+    """Return a batch on a device."""
+    return Pair(*(tensor.to(device, non_blocking=True) for tensor in batch))
+
+
+def keep(path: Path, job: dict, step: int, matcher: Trained, optimiser: torch.optim.AdamW) -> None:
+    """Write what a later run needs to go on from here: whole, or not at all."""
+    tensors = {f'matcher.{name}': tensor for name, tensor in matcher.state_dict().items()}
+    for name, parameter in matcher.named_parameters():
         tensors |= {
-            f'optimiser.{index}.{name}': tensor.contiguous() for name, tensor in state.items()
+            f'{field}.{name}': value for field, value in optimiser.state[parameter].items()
         }
-    weights.write(path, safetensors.torch.save(tensors, {'step': str(step)}))
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    metadata = {'step': str(step), 'job': json.dumps(job)}
+    weights.write(path, safetensors.torch.save(tensors, metadata))
 
 
-def resume(
-    path: Path, matcher: ExpectationMatcher, optimiser: torch.optim.Optimizer, schedule
-) -> int:
-    """Go on from what ``keep`` wrote; return the steps already done."""
-    with safetensors.safe_open(path, 'pt') as file:
-        step = int(file.metadata()['step'])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+def resume(path: Path, job: dict, matcher: Trained, optimiser: torch.optim.AdamW) -> int:
+    """
+    Go on from what ``keep`` wrote; return the steps already done.
+
+    Raises ValueError, one sentence, where it was written by another call.
+    """
+    try:
+        with safetensors.safe_open(path, 'pt') as file:
+            step, theirs = (json.loads(file.metadata()[name]) for name in ('step', 'job'))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError):
+        raise ValueError(f'{path} is not the progress of a training; remove it') from None
+    if theirs != job:
+        other = ', '.join(name for name in job if theirs.get(name) != job[name])
+        raise ValueError(
+            f'{path} was left by a run with other {other}; finish that one, or remove it'
+        )
     matcher.load_state_dict(
         {name[8:]: tensor for name, tensor in tensors.items() if name.startswith('matcher.')}
     )
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith('optimiser.'):
-            _, index, field = name.split('.')
-            state.setdefault(int(index), {})[field] = tensor
-    for _ in range(step):
-        schedule.step()
-    optimiser.load_state_dict({**optimiser.state_dict(), 'state': state})
-    print(f'going on from step {step}')
+    for name, parameter in matcher.named_parameters():
+        for field in ('exp_avg', 'exp_avg_sq'):
+            if f'{field}.{name}' in tensors:  # in the parameter's own order in memory
+                optimiser.state[parameter][field] = torch.empty_like(parameter).copy_(
+                    tensors[f'{field}.{name}']
+                )
+                optimiser.state[parameter]['step'] = tensors[f'step.{name}']
+    print(f'going on from step {step}', flush=True)
     return step
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command. Wrong input ends with one sentence and exit code 2."""
+    cores = os.cpu_count() or 1
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('sources', nargs='+', type=Path, metavar='SOURCES')
+    parser.add_argument('--out', type=Path, default=Path('models/expectation.safetensors'))
+    parser.add_argument('--from', dest='start', type=Path, help='weights to fine-tune')
+    parser.add_argument('--steps', type=_count, default=20_000)
+    parser.add_argument('--batch', type=_count, default=4, help='pairs per step')
+    parser.add_argument('--scenes', type=_natural, default=60, help='to render; 0 for none')
+    parser.add_argument('--seed', type=_natural, default=0)
+    parser.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
+    parser.add_argument(
+        '--workers', type=_natural, default=1, help='processes that draw pairs; 0: this one does'
+    )
+    parser.add_argument('--threads', type=_count, default=max(cores - 1, 1))
+    options = parser.parse_args(arguments)
+    try:
+        train(options)
+    except KeyboardInterrupt:
+        print('\ninterrupted: the same command goes on from there', file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        # A worker's error is the last line of what it tells of it
+        print(f'pretrain: {(str(error).splitlines() or [""])[-1]}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _natural(text: str, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {least}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return _natural(text, 1)
 
 
 if __name__ == '__main__':
