@@ -32,18 +32,50 @@ ROOT = Path(__file__).parents[1]
 CAMERA = Camera(160, 120, 130.0, 130.0, 79.5, 59.5)
 SECOND = 10**9
 START = 1_700_000_000 * SECOND
+#: Fast DDS: UDP on this machine alone. With ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST it would use
+#: shared memory whatever FASTDDS_BUILTIN_TRANSPORTS says.
+UDP = """<?xml version="1.0" encoding="UTF-8"?>
+<profiles xmlns="http://www.eprosima.com">
+  <transport_descriptors><transport_descriptor>
+    <transport_id>udp</transport_id><type>UDPv4</type>
+    <interfaceWhiteList><address>127.0.0.1</address></interfaceWhiteList>
+  </transport_descriptor></transport_descriptors>
+  <participant profile_name="udp" is_default_profile="true"><rtps>
+    <userTransports><transport_id>udp</transport_id></userTransports>
+    <useBuiltinTransports>false</useBuiltinTransports>
+  </rtps></participant>
+</profiles>
+"""
 
 
 class Ros:
-    """One ROS domain: node processes, and a node in this process that talks to them."""
+    """
+    One ROS domain: node processes, and a node in this process that talks to them.
 
-    def __init__(self, logs: Path) -> None:
+    ``shared_memory``: whether the processes may talk through it. One that is stopped may be
+    stopped within a lock there: whoever sends then waits for it, a second each time, and gives up
+    its port, with what is in it, however reliable the topic.
+    """
+
+    def __init__(self, logs: Path, shared_memory: bool = True) -> None:
         self.logs, self.stack = logs, contextlib.ExitStack()
         self.domain = self.stack.enter_context(free_domain())
         self.processes: dict[str, subprocess.Popen] = {}
         self.heard: dict[str, list] = {}
         self.changed = threading.Condition()
         os.environ.update([LOCALHOST])
+        self.settings = {
+            'ROS_DOMAIN_ID': str(self.domain), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1',
+            # a ROS installation is itself on this path
+            'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+        }  # fmt: skip
+        if not shared_memory:
+            (logs / 'udp.xml').write_text(UDP)
+            for name in ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE'):
+                self.settings[name] = str(logs / 'udp.xml')
+            self.settings |= {
+                'ROS_AUTOMATIC_DISCOVERY_RANGE': 'SYSTEM_DEFAULT', 'ROS_LOCALHOST_ONLY': '0',
+            }  # fmt: skip
         self.context = Context()
         rclpy.init(
             args=[], context=self.context, domain_id=self.domain,
@@ -52,7 +84,7 @@ class Ros:
         self.node = rclpy.create_node('tester', context=self.context)
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
-        self.thread = threading.Thread(target=self._spin)
+        self.thread = threading.Thread(target=self._spin, daemon=True)
         self.thread.start()
         self.listen(DiagnosticArray, '/diagnostics', lossless())
 
@@ -77,16 +109,11 @@ class Ros:
 
     def start(self, role: str, **values) -> subprocess.Popen:
         words = [w for k, v in values.items() for w in ('-p', f'{k}:={parameters.yaml_scalar(v)}')]
-        environment = os.environ | {
-            'ROS_DOMAIN_ID': str(self.domain), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1',
-            # a ROS installation is itself on this path
-            'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-        }  # fmt: skip
         with open(self.logs / f'{role}.log', 'wb') as log:
             self.processes[role] = subprocess.Popen(
                 [sys.executable, '-m', f'imatching_ros.nodes.{role}', '--ros-args', *words],
-                stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-                cwd=self.logs,
+                stdout=log, stderr=subprocess.STDOUT, env=os.environ | self.settings,
+                start_new_session=True, cwd=self.logs,
             )  # fmt: skip
         return self.processes[role]
 
@@ -110,7 +137,9 @@ class Ros:
             array.status = [status for status in array.status if status.name != f'/{role}']
 
     def log(self, role: str) -> str:
-        return (self.logs / f'{role}.log').read_text()
+        """Return what a process said; nothing where that is not kept."""
+        path = self.logs / f'{role}.log'
+        return path.read_text() if path.is_file() else ''
 
     def listen(self, kind, topic, qos) -> list:
         """Return what has come on a topic so far, and will."""
