@@ -326,8 +326,8 @@ class ExpectationMatcher(nn.Module):
         height, width = (RELIABILITY * edge for edge in features.reliability.shape[-2:])
         grid = (uv + 0.5) * 2 / uv.new_tensor([width, height]) - 1
         return F.grid_sample(
-            features.reliability, grid.unsqueeze(1), mode='bilinear', padding_mode='border',
-            align_corners=False,
+            features.reliability, grid.unsqueeze(1).to(features.reliability.dtype),
+            mode='bilinear', padding_mode='border', align_corners=False,
         )[:, 0, 0]
 
     def score(
