@@ -116,9 +116,10 @@ def train(options: argparse.Namespace) -> None:
                 keep(progress, job, step, matcher, optimiser)
             if interrupted:
                 raise KeyboardInterrupt
-            if step % JUDGE_EVERY == 0 or last:
+            if step % JUDGE_EVERY == 0 and not last:
                 judge(step)
 
+    judge(options.steps)
     folded = matcher.cpu().folded().to(device, memory_format=torch.channels_last)
     calibrate(folded, held(CALIBRATION, range(CALIBRATED)))
     error = calibration_error(folded, held(CALIBRATION, range(CALIBRATED, 2 * CALIBRATED)))
@@ -236,7 +237,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('sources', nargs='+', type=Path, metavar='SOURCES')
     parser.add_argument('--out', type=Path, default=Path('models/expectation.safetensors'))
     parser.add_argument('--from', dest='start', type=Path, help='weights to fine-tune')
-    parser.add_argument('--steps', type=_count, default=20_000)
+    parser.add_argument(
+        '--steps', type=_natural, default=20_000, help='0: nothing but the fit of the score'
+    )
     parser.add_argument('--batch', type=_count, default=4, help='pairs per step')
     parser.add_argument('--scenes', type=_natural, default=60, help='to render; 0 for none')
     parser.add_argument('--seed', type=_natural, default=0)
