@@ -39,12 +39,16 @@ setup(
         'rich',
     ],
     extras_require={
+        'onnx': ['onnx', 'onnxscript'],
         # pycolmap has no wheel for ARM on Linux; its tests and peers are skipped there
         'test': [
             'pytest',
             'pytest-timeout',
             'hypothesis',
             'ruff',
+            'onnx',
+            'onnxscript',
+            'onnxruntime',
             *(f"{name}; platform_machine == 'x86_64'" for name in ('pyceres', 'pycolmap')),
         ],  # fmt: skip
         'ros': [

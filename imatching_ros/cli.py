@@ -200,7 +200,40 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Write a recording for COLMAP, or as trajectory (TUM) and point cloud (PLY)."""
+    """Write a recording for COLMAP or as trajectory and point cloud; the network as ONNX."""
+    if options.onnx is None and options.colmap is None and options.map is None:
+        raise ValueError('say what to write: --colmap DIR, --map DIR, --onnx DIR, or several')
+    if options.bag is None and (options.colmap or options.map):
+        raise ValueError('--colmap and --map are of a recording: imatching export BAG ...')
+    if options.onnx:
+        _export_onnx(options)
+    if options.colmap or options.map:
+        _export_recording(options)
+
+
+def _export_onnx(options: argparse.Namespace) -> None:
+    from .data.recording import open_recording
+    from .export.onnx import ENCODE, MATCH, write_onnx
+    from .matching import weights
+
+    size = options.size
+    if size is None:
+        if options.bag is None:
+            raise ValueError(
+                'the graphs are for images of one size: --size WxH, or a BAG to take it from'
+            )
+        camera = open_recording(options.bag, options.image_topic, options.camera_info_topic).camera
+        size = camera.width, camera.height
+    matcher, info = weights.load(options.weights or weights.default_path())
+    with console.status('Exporting, about ten seconds'):
+        write_onnx(options.onnx, matcher, info, size)
+    console.print(
+        f'ONNX: {ENCODE} and {MATCH} of version {info.version} for images of '
+        f'{size[0]}x{size[1]}, in {options.onnx}', soft_wrap=True,
+    )  # fmt: skip
+
+
+def _export_recording(options: argparse.Namespace) -> None:
     import cv2
     from rich.progress import track as progress
 
@@ -211,8 +244,6 @@ def export(options: argparse.Namespace) -> None:
     from .matching.tracker import Tracker
     from .nodes.run_files import write_map
 
-    if options.colmap is None and options.map is None:
-        raise ValueError('say what to write: --colmap DIR, --map DIR, or both')
     recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
     matcher, info = weights.load(options.weights or weights.default_path())
     pictures = options.colmap and options.colmap / IMAGES
@@ -423,6 +454,13 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition('x')
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f'{text} is not a size like 640x480')
+    return int(width), int(height)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='imatching',
@@ -529,13 +567,23 @@ def _parser() -> argparse.ArgumentParser:
 
     added = command(export, 'export')
     added.add_argument(
-        'bag', type=Path, metavar='BAG', help='rosbag1, rosbag2 (sqlite3, MCAP), or its folder'
+        'bag',
+        type=Path,
+        nargs='?',
+        metavar='BAG',
+        help='rosbag1, rosbag2 (sqlite3, MCAP), or its folder',
     )
     added.add_argument(
         '--colmap', type=Path, metavar='DIR', help='for images/, database.db and the model sparse/'
     )
     added.add_argument(
         '--map', type=Path, metavar='DIR', help='for trajectory.txt and landmarks.ply'
+    )
+    added.add_argument(
+        '--onnx', type=Path, metavar='DIR', help='for encode.onnx and match.onnx, for TensorRT'
+    )
+    added.add_argument(
+        '--size', type=_size, metavar='WxH', help="of the graphs' images (default: the BAG's)"
     )
     added.add_argument('--weights', type=Path, metavar='W', help='default: the shipped ones')
     topics(added)

@@ -157,7 +157,7 @@ def test_cameras_are_colmaps(pycolmap, camera):
 
 def test_what_cannot_be_exported_is_one_sentence(exported, daylight, tmp_path, capsys):
     for arguments, says in (
-        ([], 'say what to write: --colmap DIR, --map DIR, or both'),
+        ([], 'say what to write: --colmap DIR, --map DIR, --onnx DIR, or several'),
         (['--colmap', str(exported / 'colmap')], 'database.db exists; choose another folder'),
     ):
         with pytest.raises(SystemExit) as stop:
