@@ -147,13 +147,14 @@ class ExpectationMatcher(nn.Module):
             mode='replicate',
         )
         x = x.contiguous(memory_format=torch.channels_last)
-        half = None if torch.is_grad_enabled() else half_precision(x.device)
+        fast = x.dtype == torch.float32 and not torch.is_grad_enabled()
+        half = half_precision(x.device) if fast else None
         with torch.autocast(x.device.type, half, enabled=half is not None):
             coarse, fine, reliability = self.maps(x)
         coarse = F.normalize(coarse.to(x.dtype), dim=1)
         coarse = coarse.contiguous(memory_format=torch.channels_last)
         fine = fine.permute(0, 2, 3, 1).contiguous()
-        if fine.dtype == torch.float32 and not torch.is_grad_enabled():
+        if fast and half is None:
             fine = fine.bfloat16()
         return Features(coarse, fine, reliability.to(x.dtype), (height, width))
 
@@ -195,6 +196,7 @@ class ExpectationMatcher(nn.Module):
         The positions of the windows are not differentiated, what lies in them is: coarse_uv
         carries gradient to the coarse descriptors, uv to the fine ones.
         """
+        queries = queries.to(reference.coarse.dtype)
         matches = self._search(reference, target, queries, around)
         if around is None:
             return matches
