@@ -90,7 +90,7 @@ def tune(options: argparse.Namespace) -> None:
         TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        frames = progress.add_task('Tracking', total=sum(splits) * epochs)
+        frames = progress.add_task('Tracking', total=None)
         bar = progress.add_task('Learning', total=options.steps)
 
         def on_step(learner, step, verdict) -> None:
@@ -113,7 +113,7 @@ def tune(options: argparse.Namespace) -> None:
             epochs=epochs,
             options=LearnerOptions(seed=options.seed, objective=options.objective),
             folder=checkpoints,
-            on_frame=lambda epoch, stamp: progress.advance(frames),
+            on_frame=lambda done, total: progress.update(frames, completed=done, total=total),
             on_step=on_step,
         )
     if history.resumed:

@@ -62,7 +62,7 @@ def tune(
     options: LearnerOptions | None = None,
     tracker_options: TrackerOptions | None = None,
     folder: Path | None = None,
-    on_frame: Callable[[int, int], None] = lambda epoch, stamp: None,
+    on_frame: Callable[[int, int], None] = lambda done, total: None,
     on_step: Callable[
         [Learner, StepResult | None, Verdict | None], None
     ] = lambda learner, step, verdict: None,
@@ -77,9 +77,14 @@ def tune(
     promoted nothing in ``PATIENCE`` verdicts in a row. folder: of checkpoints. Where one is there
     that the same call has left behind, the run goes on from it, to the same bits; raises
     ValueError where another call has. Raises ValueError where no recording gave a window to learn
-    from.
+    from. on_frame: is told after each image how many have been tracked, and how many will be.
     """
     options = options or LearnerOptions()
+
+    def count(part: Callable[[int], tuple[int, int]]) -> int:
+        return sum(len(range(*part(len(images)))) for _, images in recordings)
+
+    seen = {'done': 0, 'total': count(_last) + epochs * count(_first)}
     job = {
         'start': info.sha256, 'images': [len(images) for _, images in recordings], 'steps': steps,
         'epochs': epochs,
@@ -94,7 +99,7 @@ def tune(
 
         def watch(
             part: Callable[[int], tuple[int, int]], held_out: bool | None,
-            epoch=epoch, in_use=in_use, version=in_use_info.version,
+            in_use=in_use, version=in_use_info.version,
         ) -> None:  # fmt: skip
             for camera, images in recordings:
                 learner.start_recording(camera)
@@ -109,11 +114,14 @@ def tune(
                     window = bundle.add(correspondences).window
                     if window is not None:
                         learner.add_window(window, held_out)
-                    on_frame(epoch, stamp)
+                    seen['done'] += 1
+                    on_frame(**seen)
 
         if epoch == 0:
             watch(_last, True)
             judged = learner.windows > 0
+            if not judged:
+                seen['total'] = seen['done'] + epochs * count(_all)
         # Where the last images are too few to give a window, all train but for one window in so
         # many
         watch(_first if judged else _all, False if epoch or judged else None)
