@@ -19,6 +19,7 @@ from imatching_ros.geometry import lie
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.learning import gate, sgp
 from imatching_ros.learning import learner as learner_module
+from imatching_ros.learning import lesson as lesson_module
 from imatching_ros.learning.learner import Learner, LearnerOptions
 from imatching_ros.learning.lesson import (
     Lesson,
@@ -32,7 +33,7 @@ from imatching_ros.learning.lesson import (
     survivors_of,
 )
 from imatching_ros.learning.memory import Memory
-from imatching_ros.learning.probe import make_probe, probe_error
+from imatching_ros.learning.probe import known_warp_loss, make_probe, probe_error
 from imatching_ros.learning.tune import tune
 from imatching_ros.matching import weights
 from imatching_ros.matching.expectation import ExpectationMatcher
@@ -97,7 +98,8 @@ class InDouble(ExpectationMatcher):
         self.double()
 
     def encode(self, images):
-        return super().encode(images.double())
+        with torch.enable_grad():  # without gradients it works in half precision
+            return super().encode(images.double())
 
 
 class Upper:
@@ -397,6 +399,37 @@ def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
     assert resolve(replace(again, messages=broken), BundleOptions(min_landmarks=100)) is None
 
 
+def test_sparing_memory_changes_no_gradient(shipped, night, events, monkeypatch):
+    learner = taught(shipped, night, events)
+    lesson, probe, bundle = learner._train[0], learner._anchors[0], learner.bundle
+    lesson = resolve(rematch(shipped[0], lesson), bundle)
+    survivors = survivors_of(lesson, bundle.prune_px)
+
+    def gradient():
+        matcher, kept = copy.deepcopy(shipped[0]), []
+
+        def keep(tensor):
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            matches = match(matcher, lesson, lesson.pairs)
+            fine, coarse, rows = objective(
+                lesson, survivors, lesson.pairs, matches, bundle.adjust.kernel
+            )
+            loss = fine / rows + coarse + known_warp_loss(matcher, probe)
+        loss.backward()
+        return [parameter.grad for parameter in matcher.parameters()], sum(kept)
+
+    spared, little = gradient()
+    monkeypatch.setattr(lesson_module, 'checkpoint', lambda f, *inputs, **_: f(*inputs))
+    plain, much = gradient()
+    for one, two in zip(spared, plain, strict=True):
+        assert (one is None and two is None) or torch.equal(one, two)
+    assert any(grad is not None and bool(grad.any()) for grad in plain)
+    assert little < much / 10, (little, much)
+
+
 # The probe ---------------------------------------------------------------------------------------
 
 
@@ -404,14 +437,14 @@ def test_the_truth_of_a_probe_is_where_the_scene_went(day):
     images = [image for _, image in day[1][::6]]
     probe = make_probe(images[1], images, 3)
     assert probe.images.shape == (2, 1, 240, 320) and len(probe.queries) == len(probe.truth) > 100
-    assert torch.equal(probe.images[0, 0], torch.tensor(images[1]) / 255)
+    assert torch.equal(probe.images[0, 0], torch.tensor(images[1]))
     assert (probe.truth - probe.queries).norm(dim=-1).median() > 3
     queries, truth = probe.queries.numpy(), probe.truth.numpy()
     H = cv2.findHomography(queries, truth)[0]
     assert np.abs(apply_homography(H, queries) - truth).max() < 1e-3
     # Carried back by the truth, the second image lies on the first: KLT, begun there, stays but
     # for the noise.
-    one, two = (np.rint(255 * image[0].numpy()).astype(np.uint8) for image in probe.images)
+    one, two = probe.images[:, 0].numpy()
 
     def offset(H):
         back = cv2.warpPerspective(two, np.linalg.inv(H), (320, 240))
@@ -445,7 +478,7 @@ def test_the_noise_of_a_probe_stays_with_the_pixels():
                       255).astype(np.uint8)
               for k in range(6)]  # fmt: skip
     probe = make_probe(images[0], images, 1)
-    first, second = (image[0].numpy() * 255 for image in probe.images)
+    first, second = (image[0].float().numpy() for image in probe.images)
     high = second - cv2.GaussianBlur(second, (0, 0), 5.0)
     middle = np.s_[60:180, 80:240]  # the warp leaves the corners empty
     assert np.corrcoef(high[middle].ravel(), pattern[middle].ravel())[0, 1] > 0.7
@@ -559,7 +592,7 @@ def test_what_is_measured_never_trains(shipped, night, events, seen):
     assert not seen['trained'] & seen['measured']
     # nor do the probes' images
     trained = [
-        torch.tensor(image) / 255 for stamp, image, *_ in events if stamp in seen['trained']
+        torch.tensor(image) for stamp, image, *_ in events if stamp in seen['trained']
     ]
     probes = [probe for held in learner._held_out for probe in held.probes]
     assert probes
@@ -918,13 +951,17 @@ def test_a_tune_that_was_interrupted_goes_on_to_the_same_bits(
     camera, images = night
     options = LearnerOptions(verdict_every=6, steps_per_solve=2, seed=3)
 
+    told = []
+
     def run(folder, on_step=lambda *_: None):
         recordings = [(camera, images[:TRAINED])]
         return tune(
-            *shipped, recordings, 8, epochs=2, options=options, folder=folder, on_step=on_step
+            *shipped, recordings, 8, epochs=2, options=options, folder=folder, on_step=on_step,
+            on_frame=lambda done, total: told.append((done, total)),
         )
 
     whole, all_of_it = run(tmp_path / 'whole')
+    assert told[-1] == (2 * TRAINED, 2 * TRAINED) and len(told) == 2 * TRAINED
 
     def interrupt(at):
         def on_step(learner, step, verdict):
@@ -952,7 +989,12 @@ def test_the_last_images_judge_and_the_gate_may_end_it(shipped, night, seen, mon
     monkeypatch.setattr('imatching_ros.learning.tune.VALIDATION', 0.4)
     camera, images = night
     options = LearnerOptions(rate=1e-8, verdict_every=1)  # it learns nothing
-    learner, history = tune(*shipped, [(camera, images)], 50, epochs=1, options=options)
+    told = []
+    learner, history = tune(
+        *shipped, [(camera, images)], 50, epochs=1, options=options,
+        on_frame=lambda done, total: told.append((done, total)),
+    )
+    assert told[0] == (1, 75) and told[-1] == (75, 75)  # 80 less the gap
     assert (
         learner.step_count == 2
         and len(history.verdicts) == 2

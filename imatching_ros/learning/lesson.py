@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..bundle.observations import index_of, Observations, select, surviving
 from ..bundle.options import BundleOptions
@@ -90,13 +91,29 @@ def make_lesson(
     return Lesson(camera, torch.stack([images[stamp] for stamp in stamps]), ours, window, pairs)
 
 
+def sparing(function: Callable[..., Any], *inputs: Any) -> Any:
+    """
+    Return the function's outputs, and for their gradient keep no more than the inputs.
+
+    The backward pass computes the rest again: the same gradient, to the bit, at the peak memory
+    of one image's or one pair's activations instead of those of all, and at the time of one more
+    forward pass.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def encode(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> dict[int, Any]:
     """Features of the images of some pairs, each encoded once. Differentiable."""
-    device = next(matcher.parameters()).device
     used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
-    return {
-        k: matcher.encode(lesson.images[k:k + 1].to(device, torch.float32) / 255) for k in used
-    }
+    return {k: encode_image(matcher, lesson.images[k:k + 1]) for k in used}
+
+
+def encode_image(matcher: Matcher, image: Tensor) -> Any:
+    """Features of an image (1, 1, H, W) uint8. Differentiable."""
+    device = next(matcher.parameters()).device
+    return sparing(lambda: matcher.encode(image.to(device, torch.float32) / 255))
 
 
 def match(
@@ -118,8 +135,9 @@ def match(
             queries[pair.reference] if queries else lesson.messages[pair.target].ref_uv[pair.rows]
         )
         matches.append(
-            matcher.match(
-                features[pair.reference], features[pair.target], asked.to(device).unsqueeze(0)
+            sparing(
+                matcher.match, features[pair.reference], features[pair.target],
+                asked.to(device).unsqueeze(0),
             )
         )
     return matches

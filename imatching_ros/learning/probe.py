@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .lesson import encode_image, sparing
 from ..matching.detector import detect
 from ..matching.protocol import Matcher, Matches
 from ..matching.warps import apply_homography, in_frame, random_homography
@@ -25,7 +26,7 @@ QUERIES = 300
 class Probe:
     """One image, the same scene warped, and where its corners went."""
 
-    images: Tensor  #: (2, 1, H, W) float32 in [0, 1]
+    images: Tensor  #: (2, 1, H, W) uint8
     queries: Tensor  #: (N, 2) px in the first
     truth: Tensor  #: (N, 2) px in the second
 
@@ -51,12 +52,12 @@ def make_probe(image: np.ndarray, others: Sequence[np.ndarray], seed: int) -> Pr
     H = random_homography(rng, size, 0.5)
     warped = cv2.warpPerspective(clean, H, size, flags=cv2.INTER_LINEAR)
     gain, bias = np.exp(rng.normal(0, 0.1)), rng.normal(0, 5)
-    moved = np.clip(warped * gain + bias + pattern + noise, 0, 255)
+    moved = np.rint(np.clip(warped * gain + bias + pattern + noise, 0, 255)).astype(np.uint8)
     queries = detect(image, QUERIES)
     truth = apply_homography(H, queries) if len(queries) else queries
     seen = in_frame(truth, size)
     return Probe(
-        torch.from_numpy(np.stack((image, moved))[:, None] / 255).float(),
+        torch.from_numpy(np.stack((image, moved))[:, None]),
         torch.from_numpy(queries[seen]),
         torch.from_numpy(truth[seen]).float(),
     )
@@ -71,9 +72,11 @@ def _fixed_pattern(images: Sequence[np.ndarray]) -> np.ndarray:
     high = np.stack(
         [image - cv2.GaussianBlur(image, (0, 0), 5.0) for image in map(np.float32, images)]
     )
-    median = np.median(high, axis=0)
-    error = 1.25 * 1.4826 * np.median(np.abs(high - median), axis=0) / np.sqrt(len(images))
-    return median * np.clip(1 - np.square(error / np.maximum(np.abs(median), 1e-6)), 0, 1)
+    for band in np.array_split(high, 8, axis=1):  # what is copied of them is large
+        median = np.median(band, axis=0)
+        error = 1.25 * 1.4826 * np.median(np.abs(band - median), axis=0) / np.sqrt(len(images))
+        band[0] = median * np.clip(1 - np.square(error / np.maximum(np.abs(median), 1e-6)), 0, 1)
+    return high[0].copy()
 
 
 def _denoise(image: np.ndarray) -> np.ndarray:
@@ -102,6 +105,6 @@ def robust_distance(uv: Tensor, truth: Tensor) -> Tensor:
 
 
 def _match(matcher: Matcher, probe: Probe) -> Matches:
-    device = next(matcher.parameters()).device
-    features = matcher.encode(probe.images.to(device))
-    return matcher.match(features[:1], features[1:], probe.queries.to(device).unsqueeze(0))
+    reference, target = (encode_image(matcher, image) for image in probe.images.split(1))
+    queries = probe.queries.to(next(matcher.parameters()).device).unsqueeze(0)
+    return sparing(matcher.match, reference, target, queries)
