@@ -98,7 +98,11 @@ class World:
 
 @dataclass
 class Oracle:
-    """A matcher that knows the scene, and adds a known error to each query's forward match."""
+    """
+    A matcher that knows the scene, and adds a known error to each query's match.
+
+    On the way back it takes it away again.
+    """
 
     world: World
     error: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
@@ -107,7 +111,7 @@ class Oracle:
     def encode(self, images):
         return round(images[0, 0, 0, 0].item() * 255)
 
-    def match(self, reference, target, queries):
+    def match(self, reference, target, queries, around=None):
         poses = self.world.T_world_camera
         motion = lie.compose(lie.inverse(poses[target]), poses[reference])
         depth = torch.as_tensor(self.world._frames[reference][1], dtype=torch.float64)
@@ -116,8 +120,8 @@ class Oracle:
         xy = CAMERA.normalise(queries[0].double())
         points = lie.act(motion, torch.cat((xy, torch.ones_like(xy[:, :1])), -1) * z[:, None])
         uv = CAMERA.project(points[:, :2] / points[:, 2:])
-        if target > reference:
-            uv[:, 1] += self.error[torch.arange(len(uv)) % len(self.error)]
+        error = self.error[torch.arange(len(uv)) % len(self.error)]
+        uv[:, 1] += error if target > reference else -error
         return _matches(uv.float())
 
 
@@ -127,7 +131,7 @@ class Klt:
     def encode(self, images):
         return (images[0, 0] * 255).round().byte().numpy()
 
-    def match(self, reference, target, queries):
+    def match(self, reference, target, queries, around=None):
         uv, found, _ = cv2.calcOpticalFlowPyrLK(
             reference, target, queries[0].nan_to_num().numpy(), None, maxLevel=4
         )
@@ -256,7 +260,7 @@ def test_a_real_tracker_on_a_recording_that_the_program_rendered(tmp_path):
 def test_matches_that_are_nan_are_misses():
     class Blind(Klt):
 
-        def match(self, reference, target, queries):
+        def match(self, reference, target, queries, around=None):
             return _matches(torch.full_like(queries[0], torch.nan))
 
     world = World(_sideways(6))

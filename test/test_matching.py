@@ -20,6 +20,7 @@ from imatching_ros.matching import weights
 from imatching_ros.matching.detector import BORDER, detect, SPACING
 from imatching_ros.matching.expectation import (
     COARSE,
+    compiled,
     ExpectationMatcher,
     Features,
     FINE,
@@ -27,6 +28,7 @@ from imatching_ros.matching.expectation import (
     MEAN_RADIUS,
     MULTIPLE,
     RELIABILITY,
+    SEARCH_RADIUS,
 )
 from imatching_ros.matching.tracker import round_trip, Tracker, TrackerOptions
 from imatching_ros.matching.warps import apply_homography, in_frame, random_homography
@@ -218,6 +220,102 @@ def test_equation_5_in_closed_form():
         assert mass > 0.999
 
 
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_what_is_compiled_says_what_plain_torch_says(data):
+    if not compiled():
+        pytest.skip('numba is not installed')
+    matcher = ExpectationMatcher()
+    with torch.no_grad():
+        matcher.log_scale_coarse.fill_(3.5)
+        matcher.log_scale_fine.fill_(data.draw(st.floats(1, 4)))
+        matcher.log_odds.copy_(torch.tensor([0.3, 0.5, 2.0, 1.0, -2.0]))
+    h, w = (data.draw(st.integers(2, 7)) * 4 for _ in range(2))
+    batch, seed = data.draw(st.integers(1, 2)), data.draw(st.integers(0, 1000))
+    reference, target = (
+        replace(each, fine=(each.fine * 3).bfloat16())
+        for each in (random_features(seed + k, batch, h, w) for k in (0, 1))
+    )
+    g = torch.Generator().manual_seed(seed)
+    size = torch.tensor([8.0 * w, 8.0 * h])
+    queries, around = (torch.rand(batch, 30, 2, generator=g) * (size + 40) - 20 for _ in 'qa')
+    queries[:, 0], queries[:, 1], around[:, 2] = 0, size - 1, -1000
+    around = data.draw(st.sampled_from([around, queries, None]))
+    with torch.no_grad():
+        matches = matcher.match(reference, target, queries, around)
+        # In float32 it is eager: the same numbers
+        reference, target = (replace(f, fine=f.fine.float()) for f in (reference, target))
+        expected = matcher.match(reference, target, queries, around)
+    # Where two cells are as similar, rounding may choose
+    same = (matches.coarse_uv - expected.coarse_uv).norm(dim=-1) < 2e-3
+    same &= (matches.uv - expected.uv).norm(dim=-1) < 2e-3
+    assert same.float().mean() > 0.9
+    for name in ('score', 'cov'):
+        one, two = getattr(matches, name), getattr(expected, name)
+        torch.testing.assert_close(one[same], two[same], atol=1e-3, rtol=1e-3)
+
+
+def test_what_is_no_number_is_answered_and_nothing_breaks():
+    matcher = ExpectationMatcher()
+    target = random_features()
+    target = replace(target, fine=target.fine.bfloat16())
+    broken = replace(target, coarse=torch.full_like(target.coarse, torch.nan))
+    queries = torch.tensor([[[torch.nan, 3.0], [torch.inf, -torch.inf], [1e30, 20.0]]])
+    with torch.no_grad():
+        for features in (target, broken):
+            for around in (None, queries):
+                assert matcher.match(features, features, queries, around).uv.shape == (1, 3, 2)
+
+
+def test_a_place_expected_makes_a_search_shorter_not_worse(matcher, day):
+    reference, target = day[1][0][1], day[1][4][1]
+    queries = corners(reference)[None]
+    with torch.no_grad():
+        one, two = encoded(matcher, reference), encoded(matcher, target)
+        whole = matcher.match(one, two, queries)
+        sure = whole.score[0] > 0.5
+        right, far = queries + 10, (queries + torch.tensor([150.0, 0])) % 320
+        for around in (right, far):
+            matches = matcher.match(one, two, queries, around)
+            same = (matches.uv - whole.uv).norm(dim=-1)[0] < 1e-2
+            assert sure.sum() > 150 and same[sure].float().mean() > 0.95
+            assert (matches.score >= whole.score - 1e-3).float().mean() > 0.95
+
+
+def test_the_region_is_what_is_searched(matcher, day, monkeypatch):
+    monkeypatch.setattr('imatching_ros.matching.expectation.FAILED', 0.0)
+    features = encoded(matcher, day[1][0][1])
+    queries = torch.tensor([[[100.0, 100.0]]]).expand(1, 5, 2)
+    around = torch.tensor([[[100.0, 100.0], [160, 100], [180, 100], [100, 20], [319, 239]]])
+    with torch.no_grad():
+        matches = matcher.match(features, features, queries, around)
+    reach = (SEARCH_RADIUS + 0.5) * COARSE
+    assert ((matches.coarse_uv - around).abs() <= reach).all()
+    found = (matches.uv - queries).norm(dim=-1)[0] < 1
+    assert found.tolist() == [True, True, False, False, False]
+
+
+def test_torch_compile_gives_the_same(matcher, day):
+    images = torch.tensor(np.stack([image for _, image in day[1][:2]]))[:, None].float() / 255
+    queries = corners(day[1][0][1], 50)[None]
+    torch._dynamo.reset()
+    try:
+        encode, match = (
+            torch.compile(function, backend='aot_eager')
+            for function in (matcher.encode, matcher.match)
+        )
+        with torch.no_grad():
+            features, expected = encode(images), matcher.encode(images)
+            for name in ('coarse', 'fine', 'reliability'):
+                one, two = getattr(features, name), getattr(expected, name)
+                assert (one - two).abs().max() < 0.02 * two.abs().max()
+            matches = match(expected[:1], expected[1:], queries)
+            same = matcher.match(expected[:1], expected[1:], queries)
+    finally:
+        torch._dynamo.reset()
+    assert ((matches.uv - same.uv).norm(dim=-1) < 1e-2).float().mean() > 0.95
+
+
 @settings(deadline=None, max_examples=15)
 @given(
     arrays(np.uint8, st.tuples(st.integers(2, 70), st.integers(2, 90))),
@@ -293,6 +391,25 @@ def test_a_known_homography_is_found(matcher, day):
         )[seen]
         shares.append((error < 1).float().mean().item())
     assert min(shares) > 0.75 and np.mean(shares) > 0.9
+
+
+def test_there_and_back_errs_less_than_there(matcher, day):
+    there, both = [], []
+    for seed, (_, image) in enumerate(day[1][:30:5]):
+        H = random_homography(np.random.default_rng(seed), image.shape[::-1], 0.25)
+        warped = cv2.warpPerspective(image, H, image.shape[::-1])
+        queries = corners(image)
+        truth = torch.from_numpy(apply_homography(H, queries.numpy())).float()
+        with torch.no_grad():
+            one, two = encoded(matcher, image), encoded(matcher, warped)
+            matches, distance = round_trip(matcher, one, two, queries[None])
+            forward = matcher.match(one, two, queries[None])
+        close = distance[0] < TrackerOptions.round_trip_px
+        # What goes astray on one of the ways is left as it is
+        assert torch.equal(matches.uv[0, ~close], forward.uv[0, ~close])
+        there.append((forward.uv[0] - truth).norm(dim=-1)[close])
+        both.append((matches.uv[0] - truth).norm(dim=-1)[close])
+    assert torch.cat(both).median() < 0.9 * torch.cat(there).median()
 
 
 def test_the_covariance_knows_which_matches_are_less_certain(matcher, day):
@@ -525,11 +642,31 @@ def test_other_weights_go_on_with_the_same_tracks(shipped, day):
     # The new weights are used at once, on both images.
     for reference in keyframes:
         mine = after.ref_stamp == reference
-        expected, old = (
-            found(m, images[reference], image, after.ref_uv[mine]) for m in (other, shipped[0])
-        )
+        with torch.no_grad():
+            expected, old = (
+                round_trip(
+                    m, encoded(m, images[reference]), encoded(m, image), after.ref_uv[mine][None]
+                )[0].uv[0]
+                for m in (other, shipped[0])
+            )
         assert (after.uv[mine] - expected).norm(dim=-1).quantile(0.95) < 1e-2
         assert (after.uv[mine] - old).norm(dim=-1).median() > 2e-2
+
+
+def test_a_turn_farther_than_a_region_loses_no_track(shipped, day):
+    # A window of 200 px over one large picture, which jumps by 90 px: the truth is exact
+    picture = cv2.resize(day[1][0][1], (640, 480), interpolation=cv2.INTER_CUBIC)
+    camera = Camera(200, 200, 200.0, 200.0, 99.5, 99.5)
+    tracker = Tracker(shipped[0], 0, camera, TrackerOptions(queries=200))
+    at = [np.array(corner) for corner in ((100, 100), (104, 102), (190, 130), (194, 134))]
+    for stamp, (x, y) in enumerate(at):
+        rows = tracker.track(stamp, np.ascontiguousarray(picture[y:y + 200, x:x + 200]))
+        for reference in rows.ref_stamp.unique().tolist():
+            mine = rows.ref_stamp == reference
+            truth = rows.ref_uv[mine] - torch.from_numpy(at[stamp] - at[reference])
+            seen = ((truth > 4) & (truth < 195)).all(-1)
+            assert ((rows.uv[mine] - truth).norm(dim=-1) < 2)[seen].float().mean() > 0.9
+            assert seen.sum() > (40 if reference < 2 <= stamp else 120)
 
 
 def test_after_a_reset_no_id_is_given_twice(shipped, day):

@@ -43,7 +43,7 @@ _half_map = types.uint16[:, :, ::1]
 
 @intrinsic
 def from_bfloat16(context, bits):
-    """The number whose bfloat16 has these bits (uint16)."""
+    """Return the number whose bfloat16 has these bits (uint16)."""
     def build(context, builder, signature, arguments):
         wide = builder.zext(arguments[0], ir.IntType(32))
         wide = builder.shl(wide, ir.Constant(ir.IntType(32), 16))
@@ -54,7 +54,7 @@ def from_bfloat16(context, bits):
 
 @intrinsic
 def power_of_two(context, exponent):
-    """2^n for an int32 n."""
+    """Return 2^n for an int32 n."""
     def build(context, builder, signature, arguments):
         biased = builder.add(arguments[0], ir.Constant(ir.IntType(32), 127))
         return builder.bitcast(
@@ -95,13 +95,46 @@ def sum_exp(s, peak):
     return total
 
 
+# Below, a map is flat, and a descriptor in it begins `at` an index without sign: views of arrays
+# would be counted, and indices with one are asked whether they count from the end.
+
+
 @_compiled
-def dot(a, b):
-    """Of two float32 vectors."""
+def begin(row, column, columns, channels):
+    """Return where a cell's descriptor begins in a flat map."""
+    return np.uintp((row * columns + column) * channels)
+
+
+@_compiled
+def dot(d, coarse, at):
+    """Of a descriptor and one of a map."""
     total = np.float32(0)
-    for k in range(len(a)):
-        total += a[k] * b[k]
+    for k in range(len(d)):
+        total += d[k] * coarse[at + np.uintp(k)]
     return total
+
+
+@_compiled
+def cosine(d, fine, at):
+    """Of a descriptor and one of a map of bfloat16, which is made unit."""
+    total, square = np.float32(0), np.float32(0)
+    for k in range(len(d)):
+        x = from_bfloat16(fine[at + np.uintp(k)])
+        total += d[k] * x
+        square += x * x
+    return total / max(np.float32(math.sqrt(square)), np.float32(1e-12))
+
+
+@_compiled
+def add(d, share, fine, at):
+    """Add to a descriptor a share of one of a map of bfloat16, which is made unit."""
+    square = np.float32(0)
+    for k in range(len(d)):
+        x = from_bfloat16(fine[at + np.uintp(k)])
+        square += x * x
+    share /= max(np.float32(math.sqrt(square)), np.float32(1e-12))
+    for k in range(len(d)):
+        d[k] += share * from_bfloat16(fine[at + np.uintp(k)])
 
 
 @_compiled
@@ -133,46 +166,36 @@ def reliability(log_odds, u, v):
 @_compiled
 def scale_to(d, length):
     """Give d this length."""
-    factor = length / max(np.float32(math.sqrt(dot(d, d))), np.float32(1e-12))
+    factor = length / max(np.float32(math.sqrt(dot(d, d, np.uintp(0)))), np.float32(1e-12))
     for k in range(len(d)):
         d[k] *= factor
 
 
 @_compiled
-def coarse_descriptor(coarse, u, v, scale, d):
+def coarse_descriptor(coarse, h, w, u, v, scale, d):
     """Of a point of the reference, as long as the scale."""
-    left, right, x = corner(u, COARSE, coarse.shape[1])
-    top, bottom, y = corner(v, COARSE, coarse.shape[0])
-    a, b, c = coarse[top, left], coarse[top, right], coarse[bottom, left]
-    e = coarse[bottom, right]
-    for k in range(len(d)):
-        d[k] = (ONE - y) * ((ONE - x) * a[k] + x * b[k]) + y * ((ONE - x) * c[k] + x * e[k])
+    left, right, x = corner(u, COARSE, w)
+    top, bottom, y = corner(v, COARSE, h)
+    a, b = begin(top, left, w, len(d)), begin(top, right, w, len(d))
+    c, e = begin(bottom, left, w, len(d)), begin(bottom, right, w, len(d))
+    for n in range(len(d)):
+        k = np.uintp(n)
+        above = (ONE - x) * coarse[a + k] + x * coarse[b + k]
+        below = (ONE - x) * coarse[c + k] + x * coarse[e + k]
+        d[n] = (ONE - y) * above + y * below
     scale_to(d, scale)
 
 
 @_compiled
-def unpack(half, d):
-    """Write a bfloat16 descriptor into d; one over its length is returned."""
-    square = np.float32(0)
-    for k in range(len(d)):
-        x = from_bfloat16(half[k])
-        d[k] = x
-        square += x * x
-    return ONE / max(np.float32(math.sqrt(square)), np.float32(1e-12))
-
-
-@_compiled
-def fine_descriptor(fine, u, v, scale, d, corner_d):
+def fine_descriptor(fine, h, w, u, v, scale, d):
     """Of a point of the reference, as long as the scale."""
-    left, right, x = corner(u, FINE, fine.shape[1])
-    top, bottom, y = corner(v, FINE, fine.shape[0])
+    left, right, x = corner(u, FINE, w)
+    top, bottom, y = corner(v, FINE, h)
     d[:] = np.float32(0)
-    for j in range(4):
-        row, share_y = (bottom, y) if j // 2 else (top, ONE - y)
-        column, share_x = (right, x) if j % 2 else (left, ONE - x)
-        share = share_x * share_y * unpack(fine[row, column], corner_d)
-        for k in range(len(d)):
-            d[k] += share * corner_d[k]
+    add(d, (ONE - x) * (ONE - y), fine, begin(top, left, w, len(d)))
+    add(d, x * (ONE - y), fine, begin(top, right, w, len(d)))
+    add(d, (ONE - x) * y, fine, begin(bottom, left, w, len(d)))
+    add(d, x * y, fine, begin(bottom, right, w, len(d)))
     scale_to(d, scale)
 
 
@@ -205,7 +228,10 @@ def match(
     uv, coarse_uv = np.empty((N, 2), np.float32), np.empty((N, 2), np.float32)
     score, cov = np.empty(N, np.float32), np.empty((N, 2, 2), np.float32)
     d_coarse = np.empty(coarse_i.shape[2], np.float32)
-    d_fine, cell = np.empty(fine_i.shape[2], np.float32), np.empty(fine_i.shape[2], np.float32)
+    d_fine = np.empty(fine_i.shape[2], np.float32)
+    (h_i, w_i), (H_i, W_i) = coarse_i.shape[:2], fine_i.shape[:2]
+    flat_coarse_i, flat_coarse_j = coarse_i.reshape(-1), coarse_j.reshape(-1)
+    flat_fine_i, flat_fine_j = fine_i.reshape(-1), fine_j.reshape(-1)
     scratch = np.empty((2 * SEARCH_RADIUS + 1) ** 2, np.float32)
     near = np.empty(EDGE * EDGE, np.float32)
     a_cov, b_cov = math.exp(log_cov[0]), math.exp(log_cov[1])
@@ -217,11 +243,11 @@ def match(
             centre_y = first_cell(around[n, 1], COARSE, 0, h)
             left, right = max(centre_x - SEARCH_RADIUS, 0), min(centre_x + SEARCH_RADIUS + 1, w)
             top, bottom = max(centre_y - SEARCH_RADIUS, 0), min(centre_y + SEARCH_RADIUS + 1, h)
-            coarse_descriptor(coarse_i, u, v, scale_coarse, d_coarse)
+            coarse_descriptor(flat_coarse_i, h_i, w_i, u, v, scale_coarse, d_coarse)
             s, i = scratch[:(right - left) * (bottom - top)], 0
             for y in range(top, bottom):
                 for x in range(left, right):
-                    s[i] = dot(d_coarse, coarse_j[y, x])
+                    s[i] = dot(d_coarse, flat_coarse_j, begin(y, x, w, len(d_coarse)))
                     i += 1
         else:
             left, right, top, bottom, s = 0, w, 0, h, similarity[n]
@@ -230,8 +256,11 @@ def match(
         first_x = max(min(left + mode % width, w - 1 - COARSE_RADIUS), COARSE_RADIUS)
         first_y = max(min(top + mode // width, h - 1 - COARSE_RADIUS), COARSE_RADIUS)
         inside, mean_x, mean_y = np.float32(0), np.float32(0), np.float32(0)
-        for y in range(max(first_y - COARSE_RADIUS, top), min(first_y + COARSE_RADIUS + 1, bottom)):
-            for x in range(max(first_x - COARSE_RADIUS, left), min(first_x + COARSE_RADIUS + 1, right)):
+        # What of the window lies in the region
+        from_x, to_x = max(first_x - COARSE_RADIUS, left), min(first_x + COARSE_RADIUS + 1, right)
+        from_y, to_y = max(first_y - COARSE_RADIUS, top), min(first_y + COARSE_RADIUS + 1, bottom)
+        for y in range(from_y, to_y):
+            for x in range(from_x, to_x):
                 weight = exp(s[(y - top) * width + x - left] - peak)
                 inside += weight
                 mean_x += weight * np.float32(x)
@@ -241,13 +270,13 @@ def match(
         coarse_uv[n, 1] = mean_y / inside * np.float32(COARSE) + np.float32((COARSE - 1) / 2)
 
         # Fine: the same over the cells around the mode of a window
-        fine_descriptor(fine_i, u, v, scale_fine, d_fine, cell)
+        fine_descriptor(flat_fine_i, H_i, W_i, u, v, scale_fine, d_fine)
         left = first_cell(coarse_uv[n, 0], FINE, FINE_RADIUS, W)
         top = first_cell(coarse_uv[n, 1], FINE, FINE_RADIUS, H)
         for y in range(EDGE):
             for x in range(EDGE):
-                factor = unpack(fine_j[top + y, left + x], cell)
-                near[y * EDGE + x] = factor * dot(d_fine, cell)
+                at = begin(top + y, left + x, W, len(d_fine))
+                near[y * EDGE + x] = cosine(d_fine, flat_fine_j, at)
         peak, mode = largest(near)
         first_x = max(min(mode % EDGE, EDGE - 1 - MEAN_RADIUS), MEAN_RADIUS) - MEAN_RADIUS
         first_y = max(min(mode // EDGE, EDGE - 1 - MEAN_RADIUS), MEAN_RADIUS) - MEAN_RADIUS

@@ -34,8 +34,14 @@ class Matcher(Protocol):
     def encode(self, images: Tensor) -> Any:
         """Features of images (B, 1, H, W), float in [0, 1]: what a keyframe caches."""
 
-    def match(self, reference: Any, target: Any, queries: Tensor) -> Matches:
-        """Find queries (B, N, 2), px in the reference, in the target."""
+    def match(
+        self, reference: Any, target: Any, queries: Tensor, around: Tensor | None = None
+    ) -> Matches:
+        """
+        Find queries (B, N, 2), px in the reference, in the target.
+
+        ``around`` (B, N, 2) px is where each is expected: to look there first is cheaper.
+        """
 
     def reliability(self, features: Any, uv: Tensor) -> Tensor:
         """Log odds (B, N) that points uv (B, N, 2) px are found to a pixel, before any match."""

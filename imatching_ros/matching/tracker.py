@@ -6,7 +6,7 @@ Each image is matched with its past n keyframes (paper 3.1.1).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from .protocol import Matcher, Matches
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 
+# px: a match that comes back this close to its query is right, and its miss is an error of both
+# ways; beyond, one of them went astray
+_SYMMETRIC_PX = 2.0
 # a keyframe of which less than this share of the points was ever found again shows nothing
 _BLIND = 0.2
 
@@ -50,16 +53,22 @@ class _Keyframe:
 
 
 def round_trip(
-    matcher: Matcher, reference: Any, target: Any, queries: Tensor
+    matcher: Matcher, reference: Any, target: Any, queries: Tensor, around: Tensor | None = None
 ) -> tuple[Matches, Tensor]:
     """
-    Return matches of queries (1, N, 2), and by how much they miss on the way back.
+    Return matches of queries (1, N, 2), and how far from its query each comes back (1, N) px.
 
-    That is how far from its query each match comes back (1, N) px.
+    They are expected ``around`` some places (1, N, 2) px, if at all, and their ways back around
+    the queries. Where a match comes back close to its query, half of what it misses is taken from
+    it: an error that depends on where a point lies between the cells of the maps is made once in
+    each direction, so that it cancels.
     """
-    forward = matcher.match(reference, target, queries)
-    backward = matcher.match(target, reference, forward.uv)
-    return forward, (backward.uv - queries).norm(dim=-1)
+    forward = matcher.match(reference, target, queries, around)
+    miss = matcher.match(target, reference, forward.uv, queries).uv - queries
+    distance = miss.norm(dim=-1)
+    close = (distance < _SYMMETRIC_PX).unsqueeze(-1)
+    uv = torch.where(close, forward.uv - miss / 2, forward.uv)
+    return replace(forward, uv=uv), distance
 
 
 def keypoints(
@@ -92,6 +101,8 @@ class Tracker:
         self._matcher, self._version = matcher, version
         self._keyframes: list[_Keyframe] = []  # oldest first
         self._next_track: int | None = None
+        # What the previous image showed: tracks (T,), ascending, and where (T, 2) px
+        self._seen = torch.empty(0, dtype=torch.int64), torch.empty(0, 2)
 
     @property
     def keyframes(self) -> list[int]:
@@ -133,8 +144,14 @@ class Tracker:
         rows = [self._match(keyframe, features) for keyframe in self._keyframes]
         rows = [Correspondences(stamp, *columns, self._version) for columns in rows]
         correspondences = self._agreeing(rows, stamp)
+        track, uv, _, _ = _mean_of_tracks(
+            correspondences.uv, correspondences.cov, correspondences.track
+        )
+        self._seen = track, uv
         if self._is_keyframe_due(correspondences):
             self._add_keyframe(stamp, image, features, correspondences)
+            # All of them, those just born among them: their tracks ascend
+            self._seen = self._keyframes[-1].track, self._keyframes[-1].uv
         return correspondences
 
     def _encode(self, image: np.ndarray) -> Any:
@@ -148,8 +165,13 @@ class Tracker:
 
     def _match(self, keyframe: _Keyframe, features: Any) -> tuple[Tensor, ...]:
         """Columns of the rows with one keyframe that come back to where they started."""
-        queries = keyframe.uv.to(self._device).unsqueeze(0)
-        matches, distance = round_trip(self._matcher, keyframe.features, features, queries)
+        queries, around = keyframe.uv, self._expected(keyframe)
+        if around is not None:
+            around = around.to(self._device).unsqueeze(0)
+        matches, distance = round_trip(
+            self._matcher, keyframe.features, features, queries.to(self._device).unsqueeze(0),
+            around,
+        )
         uv = matches.uv[0]
         inside = (
             (uv >= 0) & (uv <= uv.new_tensor([self.camera.width - 1, self.camera.height - 1]))
@@ -171,6 +193,23 @@ class Tracker:
             # add up
             keyframe.cov[kept] + torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1),
         )
+
+    def _expected(self, keyframe: _Keyframe) -> Tensor | None:
+        """
+        Where the points of a keyframe are expected (N, 2) px: where the previous image had them.
+
+        Those it had not have moved like the others; None where it had none.
+        """
+        tracks, uv = self._seen
+        index = torch.searchsorted(tracks, keyframe.track).clamp_max(max(len(tracks) - 1, 0))
+        if not len(tracks):
+            return None
+        known = (tracks[index] == keyframe.track).unsqueeze(-1)
+        if not known.any():
+            return None
+        motion = uv[index] - keyframe.uv
+        typical = motion[known[:, 0]].median(0).values
+        return keyframe.uv + torch.where(known, motion, typical)
 
     def _agreeing(self, rows: list[Correspondences], stamp: int) -> Correspondences:
         """All rows, without the tracks whose references disagree on where the point is."""

@@ -17,6 +17,7 @@ from .process import run
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights
+from ..matching.expectation import compiled
 from ..matching.tracker import Tracker, TrackerOptions
 
 
@@ -33,6 +34,7 @@ class MatcherNode(CoreNode):
         self._previous: Correspondences | None = None
 
     def configure(self) -> None:
+        compiled()  # now, not when the first image waits for it
         self._correspondences = self.tell(PointCloud2, 'correspondences', self.result_qos)
         self._debug = self.tell(Image, 'debug/matches', QoSProfile(depth=1))
         self._vins = None
