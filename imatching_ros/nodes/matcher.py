@@ -13,7 +13,7 @@ import torch
 
 from . import messages, parameters
 from .core_node import CoreNode, latched, placed
-from .process import run
+from .process import keep_freed_memory, run
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights
@@ -35,6 +35,7 @@ class MatcherNode(CoreNode):
 
     def configure(self) -> None:
         compiled()  # now, not when the first image waits for it
+        keep_freed_memory()
         self._correspondences = self.tell(PointCloud2, 'correspondences', self.result_qos)
         self._debug = self.tell(Image, 'debug/matches', QoSProfile(depth=1))
         self._vins = None
