@@ -60,7 +60,9 @@ from torch import Tensor
 
 SHARED = Path(__file__).resolve().parent.parent.parent / 'shared'
 POINTS = 1000
-LEAST_SCORE = 0.0  # of a match of ours that is kept
+# Of ours, matches are kept that are right to a pixel with this probability, and where there are
+# few such, the best of the others up to this many: enough to vote for a pose
+LEAST_SCORE, ENOUGH = 0.8, 200
 STEPS = (1, 5, 10, 20)
 RENDERED = {
     'room': {'seed': 1001, 'path': 'handheld'},
@@ -108,7 +110,9 @@ def imatching(file: Path, device: str = 'cpu') -> Method:
         height, width = target[2]
         inside = ((uv >= 0) & (uv <= uv.new_tensor([width - 1, height - 1]))).all(-1)
         kept = inside & (back[0] < TrackerOptions.round_trip_px)
-        kept &= matches.score[0] >= LEAST_SCORE
+        score = torch.where(kept, matches.score[0], 0)
+        least = score.topk(min(ENOUGH, len(score))).values[-1].clamp(max=LEAST_SCORE)
+        kept &= score >= least
         return reference[1][kept].cpu().numpy(), uv[kept].cpu().numpy()
 
     return describe, match

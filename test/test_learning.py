@@ -22,6 +22,7 @@ from imatching_ros.learning import learner as learner_module
 from imatching_ros.learning import lesson as lesson_module
 from imatching_ros.learning.learner import Learner, LearnerOptions
 from imatching_ros.learning.lesson import (
+    encode,
     Lesson,
     make_lesson,
     match,
@@ -386,8 +387,17 @@ def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
     again = rematch(shipped[0], lesson)
     for one, two in zip(lesson.messages, again.messages, strict=True):
         assert torch.equal(one.ref_uv, two.ref_uv) and torch.equal(one.track, two.track)
-        close = (one.uv - two.uv).norm(dim=-1) < 1e-2  # same weights, same answer
-        assert len(one) == 0 or close.float().mean() > 0.95
+    features = encode(shipped[0], lesson, lesson.pairs)
+    for pair in lesson.pairs:
+        # Same weights, same answer: as a match there and not back
+        one, two = lesson.messages[pair.target], again.messages[pair.target]
+        with torch.no_grad():
+            there = shipped[0].match(
+                features[pair.reference], features[pair.target], one.ref_uv[pair.rows][None]
+            ).uv[0]
+        close = (there - two.uv[pair.rows]).norm(dim=-1) < 1e-2
+        assert close.float().mean() > 0.95
+        assert (one.uv - two.uv)[pair.rows].norm(dim=-1).median() < 0.5
     solved = resolve(again, BundleOptions())
     posed = survivors_of(solved, BundleOptions().prune_px).problem
     assert adjust(posed).cost == pytest.approx(posed.cost(AdjustOptions().kernel).item(), rel=1e-5)

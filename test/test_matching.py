@@ -30,7 +30,7 @@ from imatching_ros.matching.expectation import (
     RELIABILITY,
     SEARCH_RADIUS,
 )
-from imatching_ros.matching.tracker import round_trip, Tracker, TrackerOptions
+from imatching_ros.matching.tracker import round_trip, SYMMETRIC_PX, Tracker, TrackerOptions
 from imatching_ros.matching.warps import apply_homography, in_frame, random_homography
 import numpy as np
 import pytest
@@ -366,16 +366,23 @@ def test_a_point_is_found_where_it_is_in_the_same_image(matcher, day):
 
 @pytest.mark.parametrize('size', [(333, 211), (101, 77)])
 def test_padding_does_not_show_at_the_border(matcher, day, size):
+    def border_errors(image):
+        size = image.shape[::-1]
+        grid = np.stack(np.meshgrid(*(np.arange(0, edge, 5.0) for edge in size)), -1)
+        queries = torch.from_numpy(grid).float().reshape(-1, 2)
+        far = torch.tensor(size) - 1
+        queries = queries[(queries < 6).any(-1) | (queries > far - 6).any(-1)]
+        return (found(matcher, image, image, queries) - queries).norm(dim=-1)
+
+    # The mean of cells does not reach the outermost half pixel: a border errs more than the middle
+    # does, whether there is padding behind it or not
     image = cv2.resize(day[1][0][1], size, interpolation=cv2.INTER_AREA)
-    grid = np.stack(
-        np.meshgrid(np.arange(0, size[0], 5.0), np.arange(0, size[1], 5.0)), -1
-    ).reshape(-1, 2)
-    queries = torch.from_numpy(grid).float()
-    error = (found(matcher, image, image, queries) - queries).norm(dim=-1)
-    far = torch.tensor(size) - 1
-    border = (queries < 6).any(-1) | (queries > far - 6).any(-1)
-    assert error[border].median() < error[~border].median() + 0.2
-    assert error[border].quantile(0.9) < 1.5
+    padded = border_errors(image)
+    without = border_errors(
+        image[:size[1] // MULTIPLE * MULTIPLE, :size[0] // MULTIPLE * MULTIPLE].copy()
+    )
+    assert padded.median() < without.median() + 0.1
+    assert padded.quantile(0.9) < max(1.5, without.quantile(0.9) + 0.2)
 
 
 def test_a_known_homography_is_found(matcher, day):
@@ -404,7 +411,7 @@ def test_there_and_back_errs_less_than_there(matcher, day):
             one, two = encoded(matcher, image), encoded(matcher, warped)
             matches, distance = round_trip(matcher, one, two, queries[None])
             forward = matcher.match(one, two, queries[None])
-        close = distance[0] < TrackerOptions.round_trip_px
+        close = distance[0] < SYMMETRIC_PX
         # What goes astray on one of the ways is left as it is
         assert torch.equal(matches.uv[0, ~close], forward.uv[0, ~close])
         there.append((forward.uv[0] - truth).norm(dim=-1)[close])
@@ -416,9 +423,9 @@ def test_the_covariance_knows_which_matches_are_less_certain(matcher, day):
     reference, target = day[1][0][1], day[1][4][1]
     queries = corners(reference)
     H = random_homography(np.random.default_rng(1), reference.shape[::-1], 0.5)
-    target = cv2.GaussianBlur(
-        cv2.warpPerspective(reference, H, reference.shape[::-1]), (0, 0), 1.5
-    )
+    target = cv2.warpPerspective(reference, H, reference.shape[::-1])
+    half = target.shape[1] // 2  # of which one is out of focus
+    target[:, half:] = cv2.GaussianBlur(target, (0, 0), 3.0)[:, half:]
     truth = apply_homography(H, queries.numpy())
     seen = torch.from_numpy(in_frame(truth, reference.shape[::-1]))
     with torch.no_grad():

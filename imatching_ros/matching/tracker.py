@@ -20,7 +20,7 @@ from ..geometry.correspondences import Correspondences
 
 # px: a match that comes back this close to its query is right, and its miss is an error of both
 # ways; beyond, one of them went astray
-_SYMMETRIC_PX = 2.0
+SYMMETRIC_PX = 2.0
 # a keyframe of which less than this share of the points was ever found again shows nothing
 _BLIND = 0.2
 
@@ -31,7 +31,7 @@ class TrackerOptions:
 
     queries: int = 600  #: points per keyframe
     references: int = 2  #: n, past keyframes that each image is matched with
-    round_trip_px: float = 2.0  #: forward-backward check: a point must come back this close
+    round_trip_px: float = 1.0  #: forward-backward check: a point must come back this close
     agreement_px: float = 3.0  #: the references of one track must agree this closely
     #: a keyframe is due when the median point moved this share of the image's width
     parallax: float = 0.03
@@ -58,15 +58,17 @@ def round_trip(
     """
     Return matches of queries (1, N, 2), and how far from its query each comes back (1, N) px.
 
-    They are expected ``around`` some places (1, N, 2) px, if at all, and their ways back around
-    the queries. Where a match comes back close to its query, half of what it misses is taken from
-    it: an error that depends on where a point lies between the cells of the maps is made once in
-    each direction, so that it cancels.
+    Where they are expected ``around`` some places (1, N, 2) px, their ways back are expected
+    around the queries; else both ways search the whole image, for a match that went far astray
+    must not find back because that was where it was looked for. Where a match comes back close to
+    its query, half of what it misses is taken from it: an error that depends on where a point lies
+    between the cells of the maps is made once in each direction, so that it cancels.
     """
     forward = matcher.match(reference, target, queries, around)
-    miss = matcher.match(target, reference, forward.uv, queries).uv - queries
+    back = None if around is None else queries
+    miss = matcher.match(target, reference, forward.uv, back).uv - queries
     distance = miss.norm(dim=-1)
-    close = (distance < _SYMMETRIC_PX).unsqueeze(-1)
+    close = (distance < SYMMETRIC_PX).unsqueeze(-1)
     uv = torch.where(close, forward.uv - miss / 2, forward.uv)
     return replace(forward, uv=uv), distance
 

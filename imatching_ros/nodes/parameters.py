@@ -134,7 +134,7 @@ TABLE: tuple[Parameter, ...] = (
               option='tracker.queries'),
     Parameter('references', _M, 2, 'Past keyframes that each image is matched with.', 1, 10,
               read_only=True, option='tracker.references'),
-    Parameter('round_trip_px', _M, 2.0, 'A match must come back to its query this closely, px.',
+    Parameter('round_trip_px', _M, 1.0, 'A match must come back to its query this closely, px.',
               0.1, 50.0, option='tracker.round_trip_px'),
     Parameter('agreement_px', _M, 3.0, 'The references of one track must agree this closely, px.',
               0.1, 50.0, option='tracker.agreement_px'),
