@@ -32,7 +32,6 @@ import json
 import multiprocessing
 import os
 from pathlib import Path
-import resource
 import statistics
 import tempfile
 import time
@@ -311,7 +310,9 @@ def _alone(file: Path, threads: int, images: list[np.ndarray]) -> float:
     with torch.inference_mode():
         for _ in range(3):
             match(*map(describe, images))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not ru_maxrss, which begins with what the process that started this one had
+    status = Path('/proc/self/status').read_text()
+    return int(status.split('VmHWM:')[1].split()[0]) / 1024
 
 
 def recordings(names: list[str], frames: int, folder: Path) -> dict[str, Recording]:

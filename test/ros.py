@@ -164,9 +164,8 @@ class Ros:
                 assert process.poll() is None, (
                     f'{role} ended with {process.returncode}: {self.log(role)}'
                 )
-        raise AssertionError(
-            f'waited {timeout} s in vain; logs: {[self.log(role) for role in self.processes]}'
-        )
+        said = {role: (self.says(role), self.log(role)) for role in self.processes}
+        raise AssertionError(f'waited {timeout} s in vain; diagnostics and logs: {said}')
 
     def connect(self, publisher, subscribers=1) -> None:
         self.wait(lambda: publisher.get_subscription_count() >= subscribers)

@@ -282,13 +282,13 @@ def test_matcher_node_services_and_parameters(matcher, first_weights):
     assert not refused.successful and 'round_trip_px' in refused.reason and '50' in refused.reason
     request = GetParameters.Request(names=['agreement_px', 'round_trip_px'])
     values = matcher.call(GetParameters, 'matcher/get_parameters', request).values
-    assert [value.double_value for value in values] == [3.0, 2.0]  # all of one set, or none of it
+    assert [value.double_value for value in values] == [3.0, 1.0]  # all of one set, or none of it
     assert len(play(matcher, picture(1.0)))
     assert change(round_trip_px=0.1, agreement_px=1.0).successful
     before = len(matcher.matched[-1].data)
     play(matcher, picture(2.5))
     assert len(matcher.matched[-1].data) < before  # a stricter check keeps fewer
-    assert change(round_trip_px=2.0, agreement_px=3.0).successful
+    assert change(round_trip_px=1.0, agreement_px=3.0).successful
 
 
 # The bundle
