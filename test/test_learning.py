@@ -792,6 +792,12 @@ def test_the_gate_decides_by_certainty():
     # not a reason
     assert gate.judge(replace(worse, epipolar=worse.epipolar - 0.005), worse)[0] == 0
     assert gate.judge(replace(worse, probe=worse.probe - 0.1), worse)[0] == 0
+    # Both a little better: two witnesses that agree
+    little = worse.epipolar - torch.where(worse.epipolar > 0.9, 0.06, 0.01)
+    assert gate.judge(replace(worse, epipolar=little), worse)[0] == 0
+    agreed = replace(worse, epipolar=little, probe=worse.probe - 0.1)
+    mark, reason, _ = gate.judge(agreed, worse)
+    assert mark == 1 and 'known warps better by' in reason
     mark, reason, figures = gate.judge(evidence(0, 0), evidence(0, 0))
     assert mark < 1 and set(figures) >= {
         'epipolar_px', 'epipolar_px_before', 'probe_1px', 'probe_1px_before',
