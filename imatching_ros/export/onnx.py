@@ -21,6 +21,7 @@ _POINTS = 1000  # of the example that is traced; the graph takes any number
 
 
 class _Encode(nn.Module):
+
     def __init__(self, matcher: ExpectationMatcher) -> None:
         super().__init__()
         self.matcher = matcher
@@ -31,6 +32,7 @@ class _Encode(nn.Module):
 
 
 class _Match(nn.Module):
+
     def __init__(self, matcher: ExpectationMatcher, size: tuple[int, int]) -> None:
         super().__init__()
         self.matcher, self.size = matcher, size
