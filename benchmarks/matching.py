@@ -5,6 +5,7 @@ The same pairs, the same truth, the same pose solver.
 
     python benchmarks/matching.py [--quick] [--weights FILE] [--data NAME ...] [--json PATH]
     python benchmarks/matching.py --pictures FOLDER
+    python benchmarks/matching.py --speed [--data NAME ...] [--threads N]
 
 Data: three scenes that the program renders here (of seeds that no training uses) and, where they
 stand beside the project, the recordings redkitchen and kitti_street. Every method may propose up
@@ -315,6 +316,24 @@ def _alone(file: Path, threads: int, images: list[np.ndarray]) -> float:
     return int(status.split('VmHWM:')[1].split()[0]) / 1024
 
 
+def speed(file: Path, recording: Recording) -> dict[str, tuple[float, float]]:
+    """Median and 95th percentile, ms, of what a node does with each image of a video."""
+    matcher, _ = weights.load(file)
+    times: dict[str, list[float]] = {'encode': [], 'match 1000': []}
+    keyframe, queries = None, None
+    for index, (_, image) in enumerate(recording):
+        start = time.perf_counter()
+        features = matcher.encode(torch.tensor(image)[None, None].float() / 255)
+        times['encode'].append(1e3 * (time.perf_counter() - start))
+        if keyframe is not None:
+            start = time.perf_counter()
+            matcher.match(keyframe, features, queries, queries)
+            times['match 1000'].append(1e3 * (time.perf_counter() - start))
+        if index % 10 == 0:
+            keyframe, queries = features, keypoints(matcher, image, features, POINTS)[None]
+    return {name: tuple(np.percentile(ms[5:], (50, 95))) for name, ms in times.items()}
+
+
 def recordings(names: list[str], frames: int, folder: Path) -> dict[str, Recording]:
     """Those of the wanted names that are at hand; the rendered ones are made in ``folder``."""
     found = {}
@@ -522,6 +541,10 @@ def main() -> None:
     parser.add_argument(
         '--weights', type=Path, default=weights.default_path(), help='the weights of ours'
     )
+    parser.add_argument(
+        '--speed', action='store_true',
+        help='only time encoding, and matching 1000 points with one keyframe, over a video each',
+    )
     parser.add_argument('--quick', action='store_true', help='a few pairs of each step')
     parser.add_argument('--slow', action='store_true', help='DISK + LightGlue too: 2 s per pair')
     parser.add_argument('--threads', type=int, default=2)
@@ -538,6 +561,11 @@ def main() -> None:
     per_step, frames = (3, 24) if options.quick else (20, 60)
     rows = []
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        if options.speed:
+            for name, recording in recordings(options.data, frames, Path(folder)).items():
+                for what, (half, most) in speed(options.weights, recording).items():
+                    print(f'{name}: {what} {half:.1f} ms, 95 % below {most:.1f} ms')
+            return
         peers = methods(options.weights, options.slow)
         if options.pictures:
             pictures(options.pictures, options.pair, peers)

@@ -250,6 +250,9 @@ def test_what_is_compiled_says_what_plain_torch_says(data):
     same = (matches.coarse_uv - expected.coarse_uv).norm(dim=-1) < 2e-3
     same &= (matches.uv - expected.uv).norm(dim=-1) < 2e-3
     assert same.float().mean() > 0.9
+    # And which window of the fine map is searched, where the coarse mean lies between two cells
+    cell = (expected.coarse_uv - (FINE - 1) / 2) / FINE - 0.5
+    same &= ((cell - cell.round()).abs() > 2e-3).all(-1)
     for name in ('score', 'cov'):
         one, two = getattr(matches, name), getattr(expected, name)
         torch.testing.assert_close(one[same], two[same], atol=1e-3, rtol=1e-3)
