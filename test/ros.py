@@ -33,7 +33,9 @@ CAMERA = Camera(160, 120, 130.0, 130.0, 79.5, 59.5)
 SECOND = 10**9
 START = 1_700_000_000 * SECOND
 #: Fast DDS: UDP on this machine alone. With ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST it would use
-#: shared memory whatever FASTDDS_BUILTIN_TRANSPORTS says.
+#: shared memory whatever FASTDDS_BUILTIN_TRANSPORTS says. And a long lease: a process that is
+#: stopped for more than 20 s, on a slow machine, is else taken for gone, and what it missed is not
+#: sent again.
 UDP = """<?xml version="1.0" encoding="UTF-8"?>
 <profiles xmlns="http://www.eprosima.com">
   <transport_descriptors><transport_descriptor>
@@ -41,6 +43,10 @@ UDP = """<?xml version="1.0" encoding="UTF-8"?>
     <interfaceWhiteList><address>127.0.0.1</address></interfaceWhiteList>
   </transport_descriptor></transport_descriptors>
   <participant profile_name="udp" is_default_profile="true"><rtps>
+    <builtin><discovery_config>
+      <leaseDuration><sec>600</sec></leaseDuration>
+      <leaseAnnouncement><sec>3</sec></leaseAnnouncement>
+    </discovery_config></builtin>
     <userTransports><transport_id>udp</transport_id></userTransports>
     <useBuiltinTransports>false</useBuiltinTransports>
   </rtps></participant>
