@@ -146,12 +146,12 @@ class Tracker:
         rows = [self._match(keyframe, features) for keyframe in self._keyframes]
         rows = [Correspondences(stamp, *columns, self._version) for columns in rows]
         correspondences = self._agreeing(rows, stamp)
-        track, uv, _, _ = _mean_of_tracks(
+        track, uv, cov, _ = _mean_of_tracks(
             correspondences.uv, correspondences.cov, correspondences.track
         )
         self._seen = track, uv
         if self._is_keyframe_due(correspondences):
-            self._add_keyframe(stamp, image, features, correspondences)
+            self._add_keyframe(stamp, image, features, track, uv, cov)
             # All of them, those just born among them: their tracks ascend
             self._seen = self._keyframes[-1].track, self._keyframes[-1].uv
         return correspondences
@@ -247,14 +247,14 @@ class Tracker:
         return bool(moved > self.options.parallax * self.camera.width)
 
     def _add_keyframe(
-        self, stamp: int, image: np.ndarray, features: Any, found: Correspondences
+        self, stamp: int, image: np.ndarray, features: Any, track: Tensor, uv: Tensor, cov: Tensor
     ) -> None:
         """
         Make the image a keyframe.
 
-        Its points are the tracks found in it, and new corners between them.
+        Its points are the tracks found in it (T,), at uv (T, 2) px with covariances (T, 3), and
+        new corners between them.
         """
-        track, uv, cov, _ = _mean_of_tracks(found.uv, found.cov, found.track)
         corners = keypoints(
             self._matcher, image, features, max(self.options.queries - len(track), 1), uv.numpy()
         )
