@@ -51,6 +51,7 @@ from imatching_ros.evaluation.matching import (
 from imatching_ros.geometry import lie
 from imatching_ros.matching import weights
 from imatching_ros.matching.tracker import keypoints, round_trip, TrackerOptions
+from imatching_ros.nodes.diagnostics import peak_memory_mb
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -311,9 +312,7 @@ def _alone(file: Path, threads: int, images: list[np.ndarray]) -> float:
     with torch.inference_mode():
         for _ in range(3):
             match(*map(describe, images))
-    # Not ru_maxrss, which begins with what the process that started this one had
-    status = Path('/proc/self/status').read_text()
-    return int(status.split('VmHWM:')[1].split()[0]) / 1024
+    return peak_memory_mb()
 
 
 def speed(file: Path, recording: Recording) -> dict[str, tuple[float, float]]:

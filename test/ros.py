@@ -35,8 +35,8 @@ START = 1_700_000_000 * SECOND
 #: Fast DDS: UDP on this machine alone. With ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST it would use
 #: shared memory whatever FASTDDS_BUILTIN_TRANSPORTS says. And a long lease: a process that is
 #: stopped for more than 20 s, on a slow machine, is else taken for gone, and what it missed is not
-#: sent again.
-UDP = """<?xml version="1.0" encoding="UTF-8"?>
+#: sent again. One that is killed is missed as late: others then still count its subscriptions.
+PATIENT = """<?xml version="1.0" encoding="UTF-8"?>
 <profiles xmlns="http://www.eprosima.com">
   <transport_descriptors><transport_descriptor>
     <transport_id>udp</transport_id><type>UDPv4</type>
@@ -58,12 +58,12 @@ class Ros:
     """
     One ROS domain: node processes, and a node in this process that talks to them.
 
-    ``shared_memory``: whether the processes may talk through it. One that is stopped may be
-    stopped within a lock there: whoever sends then waits for it, a second each time, and gives up
-    its port, with what is in it, however reliable the topic.
+    ``stops``: a process will be stopped and goes on, so that they do not talk through shared
+    memory: one may be stopped within a lock there. Whoever sends then waits for it, a second each
+    time, and gives up its port, with what is in it, however reliable the topic.
     """
 
-    def __init__(self, logs: Path, shared_memory: bool = True) -> None:
+    def __init__(self, logs: Path, stops: bool = False) -> None:
         self.logs, self.stack = logs, contextlib.ExitStack()
         self.domain = self.stack.enter_context(free_domain())
         self.processes: dict[str, subprocess.Popen] = {}
@@ -75,10 +75,10 @@ class Ros:
             # a ROS installation is itself on this path
             'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
         }  # fmt: skip
-        if not shared_memory:
-            (logs / 'udp.xml').write_text(UDP)
+        if stops:
+            (logs / 'patient.xml').write_text(PATIENT)
             for name in ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE'):
-                self.settings[name] = str(logs / 'udp.xml')
+                self.settings[name] = str(logs / 'patient.xml')
             self.settings |= {
                 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'SYSTEM_DEFAULT', 'ROS_LOCALHOST_ONLY': '0',
             }  # fmt: skip
