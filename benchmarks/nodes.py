@@ -1,7 +1,7 @@
 """
 The nodes under load: images at a camera's pace, in real processes, for as long as asked.
 
-    python benchmarks/nodes.py [--seconds 300] [--rate 30] [--composed] [--json FILE]
+    python benchmarks/nodes.py [--seconds 300] [--rate 30] [--threads 1] [--composed] [--json FILE]
 
 A rendered 640x480 recording goes to and fro at ``--rate``. ``latency`` is from an image's
 publication to the arrival of its correspondences here, so it holds both ways through the
@@ -65,14 +65,16 @@ CASES = (
 class Load:
     """Node processes in a domain of their own, and the camera that loads them."""
 
-    def __init__(self, roles: tuple[str, ...], mode: str, composed: bool, folder: Path) -> None:
+    def __init__(
+        self, roles: tuple[str, ...], mode: str, composed: bool, threads: int, folder: Path
+    ) -> None:
         self.stack, self.roles = contextlib.ExitStack(), roles
         self.domain = self.stack.enter_context(free_domain())
         self.processes: dict[str, subprocess.Popen] = {}
         lossless_input = mode == 'all'
         values = [
             f'image_qos:={"keep_all" if lossless_input else "sensor_data"}',
-            f'processing_mode:={mode}',
+            f'processing_mode:={mode}', f'matcher:threads:={threads}',
         ]
         environment = os.environ | {'ROS_DOMAIN_ID': str(self.domain), 'PYTHONPATH': str(ROOT)}
         commands = {role: ['-m', f'imatching_ros.nodes.{role}'] for role in roles}
@@ -263,8 +265,9 @@ def peer() -> None:
         rclpy.spin(node)
 
 
-def show(rows: list[dict]) -> None:
-    table = Table(title=f'{os.cpu_count()} cores, one thread per node')
+def show(rows: list[dict], threads: int) -> None:
+    title = f'{os.cpu_count()} cores; threads of the matcher: {threads}, of any other node: 1'
+    table = Table(title=title)
     names = (
         'case', 'in', 'out', 'dropped', 'lost', 'p50 ms', 'p95 ms',
         *(f'MB {when}' for when in (*WHEN, 'peak')), 'CPU %',
@@ -291,17 +294,18 @@ def measure(
     rate: float,
     seconds: float,
     composed: bool,
+    threads: int,
 ) -> dict:
     """One row of the report."""
     with tempfile.TemporaryDirectory() as folder:
-        load = Load(roles, mode, composed, Path(folder))
+        load = Load(roles, mode, composed, threads, Path(folder))
         try:
             figures = load.run(recording, rate, seconds)
         finally:
             load.close()
     return {
         'case': case, 'mode': mode, 'learning': 'learner' in roles, 'composed': composed,
-        **figures,
+        'matcher_threads': threads, **figures,
     }
 
 
@@ -311,6 +315,7 @@ def main() -> None:
         '--seconds', type=float, default=300.0, help='that each case is played (default: 300)'
     )
     parser.add_argument('--rate', type=float, default=30.0, help='images per second (default: 30)')
+    parser.add_argument('--threads', type=int, default=1, help='of the matcher (default: 1)')
     parser.add_argument('--composed', action='store_true', help='all nodes in one process')
     parser.add_argument(
         '--case', action='append', choices=[case for case, _, _ in CASES], help='may be repeated'
@@ -329,11 +334,14 @@ def main() -> None:
             if not options.case or case in options.case:
                 composed = options.composed and roles != ('peer',)
                 rows.append(
-                    measure(case, mode, roles, recording, options.rate, options.seconds, composed)
+                    measure(
+                        case, mode, roles, recording, options.rate, options.seconds, composed,
+                        options.threads,
+                    )
                 )
                 if options.json:
                     options.json.write_text(json.dumps(rows, indent=1) + '\n')
-    show(rows)
+    show(rows, options.threads)
 
 
 if __name__ == '__main__':

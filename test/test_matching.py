@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from imatching_ros.geometry.camera import Camera
-from imatching_ros.matching import weights
+from imatching_ros.matching import expectation, weights
 from imatching_ros.matching.detector import BORDER, detect, SPACING
 from imatching_ros.matching.expectation import (
     COARSE,
@@ -220,6 +220,15 @@ def test_equation_5_in_closed_form():
         assert mass > 0.999
 
 
+def test_what_is_compiled_has_the_same_windows():
+    names = ('COARSE', 'RELIABILITY', 'FINE', 'COARSE_RADIUS', 'FINE_RADIUS', 'MEAN_RADIUS',
+             'SEARCH_RADIUS')  # fmt: skip
+    if not compiled():
+        pytest.skip('numba is not installed')
+    for name in names:
+        assert getattr(compiled(), name) == getattr(expectation, name), name
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_what_is_compiled_says_what_plain_torch_says(data):
@@ -246,10 +255,11 @@ def test_what_is_compiled_says_what_plain_torch_says(data):
         # In float32 it is eager: the same numbers
         reference, target = (replace(f, fine=f.fine.float()) for f in (reference, target))
         expected = matcher.match(reference, target, queries, around)
-    # Where two cells are as similar, rounding may choose
+    # Where two cells are as similar, or the region and the whole image give one match, rounding
+    # may choose
     same = (matches.coarse_uv - expected.coarse_uv).norm(dim=-1) < 2e-3
     same &= (matches.uv - expected.uv).norm(dim=-1) < 2e-3
-    assert same.float().mean() > 0.9
+    assert same.float().mean() > 0.8
     # And which window of the fine map is searched, where the coarse mean lies between two cells
     cell = (expected.coarse_uv - (FINE - 1) / 2) / FINE - 0.5
     same &= ((cell - cell.round()).abs() > 2e-3).all(-1)
@@ -289,7 +299,8 @@ def test_the_region_is_what_is_searched(matcher, day, monkeypatch):
     monkeypatch.setattr('imatching_ros.matching.expectation.FAILED', 0.0)
     features = encoded(matcher, day[1][0][1])
     queries = torch.tensor([[[100.0, 100.0]]]).expand(1, 5, 2)
-    around = torch.tensor([[[100.0, 100.0], [160, 100], [180, 100], [100, 20], [319, 239]]])
+    near, far = (100.0 + COARSE * (SEARCH_RADIUS + k) for k in (-1, 2))
+    around = torch.tensor([[[100.0, 100.0], [near, 100], [far, 100], [100, 20], [319, 239]]])
     with torch.no_grad():
         matches = matcher.match(features, features, queries, around)
     reach = (SEARCH_RADIUS + 0.5) * COARSE
@@ -346,11 +357,11 @@ def test_folding_away_batch_norm_changes_nothing(day):
                 module.bias.normal_(0, 0.3)
         trained.log_cov.normal_()
     trained.eval()
-    folded = trained.folded()
+    folded = trained.folded().double()
+    trained.double()  # float32 would be multiplied in half precision
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
     images = [image for _, image in day[1][:2]]
-    # With gradients: all in float32
-    images = torch.tensor(np.stack(images))[:, None].float() / 255
+    images = torch.tensor(np.stack(images))[:, None].double() / 255
     one, two = trained.encode(images), folded.encode(images)
     for name in ('coarse', 'fine', 'reliability'):
         torch.testing.assert_close(getattr(one, name), getattr(two, name), atol=1e-4, rtol=1e-4)

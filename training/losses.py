@@ -8,7 +8,6 @@ from imatching_ros.matching.expectation import (
     Features,
     FINE,
     FINE_RADIUS,
-    half_precision,
 )
 from pairs import Pair
 import torch
@@ -17,15 +16,6 @@ import torch.nn.functional as F
 
 WEIGHTS = {'coarse': 1.0, 'fine': 1.0, 'distance': 1.5, 'nll': 0.1, 'reliability': 0.2}
 NEAR_PX = 4.0  # a fine match farther from the truth is a wrong one, not an inaccurate one
-
-
-class Trained(ExpectationMatcher):
-    """The matcher, whose convolutions keep to bfloat16 with gradients too, where it is fast."""
-
-    def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        fast = half_precision(x.device) is not None
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=fast):
-            return super().maps(x)
 
 
 def losses(matcher: ExpectationMatcher, batch: Pair) -> dict[str, Tensor]:

@@ -22,8 +22,9 @@ import sys
 import time
 
 from imatching_ros.matching import weights
+from imatching_ros.matching.expectation import ExpectationMatcher
 from judge import accuracy, calibrate, calibration_error
-from losses import losses, Trained, WEIGHTS
+from losses import losses, WEIGHTS
 from pairs import loader, Pair, Pairs
 import safetensors
 import safetensors.torch
@@ -47,10 +48,10 @@ def train(options: argparse.Namespace) -> None:
     device = torch.device('cuda' if gpu and options.device != 'cpu' else 'cpu')
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.threads)
-    matcher, version, parent = Trained(batch_norm=True), 0, 0
+    matcher, version, parent = ExpectationMatcher(batch_norm=True), 0, 0
     if options.start:
         loaded, info = weights.load(options.start)
-        matcher = Trained()
+        matcher = ExpectationMatcher()
         matcher.load_state_dict(loaded.state_dict())
         version, parent = info.version + 1, info.version
     matcher = matcher.to(device, memory_format=torch.channels_last).train()
@@ -185,7 +186,9 @@ def to(batch: Pair, device: torch.device) -> Pair:
     return Pair(*(tensor.to(device, non_blocking=True) for tensor in batch))
 
 
-def keep(path: Path, job: dict, step: int, matcher: Trained, optimiser: torch.optim.AdamW) -> None:
+def keep(
+    path: Path, job: dict, step: int, matcher: ExpectationMatcher, optimiser: torch.optim.AdamW
+) -> None:
     """Write what a later run needs to go on from here: whole, or not at all."""
     tensors = {f'matcher.{name}': tensor for name, tensor in matcher.state_dict().items()}
     for name, parameter in matcher.named_parameters():
@@ -197,7 +200,9 @@ def keep(path: Path, job: dict, step: int, matcher: Trained, optimiser: torch.op
     weights.write(path, safetensors.torch.save(tensors, metadata))
 
 
-def resume(path: Path, job: dict, matcher: Trained, optimiser: torch.optim.AdamW) -> int:
+def resume(
+    path: Path, job: dict, matcher: ExpectationMatcher, optimiser: torch.optim.AdamW
+) -> int:
     """
     Go on from what ``keep`` wrote; return the steps already done.
 

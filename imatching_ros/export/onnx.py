@@ -27,7 +27,7 @@ class _Encode(nn.Module):
         self.matcher = matcher
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        features = self.matcher.encode(image)
+        features = self.matcher.encode(image, exact=True)
         return features.coarse, features.fine, features.reliability
 
 
@@ -64,27 +64,25 @@ def write_onnx(
     if min(size) < 1:
         raise ValueError(f'images have a positive width and height, not {width}x{height}')
     matcher = matcher.eval().cpu()
-    # With gradients, for without them the network runs in half precision
-    with torch.enable_grad():
-        # Two images: a traced batch of one would be taken for always one
-        image = torch.zeros(2, 1, height, width)
-        features = _Encode(matcher)(image)
-        # each a tensor of its own: the exporter makes one input of what is the same object
-        both = [tensor.detach().clone() for tensor in (*features, *features)]
-        batch, points = torch.export.Dim('batch'), torch.export.Dim('points')
-        ends = [f'{end}_{name}' for end in ('reference', 'target') for name in FEATURES]
-        graphs = {
-            ENCODE: _export(
-                _Encode(matcher), (image,), ['image'], list(FEATURES), ({0: batch},)
-            ),
-            MATCH: _export(
-                _Match(matcher, (height, width)),
-                (*both, torch.zeros(2, _POINTS, 2)),
-                [*ends, 'queries'],
-                ['uv', 'score', 'cov'],
-                ((*[{0: batch}] * len(both), {0: batch, 1: points}),),
-            ),
-        }
+    # Two images: a traced batch of one would be taken for always one
+    image = torch.zeros(2, 1, height, width)
+    features = _Encode(matcher)(image)
+    # each a tensor of its own: the exporter makes one input of what is the same object
+    both = [tensor.detach().clone() for tensor in (*features, *features)]
+    batch, points = torch.export.Dim('batch'), torch.export.Dim('points')
+    ends = [f'{end}_{name}' for end in ('reference', 'target') for name in FEATURES]
+    graphs = {
+        ENCODE: _export(
+            _Encode(matcher), (image,), ['image'], list(FEATURES), ({0: batch},)
+        ),
+        MATCH: _export(
+            _Match(matcher, (height, width)),
+            (*both, torch.zeros(2, _POINTS, 2)),
+            [*ends, 'queries'],
+            ['uv', 'score', 'cov'],
+            ((*[{0: batch}] * len(both), {0: batch, 1: points}),),
+        ),
+    }
     said = {
         'family': info.family, 'version': str(info.version), 'sha256': info.sha256,
         'width': str(width), 'height': str(height),

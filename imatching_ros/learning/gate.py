@@ -110,7 +110,7 @@ def epipolar_error(
     camera, window = lesson.camera, lesson.window
     references = {pair.reference for pair in lesson.pairs}
     corners = {
-        i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS)) for i in references
+        i: torch.from_numpy(detect(lesson.images[i][0].numpy(), CORNERS)) for i in references
     }
     errors, sought = [], []
     for pair, matches in zip(

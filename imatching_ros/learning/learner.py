@@ -471,7 +471,7 @@ class Learner:
             image[0].numpy()
             for image in list(self._images.values())[:: 1 + len(self._images) // 32]
         ]
-        return make_probe(lesson.images[k, 0].numpy(), others, int(lesson.window.stamps[k]))
+        return make_probe(lesson.images[k][0].numpy(), others, int(lesson.window.stamps[k]))
 
     def _gather(self, matcher: nn.Module) -> Evidence:
         held_out = [(held.lesson, held.pairs) for held in self._held_out]

@@ -40,7 +40,7 @@ class Lesson:
     """
 
     camera: Camera
-    images: Tensor  #: (K, 1, H, W) uint8
+    images: list[Tensor]  #: (K,) of (1, H, W) uint8, shared by the windows that overlap
     messages: list[Correspondences]  #: (K,) of the keyframes; only rows of the window's landmarks
     window: Window
     pairs: list[Pair]  #: of two keyframes of the window
@@ -88,7 +88,7 @@ def make_lesson(
         ours.append(message)
     if not pairs:
         return None
-    return Lesson(camera, torch.stack([images[stamp] for stamp in stamps]), ours, window, pairs)
+    return Lesson(camera, [images[stamp] for stamp in stamps], ours, window, pairs)
 
 
 def sparing(function: Callable[..., Any], *inputs: Any) -> Any:
@@ -107,7 +107,7 @@ def sparing(function: Callable[..., Any], *inputs: Any) -> Any:
 def encode(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> dict[int, Any]:
     """Features of the images of some pairs, each encoded once. Differentiable."""
     used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
-    return {k: encode_image(matcher, lesson.images[k:k + 1]) for k in used}
+    return {k: encode_image(matcher, lesson.images[k][None]) for k in used}
 
 
 def encode_image(matcher: Matcher, image: Tensor) -> Any:

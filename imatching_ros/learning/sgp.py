@@ -53,7 +53,7 @@ def teach(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> Labels:
     Pairs without a pose to be believed have none.
     """
     corners = {
-        i: torch.from_numpy(detect(lesson.images[i, 0].numpy(), CORNERS))
+        i: torch.from_numpy(detect(lesson.images[i][0].numpy(), CORNERS))
         for i in {pair.reference for pair in pairs}
     }
     camera, T = lesson.camera, {}

@@ -13,20 +13,15 @@ from __future__ import annotations
 
 import math
 
-from imatching_ros.matching.expectation import (
-    COARSE,
-    COARSE_RADIUS,
-    FINE,
-    FINE_RADIUS,
-    MEAN_RADIUS,
-    RELIABILITY,
-    SEARCH_RADIUS,
-)
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 import numpy as np
 
+# As in expectation.py. They stand here again because numba compiles anew only when this file has
+# changed.
+COARSE, RELIABILITY, FINE = 8, 4, 2
+COARSE_RADIUS, FINE_RADIUS, MEAN_RADIUS, SEARCH_RADIUS = 2, 4, 2, 5
 EDGE = 2 * FINE_RADIUS + 1
 LOG2_E = np.float32(1 / math.log(2))
 # Of 2^x between -1/2 and 1/2: Taylor, exact to float32

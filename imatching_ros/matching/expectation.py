@@ -18,14 +18,12 @@ import torch
 from torch import nn, Tensor
 import torch.nn.functional as F
 
-from .protocol import Matches
+from .protocol import FAILED, Matches
 
 COARSE, RELIABILITY, FINE = 8, 4, 2  # strides of the three maps, px
 COARSE_RADIUS, FINE_RADIUS = 2, 4  # half sizes of the windows that are searched, cells
 MEAN_RADIUS = 2  # half size of the window of the fine mean, around its mode, cells
-SEARCH_RADIUS = 8  # half size of the region searched around an expected place, coarse cells
-# A match there with a smaller score is looked for in the whole image
-FAILED = 0.3
+SEARCH_RADIUS = 5  # half size of the region searched around an expected place, coarse cells
 CHUNK = 256  # queries whose similarities with a whole image are held at once
 MULTIPLE = 32  # px, the coarsest stride: images are extended to it
 
@@ -36,7 +34,7 @@ class Features:
 
     coarse: Tensor  #: (B, 64, ceil(H/32)*4, ceil(W/32)*4), 8x8 at least; unit descriptors
     #: (B, ceil(H/32)*16, ceil(W/32)*16, 32), channels last: windows gather whole descriptors. Of
-    #: any length: a match makes those that it needs unit. Half precision without gradients.
+    #: any length: a match makes those that it needs unit. Half precision as `encode` says.
     fine: Tensor
     #: (B, 1, ceil(H/32)*8, ceil(W/32)*8): log odds that a point here is found to a pixel
     reliability: Tensor
@@ -131,12 +129,12 @@ class ExpectationMatcher(nn.Module):
         plain.load_state_dict(state)
         return plain.eval()
 
-    def encode(self, images: Tensor) -> Features:
+    def encode(self, images: Tensor, exact: bool = False) -> Features:
         """
         Features of images (B, 1, H, W) in [0, 1].
 
-        Brightness and contrast are normalised away. Without gradients the convolutions run in half
-        precision where the processor has it: matches move by hundredths of a pixel.
+        Brightness and contrast are normalised away. The convolutions run in half precision where
+        the processor has it, unless ``exact``: matches move by hundredths of a pixel.
         """
         height, width = images.shape[-2:]
         x = images - images.mean((-2, -1), keepdim=True)
@@ -147,14 +145,14 @@ class ExpectationMatcher(nn.Module):
             mode='replicate',
         )
         x = x.contiguous(memory_format=torch.channels_last)
-        fast = x.dtype == torch.float32 and not torch.is_grad_enabled()
-        half = half_precision(x.device) if fast else None
+        single, learning = x.dtype == torch.float32, torch.is_grad_enabled()
+        half = half_precision(x.device, learning) if single and not exact else None
         with torch.autocast(x.device.type, half, enabled=half is not None):
             coarse, fine, reliability = self.maps(x)
         coarse = F.normalize(coarse.to(x.dtype), dim=1)
         coarse = coarse.contiguous(memory_format=torch.channels_last)
         fine = fine.permute(0, 2, 3, 1).contiguous()
-        if fast and half is None:
+        if single and half is None and not (learning or exact):
             fine = fine.bfloat16()
         return Features(coarse, fine, reliability.to(x.dtype), (height, width))
 
@@ -190,8 +188,8 @@ class ExpectationMatcher(nn.Module):
         Find queries (B, N, 2), px in the reference, in the target (equation 5, coarse then fine).
 
         ``around`` (B, N, 2) px is where each is expected: the coarse stage searches the cells
-        within ``SEARCH_RADIUS`` of it, and the whole image for the matches that the score then
-        calls failed; the better one is kept. Without, it searches the whole image for all.
+        within ``SEARCH_RADIUS`` of it, and the whole image for the matches whose score is then
+        below ``FAILED``; the better one is kept. Without, it searches the whole image for all.
 
         The positions of the windows are not differentiated, what lies in them is: coarse_uv
         carries gradient to the coarse descriptors, uv to the fine ones.
@@ -347,10 +345,16 @@ class ExpectationMatcher(nn.Module):
 
 
 @lru_cache
-def half_precision(device: torch.device) -> torch.dtype | None:
-    """Return the type in which a device multiplies faster than in float32, None where none is."""
+def half_precision(device: torch.device, learning: bool) -> torch.dtype | None:
+    """
+    Return the type in which a device multiplies faster than in float32, None where none is.
+
+    For ``learning`` not float16, in which small gradients vanish.
+    """
     if device.type == 'cuda':
-        return torch.float16
+        if not learning:
+            return torch.float16
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
     # Since torch 2.2; emulated bfloat16 would be slower
     supported = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
     return torch.bfloat16 if device.type == 'cpu' and supported() else None

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+FAILED = 0.3  #: of a match with a smaller score one assumes that it is not the point
+
 
 @dataclass(frozen=True)
 class Matches:
@@ -18,7 +20,7 @@ class Matches:
 
     uv: Tensor  #: (B, N, 2) px in the target
     coarse_uv: Tensor  #: (B, N, 2) px in the target, of the coarse stage (paper 3.2.3)
-    score: Tensor  #: (B, N) in [0, 1]
+    score: Tensor  #: (B, N) probability that the match lies within a pixel of the truth
     cov: Tensor  #: (B, N, 2, 2) px^2
 
 

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from .detector import detect
-from .protocol import Matcher, Matches
+from .protocol import FAILED, Matcher, Matches
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 
 # px: a match that comes back this close to its query is right, and its miss is an error of both
 # ways; beyond, one of them went astray
 SYMMETRIC_PX = 2.0
+AHEAD_S = 0.2  # for so long at most a point is taken to go on as it went
 # a keyframe of which less than this share of the points was ever found again shows nothing
 _BLIND = 0.2
 
@@ -52,6 +53,32 @@ class _Keyframe:
     found: int = 0  # points found again in the image that followed
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What an image showed."""
+
+    stamp: int
+    track: Tensor  # (T,) int64, ascending
+    uv: Tensor  # (T, 2) px
+    velocity: Tensor  # (T, 2) px/s
+
+    def where(self, track: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the places of tracks (N,) in it, and which of them it showed (N,)."""
+        if not len(self.track):
+            return torch.zeros_like(track), torch.zeros_like(track, dtype=torch.bool)
+        index = torch.searchsorted(self.track, track).clamp_max(len(self.track) - 1)
+        return index, self.track[index] == track
+
+    def next(self, stamp: int, track: Tensor, uv: Tensor) -> _Seen:
+        """Return what the next image showed; what is new in it moves like the others."""
+        index, known = self.where(track)
+        velocity = torch.zeros_like(uv)
+        if known.any() and stamp > self.stamp:
+            velocity[known] = (uv[known] - self.uv[index[known]]) * (1e9 / (stamp - self.stamp))
+            velocity[~known] = velocity[known].median(0).values
+        return _Seen(stamp, track, uv, velocity)
+
+
 def round_trip(
     matcher: Matcher, reference: Any, target: Any, queries: Tensor, around: Tensor | None = None
 ) -> tuple[Matches, Tensor]:
@@ -60,17 +87,22 @@ def round_trip(
 
     Where they are expected ``around`` some places (1, N, 2) px, their ways back are expected
     around the queries; else both ways search the whole image, for a match that went far astray
-    must not find back because that was where it was looked for. Where a match comes back close to
-    its query, half of what it misses is taken from it: an error that depends on where a point lies
-    between the cells of the maps is made once in each direction, so that it cancels.
+    must not find back because that was where it was looked for. A match below ``FAILED`` is not
+    asked back, its distance is infinite: of those that would have come back, a fourth is off by
+    more than 10 px. Where a match comes back close to its query, half of what it misses is taken
+    from it: an error that depends on where a point lies between the cells of the maps is made once
+    in each direction, so that it cancels.
     """
     forward = matcher.match(reference, target, queries, around)
-    back = None if around is None else queries
-    miss = matcher.match(target, reference, forward.uv, back).uv - queries
+    likely = (forward.score[0] >= FAILED).nonzero().squeeze(-1)
+    start, found = queries[:, likely], forward.uv[:, likely]
+    back = matcher.match(target, reference, found, None if around is None else start)
+    miss = back.uv - start
     distance = miss.norm(dim=-1)
     close = (distance < SYMMETRIC_PX).unsqueeze(-1)
-    uv = torch.where(close, forward.uv - miss / 2, forward.uv)
-    return replace(forward, uv=uv), distance
+    uv = forward.uv.index_copy(1, likely, torch.where(close, found - miss / 2, found))
+    never = torch.full_like(forward.score, torch.inf)
+    return replace(forward, uv=uv), never.index_copy(1, likely, distance)
 
 
 def keypoints(
@@ -103,8 +135,7 @@ class Tracker:
         self._matcher, self._version = matcher, version
         self._keyframes: list[_Keyframe] = []  # oldest first
         self._next_track: int | None = None
-        # What the previous image showed: tracks (T,), ascending, and where (T, 2) px
-        self._seen = torch.empty(0, dtype=torch.int64), torch.empty(0, 2)
+        self._seen = _Seen(0, torch.empty(0, dtype=torch.int64), *torch.empty(2, 0, 2))
 
     @property
     def keyframes(self) -> list[int]:
@@ -143,17 +174,17 @@ class Tracker:
                 'publish the camera_info that belongs to the image'
             )
         features = self._encode(image)
-        rows = [self._match(keyframe, features) for keyframe in self._keyframes]
+        rows = [self._match(keyframe, features, stamp) for keyframe in self._keyframes]
         rows = [Correspondences(stamp, *columns, self._version) for columns in rows]
         correspondences = self._agreeing(rows, stamp)
         track, uv, cov, _ = _mean_of_tracks(
             correspondences.uv, correspondences.cov, correspondences.track
         )
-        self._seen = track, uv
         if self._is_keyframe_due(correspondences):
             self._add_keyframe(stamp, image, features, track, uv, cov)
             # All of them, those just born among them: their tracks ascend
-            self._seen = self._keyframes[-1].track, self._keyframes[-1].uv
+            track, uv = self._keyframes[-1].track, self._keyframes[-1].uv
+        self._seen = self._seen.next(stamp, track, uv)
         return correspondences
 
     def _encode(self, image: np.ndarray) -> Any:
@@ -165,9 +196,9 @@ class Tracker:
     def _device(self) -> torch.device:
         return next(self._matcher.parameters()).device
 
-    def _match(self, keyframe: _Keyframe, features: Any) -> tuple[Tensor, ...]:
+    def _match(self, keyframe: _Keyframe, features: Any, stamp: int) -> tuple[Tensor, ...]:
         """Columns of the rows with one keyframe that come back to where they started."""
-        queries, around = keyframe.uv, self._expected(keyframe)
+        queries, around = keyframe.uv, self._expected(keyframe, stamp)
         if around is not None:
             around = around.to(self._device).unsqueeze(0)
         matches, distance = round_trip(
@@ -196,22 +227,20 @@ class Tracker:
             keyframe.cov[kept] + torch.stack((cov[:, 0, 0], cov[:, 0, 1], cov[:, 1, 1]), -1),
         )
 
-    def _expected(self, keyframe: _Keyframe) -> Tensor | None:
+    def _expected(self, keyframe: _Keyframe, stamp: int) -> Tensor | None:
         """
-        Where the points of a keyframe are expected (N, 2) px: where the previous image had them.
+        Where the points of a keyframe are expected (N, 2) px: they go on as in the previous image.
 
-        Those it had not have moved like the others; None where it had none.
+        Those that it did not show have moved like the others; None where it showed none.
         """
-        tracks, uv = self._seen
-        index = torch.searchsorted(tracks, keyframe.track).clamp_max(max(len(tracks) - 1, 0))
-        if not len(tracks):
-            return None
-        known = (tracks[index] == keyframe.track).unsqueeze(-1)
+        seen = self._seen
+        index, known = seen.where(keyframe.track)
         if not known.any():
             return None
-        motion = uv[index] - keyframe.uv
-        typical = motion[known[:, 0]].median(0).values
-        return keyframe.uv + torch.where(known, motion, typical)
+        seconds = min(max(stamp - seen.stamp, 0) / 1e9, AHEAD_S)
+        motion = seen.uv[index] + seconds * seen.velocity[index] - keyframe.uv
+        typical = motion[known].median(0).values
+        return keyframe.uv + torch.where(known.unsqueeze(-1), motion, typical)
 
     def _agreeing(self, rows: list[Correspondences], stamp: int) -> Correspondences:
         """All rows, without the tracks whose references disagree on where the point is."""
