@@ -99,8 +99,7 @@ class InDouble(ExpectationMatcher):
         self.double()
 
     def encode(self, images):
-        with torch.enable_grad():  # without gradients it works in half precision
-            return super().encode(images.double())
+        return super().encode(images.double())
 
 
 class Upper:
@@ -245,7 +244,11 @@ def test_gradient_by_the_matches_is_the_total_one(upper, seed):
     difference = upper.difference(
         lambda x: [u + x * d for u, d in zip(uv, direction, strict=True)], 1e-5
     )
-    assert difference == pytest.approx(inner(gradient, direction), rel=1e-4)
+    # Along a random direction most of the gradient cancels
+    least = 1e-6 * inner(gradient, gradient) ** 0.5 * inner(direction, direction) ** 0.5
+    exact = inner(gradient, direction)
+    assert abs(exact) > 10 * least
+    assert difference == pytest.approx(exact, rel=1e-4, abs=least)
 
 
 def test_gradient_by_the_parameters_is_the_total_one(upper):
@@ -254,7 +257,7 @@ def test_gradient_by_the_parameters_is_the_total_one(upper):
     for direction in (
         unit(gradient), random_direction(upper.matcher, 0), random_direction(upper.matcher, 1),
     ):
-        difference = upper.difference(upper.along(direction), 1e-6)
+        difference = upper.difference(upper.along(direction), 1e-7)
         assert difference == pytest.approx(inner(gradient, direction), rel=1e-4)
 
 
@@ -266,10 +269,10 @@ def test_another_upper_objective_would_need_the_bundles_own_gradient(upper):
     direction = unit(gradient)
     exact = inner(gradient, direction)
     moved = upper.along(direction)
-    assert upper.difference(moved, 1e-6, kernel=other, resolved=False) == pytest.approx(
+    assert upper.difference(moved, 1e-7, kernel=other, resolved=False) == pytest.approx(
         exact, rel=1e-4
     )
-    assert abs(upper.difference(moved, 1e-6, kernel=other) / exact - 1) > 1e-2
+    assert abs(upper.difference(moved, 1e-7, kernel=other) / exact - 1) > 1e-2
 
 
 def test_where_the_window_is_not_solved_the_gradient_is_not_the_total_one(upper):

@@ -390,13 +390,12 @@ def test_padding_does_not_show_at_the_border(matcher, day, size):
 
     # The mean of cells does not reach the outermost half pixel: a border errs more than the middle
     # does, whether there is padding behind it or not
-    image = cv2.resize(day[1][0][1], size, interpolation=cv2.INTER_AREA)
-    padded = border_errors(image)
-    without = border_errors(
-        image[:size[1] // MULTIPLE * MULTIPLE, :size[0] // MULTIPLE * MULTIPLE].copy()
-    )
+    images = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for _, image in day[1][::15]]
+    height, width = (edge // MULTIPLE * MULTIPLE for edge in images[0].shape)
+    padded = torch.cat([border_errors(image) for image in images])
+    without = torch.cat([border_errors(image[:height, :width].copy()) for image in images])
     assert padded.median() < without.median() + 0.1
-    assert padded.quantile(0.9) < max(1.5, without.quantile(0.9) + 0.2)
+    assert (padded > 5).float().mean() < (without > 5).float().mean() + 0.05  # lost altogether
 
 
 def test_a_known_homography_is_found(matcher, day):

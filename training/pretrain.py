@@ -243,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, default=Path('models/expectation.safetensors'))
     parser.add_argument('--from', dest='start', type=Path, help='weights to fine-tune')
     parser.add_argument(
-        '--steps', type=_natural, default=20_000, help='0: nothing but the fit of the score'
+        '--steps', type=_natural, default=13_000, help='0: nothing but the fit of the score'
     )
     parser.add_argument('--batch', type=_count, default=4, help='pairs per step')
     parser.add_argument('--scenes', type=_natural, default=60, help='to render; 0 for none')
