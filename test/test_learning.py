@@ -252,7 +252,8 @@ def test_gradient_by_the_matches_is_the_total_one(upper, seed):
 
 
 def test_gradient_by_the_parameters_is_the_total_one(upper):
-    # Central differences of the solved lower level: matched again, T* and p* solved again.
+    # Central differences of the solved lower level: matched again, T* and p* solved again. By so
+    # small steps because a match whose mode changes within one jumps.
     gradient = upper.gradient()
     for direction in (
         unit(gradient), random_direction(upper.matcher, 0), random_direction(upper.matcher, 1),

@@ -69,7 +69,7 @@ class _Seen:
         index = torch.searchsorted(self.track, track).clamp_max(len(self.track) - 1)
         return index, self.track[index] == track
 
-    def next(self, stamp: int, track: Tensor, uv: Tensor) -> _Seen:
+    def then(self, stamp: int, track: Tensor, uv: Tensor) -> _Seen:
         """Return what the next image showed; what is new in it moves like the others."""
         index, known = self.where(track)
         velocity = torch.zeros_like(uv)
@@ -184,7 +184,7 @@ class Tracker:
             self._add_keyframe(stamp, image, features, track, uv, cov)
             # All of them, those just born among them: their tracks ascend
             track, uv = self._keyframes[-1].track, self._keyframes[-1].uv
-        self._seen = self._seen.next(stamp, track, uv)
+        self._seen = self._seen.then(stamp, track, uv)
         return correspondences
 
     def _encode(self, image: np.ndarray) -> Any:
