@@ -30,6 +30,7 @@ from imatching_ros.matching.expectation import (
     RELIABILITY,
     SEARCH_RADIUS,
 )
+from imatching_ros.matching.protocol import FAILED
 from imatching_ros.matching.tracker import round_trip, SYMMETRIC_PX, Tracker, TrackerOptions
 from imatching_ros.matching.warps import apply_homography, in_frame, random_homography
 import numpy as np
@@ -687,6 +688,34 @@ def test_a_turn_farther_than_a_region_loses_no_track(shipped, day):
             seen = ((truth > 4) & (truth < 195)).all(-1)
             assert ((rows.uv[mine] - truth).norm(dim=-1) < 2)[seen].float().mean() > 0.9
             assert seen.sum() > (40 if reference < 2 <= stamp else 120)
+
+
+def test_points_are_expected_where_their_pace_takes_them(shipped, day):
+    picture = cv2.resize(day[1][0][1], (640, 480), interpolation=cv2.INTER_CUBIC)
+    camera = Camera(200, 200, 200.0, 200.0, 99.5, 99.5)
+    tracker = Tracker(shipped[0], 0, camera, TrackerOptions(queries=200, parallax=0.5))
+    # 160 px/s, from images that do not come at one rate
+    times = [0.0, 0.05, 0.1, 0.2, 0.25]
+    for time in times[:-1]:
+        x = 100 + round(160 * time)
+        tracker.track(round(1e9 * time), np.ascontiguousarray(picture[100:300, x:x + 200]))
+    [keyframe] = tracker._keyframes
+    expected = tracker._expected(keyframe, round(1e9 * times[-1]))
+    truth = keyframe.uv - torch.tensor([160 * times[-1], 0.0])
+    assert (expected - truth).norm(dim=-1).quantile(0.9) < 2
+
+
+def test_what_is_probably_wrong_is_not_asked_back(matcher, day, monkeypatch):
+    one, two = (encoded(matcher, day[1][k][1]) for k in (0, 3))
+    queries = corners(day[1][0][1], 100)[None]
+    with torch.no_grad():
+        matches, distance = round_trip(matcher, one, two, queries)
+        failed = matches.score < FAILED
+        assert torch.equal(distance.isinf(), failed) and not failed.all()
+        monkeypatch.setattr('imatching_ros.matching.tracker.FAILED', 2.0)
+        forward = matcher.match(one, two, queries)
+        matches, distance = round_trip(matcher, one, two, queries)
+    assert distance.isinf().all() and torch.equal(matches.uv, forward.uv)
 
 
 def test_after_a_reset_no_id_is_given_twice(shipped, day):
