@@ -4,6 +4,7 @@ What the tests of several rooms share.
 Recordings that are rendered once, and the shipped matcher.
 """
 
+import copy
 from dataclasses import replace
 
 from imatching_ros.data.recording import open_recording
@@ -25,6 +26,16 @@ def shipped():
     It is shared: copy it before changing it.
     """
     return weights.load(weights.default_path())
+
+
+@pytest.fixture(scope='session')
+def worn(shipped):
+    """Return weights that have much to learn: the shipped ones, shaken."""
+    matcher, generator = copy.deepcopy(shipped[0]), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in matcher.fine_head.parameters():
+            parameter += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return matcher, weights.dumps(matcher, 0, 0)[1]
 
 
 @pytest.fixture(scope='session')

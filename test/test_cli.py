@@ -8,7 +8,6 @@ import json
 import os
 from pathlib import Path
 import re
-import shutil
 import subprocess
 import sys
 
@@ -282,14 +281,14 @@ STEPS = 12
 
 
 @pytest.fixture(scope='module')
-def tuned(tmp_path_factory, dusk):
+def tuned(tmp_path_factory, dusk, worn):
     """
     Return the folder where `imatching tune` went on, and its process.
 
     It went on from weights that were there.
     """
     folder = tmp_path_factory.mktemp('tuned')
-    shutil.copy(weights.default_path(), folder / 'w.safetensors')
+    weights.save(folder / 'w.safetensors', worn[0], 0, 0)
     process = imatching(
         'tune', dusk, '--out', 'w.safetensors', '--run-dir', 'run', '--steps', STEPS, '--seed', 1,
         folder=folder,
@@ -298,7 +297,7 @@ def tuned(tmp_path_factory, dusk):
     return folder, process
 
 
-def test_tune_writes_weights_and_a_report(tuned, dusk, shipped):
+def test_tune_writes_weights_and_a_report(tuned, dusk):
     folder, process = tuned
     assert process.stderr == '' and sorted(path.name for path in folder.iterdir()) == [
         'run',
@@ -325,14 +324,14 @@ def test_tune_writes_weights_and_a_report(tuned, dusk, shipped):
     assert str(folder / 'run' / 'report.html') in process.stdout.replace('\n', '')
 
 
-def test_what_tune_says_of_before_and_after_is_true(tuned, dusk, shipped):
+def test_what_tune_says_of_before_and_after_is_true(tuned, dusk, worn):
     # Also where --out was gone on from: `before` is of the weights that were there.
     folder, _ = tuned
     matching = json.loads((folder / 'run' / 'report.json').read_text())['matching']
     recording = open_recording(dusk)
     pairs = evaluation_pairs(recording, 56 + cli.GAP, len(recording) - 1)
     matcher, info = weights.load(folder / 'w.safetensors')
-    for when, one in (('before', shipped[0]), ('after', matcher)):
+    for when, one in (('before', worn[0]), ('after', matcher)):
         accuracy = evaluate_matching(one, recording, pairs)
         assert matching[when]['mma_1px'] == pytest.approx(accuracy.mma_1px, abs=0.5)
     assert info.version > 0 and matching['after']['mma_1px'] > matching['before']['mma_1px']

@@ -631,16 +631,6 @@ def test_a_gradient_that_is_not_finite_is_skipped(shipped, night, events):
 
 
 @pytest.fixture(scope='module')
-def worn(shipped):
-    """Return weights that have much to learn: the shipped ones, shaken."""
-    matcher, generator = copy.deepcopy(shipped[0]), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in matcher.fine_head.parameters():
-            parameter += 0.5 * parameter.std() * torch.randn(parameter.shape, generator=generator)
-    return matcher, weights.dumps(matcher, 0, 0)[1]
-
-
-@pytest.fixture(scope='module')
 def promoted(worn, night, events):
     """Return a learner whose first candidate was promoted, and the verdict."""
     learner = taught(worn, night, events, verdict_every=12)
