@@ -294,7 +294,7 @@ def measure(
     rate: float,
     seconds: float,
     composed: bool,
-    threads: int,
+    threads: int = 1,
 ) -> dict:
     """One row of the report."""
     with tempfile.TemporaryDirectory() as folder:

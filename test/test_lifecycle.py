@@ -356,7 +356,7 @@ def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
     assert (says['refused'], says['dropped']) == ('0', '0')
     process.send_signal(signal.SIGINT)
     del ros.processes['composed']
-    assert process.wait(30) == 0
+    assert process.wait(30) == 0, ros.log('composed')
     assert 'Traceback' not in ros.log('composed') and 'terminate called' not in ros.log('composed')
 
 
