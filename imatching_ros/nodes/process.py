@@ -55,8 +55,9 @@ def spin_nodes(
         except (KeyboardInterrupt, ExternalShutdownException):
             pass
         except Exception:
-            traceback.print_exc()
-            broken.append(node)
+            if rclpy.ok():  # otherwise the end came first, and this is its work
+                traceback.print_exc()
+                broken.append(node)
         finally:
             rclpy.try_shutdown()  # one ends, all end
 
