@@ -256,11 +256,10 @@ def test_what_is_compiled_says_what_plain_torch_says(data):
         # In float32 it is eager: the same numbers
         reference, target = (replace(f, fine=f.fine.float()) for f in (reference, target))
         expected = matcher.match(reference, target, queries, around)
-    # Where two cells are as similar, or the region and the whole image give one match, rounding
-    # may choose
+    # Where two cells are as similar, rounding may choose
     same = (matches.coarse_uv - expected.coarse_uv).norm(dim=-1) < 2e-3
     same &= (matches.uv - expected.uv).norm(dim=-1) < 2e-3
-    assert same.float().mean() > 0.8
+    assert same.float().mean() > 0.9
     # And which window of the fine map is searched, where the coarse mean lies between two cells
     cell = (expected.coarse_uv - (FINE - 1) / 2) / FINE - 0.5
     same &= ((cell - cell.round()).abs() > 2e-3).all(-1)

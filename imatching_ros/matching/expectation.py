@@ -202,7 +202,7 @@ class ExpectationMatcher(nn.Module):
         if not len(failed):
             return matches
         again = self._search(reference, target, queries[:, failed], None)
-        better = again.score > matches.score[:, failed]
+        better = again.score > matches.score[:, failed] + 1e-5  # not by rounding
 
         def best(name: str) -> Tensor:
             first, second = getattr(matches, name), getattr(again, name)
