@@ -13,6 +13,7 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from . import __version__
 
@@ -20,7 +21,12 @@ GAP = 5  #: images between the last that trained and the first that is measured
 PICTURE_STEP = 10  #: images between the two of the report's picture
 DEMO_FRAMES, DEMO_SEED = 300, 0
 
-console = Console()
+#: What is printed may be a path with brackets in it, which rich would take for a colour
+console = Console(markup=False, emoji=False, highlight=False)
+
+
+class Nothing(Exception):
+    """A command did all that it could and has nothing to show; its text says why."""
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -68,6 +74,7 @@ def tune(options: argparse.Namespace) -> None:
     from .data.video import open_images
     from .evaluation.report import Pictures
     from .learning.learner import LearnerOptions
+    from .learning.tune import TooFewWindowsError
     from .learning.tune import tune as run
     from .matching import weights
 
@@ -78,7 +85,7 @@ def tune(options: argparse.Namespace) -> None:
     start = options.weights or next((p for p in (*interrupted, options.out) if p.is_file()), None)
     start = start or weights.default_path()
     matcher, info = weights.load(start)
-    console.print(f'starting from {start}, version {info.version}', soft_wrap=True)
+    _say(f'starting from {start}, version {info.version}')
     recordings = [
         open_images(bag, options.image_topic, options.camera_info_topic, options.camera)
         for bag in options.bag
@@ -99,27 +106,32 @@ def tune(options: argparse.Namespace) -> None:
                     bar, completed=step.step, description=f'Learning, loss {step.loss:.3f}'
                 )
             if verdict:
+                kept = 'promoted' if verdict.promoted else 'not promoted'
                 progress.console.print(
-                    f'step {verdict.step}: {_verdict_text(verdict.promoted, verdict.reason)}'
+                    f'step {verdict.step}: {kept}, {verdict.reason}',
+                    style='green' if verdict.promoted else None,
                 )
                 if verdict.promoted:
                     weights.write(options.out, learner.weights())
 
-        learner, history = run(
-            matcher,
-            info,
-            [(r.camera, _First(r, n)) for r, n in zip(recordings, splits, strict=True)],
-            options.steps,
-            epochs=epochs,
-            options=LearnerOptions(seed=options.seed, objective=options.objective),
-            folder=checkpoints,
-            on_frame=lambda done, total: progress.update(frames, completed=done, total=total),
-            on_step=on_step,
-        )
+        try:
+            learner, history = run(
+                matcher,
+                info,
+                [(r.camera, _First(r, n)) for r, n in zip(recordings, splits, strict=True)],
+                options.steps,
+                epochs=epochs,
+                options=LearnerOptions(seed=options.seed, objective=options.objective),
+                folder=checkpoints,
+                on_frame=lambda done, total: progress.update(frames, completed=done, total=total),
+                on_step=on_step,
+            )
+        except TooFewWindowsError as error:
+            raise Nothing(str(error)) from None
     if history.resumed:
-        console.print(f'went on from step {history.resumed} of an interrupted run')
+        _say(f'went on from step {history.resumed} of an interrupted run')
     for note in filter(None, (*history.refused, history.stopped)):
-        console.print(f'[yellow]{note}[/]', soft_wrap=True)
+        _warn(note)
     weights.write(options.out, learner.weights())
     # Not from the files: where --out is gone on from, `start` is overwritten by now
     tuned, _ = weights.loads(learner.weights())
@@ -127,6 +139,7 @@ def tune(options: argparse.Namespace) -> None:
     figures = {
         'input': {
             'frames': sum(map(len, recordings)), 'frames_matched': sum(splits), 'dropped': 0,
+            'true_poses': _true_poses(recordings[0]),
         },
         'matching': {'before': before, 'after': after},
         'learning': {
@@ -151,7 +164,7 @@ def tune(options: argparse.Namespace) -> None:
     )
     _report(run_dir, figures, pictures, f'tune {recordings[0].bag.name}')
     shutil.rmtree(checkpoints, ignore_errors=True)
-    console.print(f'weights, version {learner.version}: {options.out}')
+    _say(f'weights, version {learner.version}: {options.out}')
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -170,9 +183,10 @@ def evaluate(options: argparse.Namespace) -> None:
     recording = open_recording(options.data, options.image_topic, options.camera_info_topic)
     first = round(len(recording) * options.first)
     pairs = evaluation_pairs(recording, first, len(recording) - 1, per_step=options.pairs)
-    table = Table(
-        title=f'{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs'
-    )
+    if not pairs:
+        raise Nothing(_why_no_pairs(recording, first))
+    title = f'{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs'
+    table = Table(title=Text(title))
     columns = (*ACCURACY.values(), 'ATE, % of path')
     table.add_column('')
     rows = []
@@ -193,7 +207,8 @@ def evaluate(options: argparse.Namespace) -> None:
         )
         ate = trajectory_accuracy(stamps, poses, recording.ground_truth).ate_percent
         rows.append([getattr(accuracy, key) for key in ACCURACY] + [ate])
-        table.add_column(f'{Path(path).stem}\nversion {info.version}', justify='right')
+        header = Text(f'{Path(path).stem}\nversion {info.version}')
+        table.add_column(header, justify='right')
     for index, label in enumerate(columns):
         table.add_row(label, *('–' if row[index] is None else f'{row[index]:.2f}' for row in rows))
     console.print(table)
@@ -227,10 +242,10 @@ def _export_onnx(options: argparse.Namespace) -> None:
     matcher, info = weights.load(options.weights or weights.default_path())
     with console.status('Exporting, about ten seconds'):
         write_onnx(options.onnx, matcher, info, size)
-    console.print(
+    _say(
         f'ONNX: {ENCODE} and {MATCH} of version {info.version} for images of '
-        f'{size[0]}x{size[1]}, in {options.onnx}', soft_wrap=True,
-    )  # fmt: skip
+        f'{size[0]}x{size[1]}, in {options.onnx}'
+    )
 
 
 def _export_recording(options: argparse.Namespace) -> None:
@@ -267,13 +282,19 @@ def _export_recording(options: argparse.Namespace) -> None:
             keyframes.append(correspondences)
             if pictures and not cv2.imwrite(str(pictures / image_name(stamp)), image):
                 raise OSError(f'{pictures / image_name(stamp)} could not be written')
+    if not bundle.trajectory:
+        raise Nothing(
+            f'none of the {len(recording)} images of {recording.bag} got a pose '
+            f'({estimate.reason or estimate.status}), so there is no map; '
+            'the camera must move sideways past things that have texture'
+        )
     if options.map:
         write_map(
             options.map,
             {stamp: T.numpy() for stamp, T in bundle.trajectory.items()},
             {track: point.numpy() for track, point in landmarks.items()},
         )
-        console.print(
+        _say(
             f'map: {len(bundle.trajectory)} poses, {len(landmarks)} landmarks in {options.map}'
         )
     if options.colmap:
@@ -281,15 +302,15 @@ def _export_recording(options: argparse.Namespace) -> None:
             options.colmap, recording.camera, keyframes, bundle.trajectory, landmarks,
             bundle.options.prune_px,
         )
-        console.print(
+        _say(
             f'COLMAP: {written.images} images, {written.posed} posed; {written.pairs} pairs, '
             f'{written.verified} '
             f'verified; {written.points} points in {written.observations} observations, '
             f'{written.error_px:.2f} px RMS; '
-            f'in {options.colmap}', soft_wrap=True,
-        )  # fmt: skip
+            f'in {options.colmap}'
+        )
     if bundle.maps > 1:
-        console.print(f'[yellow]{bundle.maps} maps were begun; each has a scale of its own[/]')
+        _warn(f'{bundle.maps} maps were begun; each has a scale of its own')
 
 
 def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: str) -> None:
@@ -307,7 +328,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
         weights=options.weights,
     )
     for note in result.notes:
-        console.print(f'[yellow]{note}[/]')
+        _warn(note)
     trajectory = trajectory_accuracy(
         result.keyframe_stamps, result.keyframe_poses, recording.ground_truth
     )
@@ -327,6 +348,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
             'keyframes': count('bundle', 'keyframes'),
             'keyframes_posed': len(result.keyframe_stamps),
             'dropped': result.dropped,
+            'true_poses': _true_poses(recording),
         },
         'trajectory': trajectory,
         'matching': {'before': before, 'after': after},
@@ -409,7 +431,25 @@ def _report(run_dir: Path, figures: dict[str, Any], pictures: Any, title: str) -
         run_dir, figures, pictures, title=title, command=command, versions=versions
     )
     console.print(console_table(figures))
-    console.print(f'report: {path.resolve()}', soft_wrap=True)
+    _say(f'report: {path.resolve()}')
+
+
+def _true_poses(recording: Any) -> int:
+    return 0 if recording.ground_truth is None else len(recording.ground_truth[0])
+
+
+def _why_no_pairs(recording: Any, first: int) -> str:
+    if recording.ground_truth is None:
+        return (
+            f'{recording.bag} has no ground truth, so there is nothing to measure against; '
+            'put groundtruth.txt (TUM) beside it, or record a PoseStamped topic with '
+            '"ground_truth" in its name'
+        )
+    return (
+        f'no two images of {recording.bag}, from number {first} on and 5, 10 or 20 apart, have '
+        'a true pose within a millisecond of their stamps; choose another --first, or check the '
+        "ground truth's stamps"
+    )
 
 
 def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: str) -> Any:
@@ -420,8 +460,13 @@ def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: s
     )
 
 
-def _verdict_text(promoted: bool, reason: str) -> str:
-    return f'[green]promoted[/], {reason}' if promoted else f'not promoted, {reason}'
+def _say(sentence: str, style: str | None = None) -> None:
+    """Print a line whole, whatever the terminal's width: it may be a path to be copied."""
+    console.print(sentence, style=style, soft_wrap=True)
+
+
+def _warn(sentence: str) -> None:
+    _say(sentence, 'yellow')
 
 
 def _median(values: list[float]) -> float | None:
@@ -591,7 +636,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Wrong input ends with one sentence and exit code 2."""
+    """
+    Run the command line.
+
+    Wrong input ends with one sentence and exit code 2, good input from which nothing could be had
+    with one sentence and exit code 1.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.function(options)
@@ -600,6 +650,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f'imatching: {error}', file=sys.stderr)
         sys.exit(2)
+    except Nothing as nothing:
+        print(f'imatching: {nothing}', file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import subprocess
 import sys
 
@@ -43,11 +44,11 @@ def one_sentence(text):
     return lines[0].removeprefix('imatching: ')
 
 
-def refused(capsys, *arguments):
-    """Return the sentence with which the command refuses."""
+def refused(capsys, *arguments, code=2):
+    """Return the sentence with which the command refuses, or (1) says that it has nothing."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
+    assert stop.value.code == code
     return one_sentence(capsys.readouterr().err)
 
 
@@ -213,9 +214,36 @@ def test_a_recording_too_short_to_learn_from_is_one_sentence(
 ):
     monkeypatch.chdir(tmp_path)
     sentence = refused(
-        capsys, 'tune', daylight, '--out', 'w.safetensors', '--train-fraction', '0.2'
+        capsys, 'tune', daylight, '--out', 'w.safetensors', '--train-fraction', '0.2', code=1
     )
     assert 'too few to learn from' in sentence and not (tmp_path / 'w.safetensors').exists()
+
+
+def test_what_nothing_can_be_had_from_ends_with_code_1_and_says_why(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    bag = good(tmp_path, 'mcap', count=6)
+    sentence = refused(capsys, 'evaluate', bag, code=1)
+    assert f'{bag} has no ground truth' in sentence and 'groundtruth.txt' in sentence
+    (bag / 'groundtruth.txt').write_text('12.0 0 0 0 0 0 0 1\n13.0 1 0 0 0 0 0 1\n')
+    sentence = refused(capsys, 'evaluate', bag, code=1)
+    assert 'have a true pose within a millisecond' in sentence
+    written = tmp_path / 'map', tmp_path / 'colmap'
+    sentence = refused(capsys, 'export', bag, '--map', written[0], '--colmap', written[1], code=1)
+    assert 'none of the 6 images' in sentence and 'got a pose' in sentence
+    assert not written[0].exists() and not (written[1] / 'database.db').exists()
+
+
+def test_paths_are_printed_as_they_are(tmp_path, monkeypatch, capsys, daylight):
+    odd = tmp_path / 'Küche [bold] a:b [/] :smile:'
+    shutil.copytree(daylight, odd / 'bag [left]')
+    monkeypatch.chdir(odd)
+    cli.main(['export', str(odd / 'bag [left]'), '--map', str(odd / 'map [red]')])
+    assert f'landmarks in {odd / "map [red]"}' in capsys.readouterr().out
+    cli.main(['evaluate', str(odd / 'bag [left]'), '--pairs', '1'])
+    out = re.sub(r'\s+', ' ', capsys.readouterr().out)
+    assert 'bag [left], images' in out
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ class Images(Protocol):
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]: ...
 
 
+class TooFewWindowsError(ValueError):
+    """The recordings show too little to learn from; the text says why, in one sentence."""
+
+
 #: One recording: its camera, and its images.
 Recording = tuple[Camera, Images]
 
@@ -68,16 +72,15 @@ def tune(
     ] = lambda learner, step, verdict: None,
 ) -> tuple[Learner, History]:
     """
-    Fine-tunes on recordings.
-
-    In each epoch all are tracked and solved with the weights in use, then learned from.
+    Fine-tune on recordings: in each epoch all are tracked and solved, then learned from.
 
     Each recording is split by time: its first images train, the last ``VALIDATION`` of them, after
     a gap, are the gate's, where they give a window. It ends after ``steps``, or where the gate has
-    promoted nothing in ``PATIENCE`` verdicts in a row. folder: of checkpoints. Where one is there
-    that the same call has left behind, the run goes on from it, to the same bits; raises
-    ValueError where another call has. Raises ValueError where no recording gave a window to learn
-    from. on_frame: is told after each image how many have been tracked, and how many will be.
+    promoted nothing in ``PATIENCE`` verdicts in a row. folder: of checkpoints; where one is there
+    that the same call has left behind, the run goes on from it, to the same bits. on_frame is told
+    after each image how many have been tracked, and how many will be. Raises ValueError where the
+    checkpoints are another call's, TooFewWindowsError where the recordings gave too few windows to
+    learn from and to judge by.
     """
     options = options or LearnerOptions()
 
@@ -147,7 +150,7 @@ def tune(
                 )
             on_step(learner, step, verdict)
         if target and learner.step_count == 0:
-            raise ValueError(
+            raise TooFewWindowsError(
                 f'the recordings gave {learner.windows} solved windows, too few to learn from '
                 'and to judge by; they '
                 'need more images, more sideways motion, or more texture'
