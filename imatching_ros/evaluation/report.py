@@ -18,6 +18,7 @@ import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from .matching import PairMatches
 from .pictures import ERROR_CLASSES, error_counts, Event, learning_svg, matches_svg, trajectory_svg
@@ -119,8 +120,8 @@ def console_table(figures: Mapping[str, Any]) -> Group:
     for key, label in ACCURACY.items():
         sign = _sign(before[key], after[key])
         colour = {1: 'green', -1: 'red'}.get(sign, 'dim')
-        change = f'[{colour}]{_change(before[key], after[key])}[/]'
-        matching.add_row(label, _number(before[key]), f'[bold]{_number(after[key])}[/]', change)
+        change = Text(_change(before[key], after[key]), style=colour)
+        matching.add_row(label, _number(before[key]), Text(_number(after[key]), 'bold'), change)
     run = Table(
         box=box.SIMPLE_HEAD, padding=(0, 2), show_header=False, title='Run', title_justify='left'
     )
