@@ -2,10 +2,10 @@
 #   docker build -t imatching_ros .
 #   docker run --rm -it --net=host --ipc=host -v "$PWD/runs:/ws/runs" imatching_ros \
 #       ros2 launch imatching_ros imatching.launch.py image_topic:=/camera/image_raw
-# With a GPU add --gpus all, and device:=cuda to the launch command. --build-arg TORCH=cpu takes a
-# CPU build of torch, which is some gigabytes smaller.
+# With a GPU add --gpus all, and device:=cuda to the launch command. --build-arg PIP_EXTRA_INDEX_URL=...
+# names another index to take torch from, such as one of CPU builds, which are gigabytes smaller.
 FROM ros:jazzy-perception
-ARG TORCH=default
+ARG PIP_EXTRA_INDEX_URL
 RUN apt-get update \
     && apt-get install -y --no-install-recommends make python3-pip python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -13,7 +13,6 @@ WORKDIR /ws
 COPY . src/imatching_ros
 SHELL ["/bin/bash", "-c"]
 RUN source /opt/ros/jazzy/setup.bash \
-    && if [ "$TORCH" = cpu ]; then export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; fi \
     && make -C src/imatching_ros ros-setup \
     && source src/imatching_ros/.venv/bin/activate \
     && python -m colcon build --packages-select imatching_ros

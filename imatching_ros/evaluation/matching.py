@@ -20,8 +20,8 @@ from ..geometry import lie
 from ..geometry.camera import Camera
 from ..geometry.two_view import relative_pose
 from ..matching.detector import detect
+from ..matching.pair import match_pair
 from ..matching.protocol import Matcher
-from ..matching.tracker import round_trip, TrackerOptions
 
 if TYPE_CHECKING:
     from ..data.recording import Recording
@@ -134,7 +134,8 @@ def match_pairs(
     for pair in pairs:
         reference, target = images[pair.reference], images[pair.target]
         points = torch.as_tensor(detect(reference, queries), dtype=torch.float32).reshape(-1, 2)
-        uv, kept = _match(matcher, reference, target, points)
+        matched = match_pair(matcher, reference, target, points)
+        uv, kept = matched.uv, matched.kept
         true_uv, visible = true_matches(
             recording.camera, pair, points, recording.depth(pair.reference),
             recording.depth(pair.target),
@@ -245,33 +246,6 @@ def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
     corners = torch.where(certain[:, None], corners, 1.0)
     certain &= corners.amax(-1) <= (1 + DEPTH_TOLERANCE) * corners.amin(-1)
     return 1 / (weights / corners).sum(-1), certain
-
-
-@torch.no_grad()
-def _match(
-    matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries: Tensor
-) -> tuple[Tensor, Tensor]:
-    """
-    Return uv (N, 2) of all queries, and (N,) which of them the tracker would keep.
-
-    In frame, and found back.
-    """
-    if not len(queries):
-        return queries, torch.zeros(0, dtype=torch.bool)
-    device = (
-        next((p.device for p in matcher.parameters()), 'cpu')
-        if isinstance(matcher, torch.nn.Module)
-        else 'cpu'
-    )
-    first, second = (
-        matcher.encode(torch.tensor(image, device=device)[None, None].float() / 255)
-        for image in (reference, target)
-    )
-    matches, distance = round_trip(matcher, first, second, queries[None].to(device))
-    uv = matches.uv[0].cpu().float()
-    height, width = target.shape
-    inside = ((uv >= 0) & (uv <= uv.new_tensor([width - 1, height - 1]))).all(-1)
-    return uv, inside & (distance[0].cpu() < TrackerOptions.round_trip_px)
 
 
 def pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:
