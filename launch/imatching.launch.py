@@ -19,6 +19,11 @@ ARGUMENTS = (
     ('camera_info_topic', '', 'Its camera_info; empty: the one beside image_topic.'),
     ('image_transport', 'raw', 'raw or compressed.'),
     (
+        'rectified', '',
+        "Whether the images are rectified: auto (by their topic's name), always or never; empty: "
+        'what the parameter file says.',
+    ),
+    (
         'external_odometry', 'external_odometry',
         'Topic of another odometry (nav_msgs/Odometry), for scale or poses.',
     ),
@@ -75,8 +80,11 @@ def start(context):
     ]  # fmt: skip
     time = {'use_sim_time': truth('use_sim_time')}
     common = {**time, 'autostart': truth('autostart'), 'image_transport': given['image_transport']}
-    if given['device']:
-        common['device'] = given['device']
+    if given['rectified'] not in ('', 'auto', 'always', 'never'):
+        raise ValueError(f'rectified:={given["rectified"]} must be auto, always or never')
+    for name in ('device', 'rectified'):
+        if given[name]:
+            common[name] = given[name]
     if given['weights']:
         common['weights'] = file('weights')
 
@@ -106,8 +114,13 @@ def start(context):
             rate = float(given['rate'])
         except ValueError:
             raise ValueError(f'rate:={given["rate"]} must be a number') from None
-        clock = {**time, 'bag': file('bag'), 'rate': rate, 'clock': time['use_sim_time']}
-        nodes.append(node('player', 'player', clock))
+        played = {**time, 'bag': file('bag'), 'rate': rate, 'clock': time['use_sim_time']}
+        # What names the camera's topics names the recording's too: it may hold several cameras
+        played['image_topic'] = '' if image == 'image' else image
+        played['camera_info_topic'] = given['camera_info_topic']
+        if given['rectified']:
+            played['rectified'] = given['rectified']
+        nodes.append(node('player', 'player', played))
     if truth('rviz'):
         # The views are absolute in RViz's file, and relative to the namespace here
         views = [(f'/{topic}', topic) for topic in VIEWS] + [('/image', image)]
