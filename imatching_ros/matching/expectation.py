@@ -349,15 +349,17 @@ def half_precision(device: torch.device, learning: bool) -> torch.dtype | None:
     """
     Return the type in which a device multiplies faster than in float32, None where none is.
 
-    For ``learning`` not float16, in which small gradients vanish.
+    For ``learning`` it is not float16, in which small gradients vanish. A processor is taken for
+    what torch uses of it (``ATEN_CPU_CAPABILITY=avx2``: bfloat16 would be emulated, and slower).
     """
     if device.type == 'cuda':
         if not learning:
             return torch.float16
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    # Since torch 2.2; emulated bfloat16 would be slower
-    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
-    return torch.bfloat16 if device.type == 'cpu' and supported() else None
+    if device.type != 'cpu' or torch.backends.cpu.get_cpu_capability() != 'AVX512':
+        return None
+    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)  # since torch 2.2
+    return torch.bfloat16 if supported() else None
 
 
 @cache
