@@ -282,13 +282,7 @@ def _export_recording(options: argparse.Namespace) -> None:
             keyframes.append(correspondences)
             if pictures and not cv2.imwrite(str(pictures / image_name(stamp)), image):
                 raise OSError(f'{pictures / image_name(stamp)} could not be written')
-    if not bundle.trajectory:
-        raise Nothing(
-            f'none of the {len(recording)} images of {recording.bag} got a pose '
-            f'({estimate.reason or estimate.status}), so there is no map; '
-            'the camera must move sideways past things that have texture'
-        )
-    if options.map:
+    if options.map and bundle.trajectory:
         write_map(
             options.map,
             {stamp: T.numpy() for stamp, T in bundle.trajectory.items()},
@@ -308,6 +302,12 @@ def _export_recording(options: argparse.Namespace) -> None:
             f'verified; {written.points} points in {written.observations} observations, '
             f'{written.error_px:.2f} px RMS; '
             f'in {options.colmap}'
+        )
+    if not bundle.trajectory:
+        raise Nothing(
+            f'none of the {len(recording)} images of {recording.bag} got a pose '
+            f'({estimate.reason or estimate.status}), so there is no map; '
+            'the camera must move sideways past things that have texture'
         )
     if bundle.maps > 1:
         _warn(f'{bundle.maps} maps were begun; each has a scale of its own')
