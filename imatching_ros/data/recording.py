@@ -7,14 +7,15 @@ With the ground truth that may lie beside them.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
 import cv2
-from imatching_ros.data.images import decode_compressed, decode_image
-from imatching_ros.geometry.camera import Camera
+from imatching_ros.data.cameras import Cameras, Given, given_camera, HOW, rectified_images
+from imatching_ros.data.images import compressed_size, decode_compressed, decode_image, Greys
+from imatching_ros.geometry.camera import Camera, FOLLOWED_PX, unclear
 import numpy as np
 from rosbags.highlevel import AnyReader
 from rosbags.interfaces import Connection
@@ -48,50 +49,85 @@ class Recording:
 
     bag: Path  #: the bag folder or file
     folder: Path  #: where `depth/` and `groundtruth.txt` are, if they are
-    camera: Camera  #: of the bag's first camera_info
+    camera: Camera  #: of the bag's first camera_info that can be used, or the one that was given
     image_topic: str
-    camera_info_topic: str
+    camera_info_topic: str  #: empty where the camera was given
     transport: str  #: "raw" (sensor_msgs/Image) or "compressed" (sensor_msgs/CompressedImage)
     count: int  #: images in the bag
+    rectified: bool = False  #: whether the camera is that of P
+    said: tuple[str, ...] = ()  #: sentences about the camera
+    cameras: Cameras = field(default_factory=Cameras, repr=False, compare=False)
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        for number, (stamp, _, _, message) in enumerate(self._read([self.image_topic])):
+        greys = Greys()
+        for number, (stamp, camera, message) in enumerate(self._images()):
             try:
                 if self.transport == 'compressed':
-                    image = decode_compressed(message.data)
+                    image = decode_compressed(message.data, greys)
                 else:
                     image = decode_image(
                         message.encoding, message.height, message.width, message.step,
-                        message.data,
-                        message.is_bigendian,
+                        message.data, message.is_bigendian, greys,
                     )  # fmt: skip
             except ValueError as error:
                 raise RecordingError(
                     f'image {number} of {self.image_topic} in {self.bag}: {error}'
                 ) from None
-            if image.shape != (self.camera.height, self.camera.width):
+            if image.shape != (camera.height, camera.width):
                 raise RecordingError(
                     f'image {number} of {self.image_topic} in {self.bag} is '
                     f'{image.shape[1]}x{image.shape[0]}, but '
-                    f'{self.camera_info_topic} is for {self.camera.width}x{self.camera.height}; '
+                    f'{self.camera_info_topic} is for {camera.width}x{camera.height}; '
                     'choose the camera_info of this camera with --camera-info-topic'
                 )
             yield stamp, image
 
-    def messages(self) -> Iterator[tuple[int, str, str, object]]:
+    def messages(self) -> Iterator[tuple[int, str, object]]:
         """
-        Image and camera_info messages in the bag's order.
+        Yield the images' messages in the bag's order, and the cameras that they belong to.
 
-        (stamp_ns, "image" or "camera_info", type, message).
-
-        Messages are those of `rosbags` with ROS 2's field names, also where the bag is of ROS 1.
+        (stamp_ns, "image", message), the message of `rosbags` with ROS 2's field names, also where
+        the bag is of ROS 1; and (stamp_ns, "camera", Camera) before the first image and wherever
+        the calibration changes.
         """
-        kinds = {self.image_topic: 'image', self.camera_info_topic: 'camera_info'}
-        for stamp, topic, msgtype, message in self._read(kinds):
-            yield stamp, kinds[topic], msgtype, message
+        last = None
+        for stamp, camera, message in self._images():
+            if camera != last:
+                yield stamp, 'camera', camera
+                last = camera
+            yield stamp, 'image', message
+
+    def camera_of(self, stamp: int) -> Camera:
+        """Return the camera of an image that was read already."""
+        return self.cameras.of(stamp)
+
+    def notes(self) -> list[str]:
+        """Return what the user should know of the recording as far as it was read."""
+        notes = list(self.said)
+        if self.cameras.breaks:
+            notes.append(
+                f'{self.camera_info_topic} changed {self.cameras.breaks} times by more than '
+                f'{FOLLOWED_PX:g} px: each time a map was begun anew'
+            )
+        return notes
+
+    def _images(self) -> Iterator[tuple[int, Camera, object]]:
+        """
+        Yield stamp, camera in force and message of each image.
+
+        A camera_info that cannot be used changes nothing.
+        """
+        camera = self.camera
+        for stamp, topic, _, message in self._read((self.image_topic, self.camera_info_topic)):
+            if topic == self.camera_info_topic:
+                with suppress(ValueError):
+                    camera = Camera.from_camera_info(message, self.rectified)
+                continue
+            self.cameras.put(stamp, camera)
+            yield stamp, camera, message
 
     @cached_property
     def ground_truth(self) -> tuple[Tensor, Tensor] | None:
@@ -155,7 +191,8 @@ class Recording:
 
 
 def open_recording(
-    path: Path | str, image_topic: str | None = None, camera_info_topic: str | None = None
+    path: Path | str, image_topic: str | None = None, camera_info_topic: str | None = None,
+    camera: Given | None = None, rectified: str = 'auto',
 ) -> Recording:
     """
     Open a recording.
@@ -165,9 +202,11 @@ def open_recording(
 
     Where the bag has one image topic it is taken, else `image_topic` must choose.
     `camera_info_topic` is by default the one beside the image topic (``/camera/image_raw`` has
-    ``/camera/camera_info``), else the bag's only one. Raises RecordingError, one sentence: no such
-    path, no bag there, a damaged bag, no images, several image topics and none chosen, no
-    camera_info, an uncalibrated camera.
+    ``/camera/camera_info``), else the bag's only one; where `camera` is given
+    (``cameras.given_camera``) none is needed. `rectified`: "always", "never", or "auto", which
+    reads it from the image topic's name. Raises RecordingError, one sentence: no such path, no bag
+    there, a damaged bag, no images, several image topics and none chosen, no camera_info, an
+    uncalibrated camera.
     """
     bag, folder = _find(Path(path))
     with _opened(bag) as reader:
@@ -175,24 +214,51 @@ def open_recording(
         images = {c.topic: c.msgtype for c in filled if c.msgtype in (IMAGE, COMPRESSED)}
         infos = sorted({c.topic for c in filled if c.msgtype == CAMERA_INFO})
         image_topic = _choose_image(bag, image_topic, images, sorted({c.topic for c in filled}))
-        camera_info_topic = _choose_info(bag, camera_info_topic, infos, image_topic)
-        about = next(_messages(bag, reader, [c for c in filled if c.topic == camera_info_topic]))[
-            3
-        ]
+        always = rectified_images(rectified, image_topic)
+        said: list[str] = []
+        if camera is None:
+            camera_info_topic = _choose_info(bag, camera_info_topic, infos, image_topic)
+            here = [c for c in filled if c.topic == camera_info_topic]
+            about = (message for _, _, _, message in _messages(bag, reader, here))
+            try:
+                camera, info = _first_camera(about, always)
+            except ValueError as error:
+                raise RecordingError(f'{camera_info_topic} in {bag}: {error}') from None
+            apart = unclear(info, image_topic) if rectified == 'auto' else None
+            if apart is not None:
+                said.append(
+                    f'the images of {image_topic} are taken as raw, by K and D of '
+                    f'{camera_info_topic}; by P pixels lie up to {apart:.0f} px elsewhere: if '
+                    'they are rectified, say --rectified always, else --rectified never'
+                )
+        else:
+            first = next(_messages(bag, reader, [c for c in filled if c.topic == image_topic]))[3]
+            try:
+                height, width = (
+                    compressed_size(first.data) if images[image_topic] == COMPRESSED
+                    else (first.height, first.width)
+                )  # fmt: skip
+                camera = given_camera(camera, width, height, always, image_topic)
+            except ValueError as error:
+                raise RecordingError(f'the camera given for {bag}: {error}') from None
+            camera_info_topic = ''
         count = sum(c.msgcount for c in filled if c.topic == image_topic)
-    try:
-        roi = about.roi
-        camera = (
-            Camera.from_camera_info(
-                about.width, about.height, about.k, about.d, about.distortion_model
-            )
-            .cropped(roi.x_offset, roi.y_offset, roi.width, roi.height)
-            .binned(about.binning_x or 1, about.binning_y or 1)
-        )
-    except ValueError as error:
-        raise RecordingError(f'{camera_info_topic} in {bag}: {error}') from None
+    said += [f'the camera of {image_topic} is odd: {doubt}' for doubt in camera.doubts()]
     transport = 'compressed' if images[image_topic] == COMPRESSED else 'raw'
-    return Recording(bag, folder, camera, image_topic, camera_info_topic, transport, count)
+    return Recording(
+        bag, folder, camera, image_topic, camera_info_topic, transport, count, always, tuple(said)
+    )
+
+
+def _first_camera(infos: Iterator[object], rectified: bool) -> tuple[Camera, object]:
+    """Return the camera of the first camera_info that can be used, and that; the first's error."""
+    refused = None
+    for info in infos:
+        try:
+            return Camera.from_camera_info(info, rectified), info
+        except ValueError as error:
+            refused = refused or error
+    raise refused
 
 
 def _choose_image(bag: Path, wanted: str | None, images: dict[str, str], topics: list[str]) -> str:
@@ -216,8 +282,8 @@ def _choose_image(bag: Path, wanted: str | None, images: dict[str, str], topics:
 def _choose_info(bag: Path, wanted: str | None, infos: list[str], image_topic: str) -> str:
     if not infos:
         raise RecordingError(
-            f'{bag} has no camera_info (sensor_msgs CameraInfo); record it together with the '
-            'images'
+            f'{bag} has no camera_info (sensor_msgs CameraInfo); record it with the images, or '
+            f'give {HOW}'
         )
     listed = ', '.join(infos)
     if wanted is not None:

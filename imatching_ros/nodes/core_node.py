@@ -43,7 +43,8 @@ import torch
 from . import messages, parameters
 from .diagnostics import ERROR, Health, OK, WARN
 from .worker import Worker
-from ..geometry.camera import Camera
+from ..data.images import Greys
+from ..geometry.camera import Camera, is_rectified, unclear
 from ..matching import weights
 
 UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = 'unconfigured', 'inactive', 'active', 'finalized'
@@ -217,13 +218,16 @@ class CoreNode(LifecycleNode):
         """Time went back: what is remembered of later times goes; runs in the core's thread."""
         self.reset()
 
-    def recalibrate(self) -> None:
+    def recalibrate(self, camera: Camera) -> None:
         """Take a changed camera; runs in the core's thread."""
-        self.core, self._last_stamp = None, None
+        self.camera = camera
+        if self.core is not None:
+            self.core.recalibrate(camera)
 
     def forget(self) -> None:
         """Nothing is known yet, or any more."""
         self.camera: Camera | None = None
+        self._greys = Greys()
         self.core: Any = None
         self.worker = None
         self._last_stamp: int | None = None
@@ -351,7 +355,7 @@ class CoreNode(LifecycleNode):
                 f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
                 'publish the camera_info that belongs to the image'
             )
-        image = messages.image_from_message(message)
+        image = messages.image_from_message(message, self._greys)
         self.follow(messages.to_ns(message.header.stamp))
         return image
 
@@ -512,25 +516,40 @@ class CoreNode(LifecycleNode):
             return
         self._calibration = message
         try:
-            camera = messages.camera_from_info(message, self._rectified())
+            camera = Camera.from_camera_info(message, self._rectified())
         except ValueError as error:
             self.fault(f'camera_info: {error}')
             return
-        before, self.camera = self.camera, camera
-        if before not in (None, camera):
+        before = self.camera
+        if before is None:
+            self.camera = camera
+            self._doubt(camera, message)
+            return
+        if not camera.goes_on_from(before):
             self.fault('camera_info changed: starting afresh with the new calibration')
-            self.worker.post(self.recalibrate)
+            self._doubt(camera, message)
+        if camera != before:
+            self.worker.post(lambda: self.recalibrate(camera))
+
+    def _doubt(self, camera: Camera, info: CameraInfo) -> None:
+        """Say what is odd about the camera, and where nothing tells which one it is."""
+        for doubt in camera.doubts():
+            self.get_logger().warning(f'camera_info: {doubt}')
+        if self.value('rectified') == 'auto' and not self._rectified():
+            topic = self.resolve_topic_name('image')
+            if (apart := unclear(info, topic)) is not None:
+                self.get_logger().warning(
+                    f"the images of {topic} are taken as raw, by camera_info's K and D; by P "
+                    f'pixels lie up to {apart:.0f} px elsewhere: if they are rectified, set the '
+                    'parameter rectified to always, else to never'
+                )
 
     def _rectified(self) -> bool:
         if (given := self.value('rectified')) != 'auto':
             return given == 'always'
-        # Whether the camera_info's P or K describes an image, the image's name alone tells (REP
-        # 104, image_proc)
-        names = (self.resolve_topic_name(topic) for topic in ('image', 'image/compressed'))
-        return any(
-            name.removesuffix('/compressed').rpartition('/')[2].startswith('image_rect')
-            for name in names
-        )
+        # Whether the camera_info's P or K describes an image, the image's name alone tells
+        names = ('image', 'image/compressed')
+        return any(is_rectified(self.resolve_topic_name(name)) for name in names)
 
     def _on_clock_jump(self, jump: Any) -> None:
         seconds = jump.delta.nanoseconds / 1e9

@@ -129,8 +129,6 @@ class LearnerNode(CoreNode):
         if self.core is not None:
             self.core.start_recording(self.camera)
 
-    recalibrate = restart
-
     def rollback(self) -> str:
         """Back to the version before the last promoted one."""
         self._learner().rollback()

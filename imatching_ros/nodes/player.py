@@ -19,7 +19,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from . import messages, parameters
 from .process import run_ros
-from ..data.recording import open_recording, Recording
+from ..data.video import open_images
 
 
 class PlayerNode(Node):
@@ -36,10 +36,11 @@ class PlayerNode(Node):
         bag = self.get_parameter('bag').value
         if not bag:
             raise ValueError("no recording is given; set the parameter 'bag'")
-        self.recording: Recording = open_recording(
-            Path(bag), self.get_parameter('image_topic').value or None,
-            self.get_parameter('camera_info_topic').value or None,
-        )  # fmt: skip
+        names = ('image_topic', 'camera_info_topic', 'camera')
+        topics = (self.get_parameter(name).value or None for name in names)
+        self.recording = open_images(Path(bag), *topics, self.get_parameter('rectified').value)
+        for note in self.recording.notes():
+            self.get_logger().warning(note)
         compressed = self.recording.transport == 'compressed'
         topic = 'image/compressed' if compressed else 'image'
         self._publishers_of = {
@@ -68,7 +69,11 @@ class PlayerNode(Node):
                 break
         rate = self.get_parameter('rate').value
         begun, first, images = time.monotonic(), None, 0
-        for stamp, kind, _, message in self.recording.messages():
+        info = None
+        for stamp, kind, message in self.recording.messages():
+            if kind == 'camera':
+                info = message
+                continue
             first = stamp if first is None else first
             while (
                 left := begun + (stamp - first) * 1e-9 / rate - time.monotonic()
@@ -78,8 +83,10 @@ class PlayerNode(Node):
                 return
             if self._time is not None:
                 self._time.publish(Clock(clock=messages.to_stamp(stamp)))
-            self._publishers_of[kind].publish(messages.from_recording(message, stamp))
-            images += kind == 'image'
+            image = messages.from_recording(message, stamp)
+            self._publishers_of['camera_info'].publish(messages.camera_to_info(info, image.header))
+            self._publishers_of['image'].publish(image)
+            images += 1
         self.get_logger().info(f'the recording has ended: {images} images')
 
 
