@@ -31,7 +31,18 @@ ARGUMENTS = (
         'Where torch computes, such as cpu or cuda; empty: what the parameter file says.',
     ),
     ('weights', '', 'Weights file to start with; empty: what the parameter file says.'),
-    ('bag', '', 'A recording to play: rosbag1, rosbag2 or MCAP.'),
+    (
+        'rectified', '',
+        'Are images rectified? auto, always or never; empty: what the parameter file says.',
+    ),
+    (
+        'bag', '',
+        'A recording to play: rosbag1, rosbag2, MCAP, a video file or a folder of pictures.',
+    ),
+    (
+        'camera', '',
+        "Instead of the recording's camera_info: 'fx fy cx cy [model] [d ...]' or a yaml file.",
+    ),
     ('rate', '1.0', 'How fast to play it.'),
     ('rviz', 'false', "Start RViz with the package's config/imatching.rviz."),
 )
@@ -79,6 +90,10 @@ def start(context):
         common['device'] = given['device']
     if given['weights']:
         common['weights'] = file('weights')
+    if given['bag']:
+        common['rectified'] = 'never'  # the player tells the finished camera
+    elif given['rectified']:
+        common['rectified'] = given['rectified']
 
     def node(role, name, parameters, **options):
         return Node(
@@ -106,8 +121,11 @@ def start(context):
             rate = float(given['rate'])
         except ValueError:
             raise ValueError(f'rate:={given["rate"]} must be a number') from None
-        clock = {**time, 'bag': file('bag'), 'rate': rate, 'clock': time['use_sim_time']}
-        nodes.append(node('player', 'player', clock))
+        played = {**time, 'bag': file('bag'), 'rate': rate, 'clock': time['use_sim_time']}
+        for name in ('image_topic', 'camera_info_topic', 'camera', 'rectified'):
+            if given[name]:
+                played[name] = given[name]
+        nodes.append(node('player', 'player', played))
     if truth('rviz'):
         # The views are absolute in RViz's file, and relative to the namespace here
         views = [(f'/{topic}', topic) for topic in VIEWS] + [('/image', image)]

@@ -267,6 +267,8 @@ def _choose_image(bag: Path, wanted: str | None, images: dict[str, str], topics:
         raise RecordingError(f'{bag} has no images (sensor_msgs Image or CompressedImage), {have}')
     listed = ', '.join(sorted(images))
     if wanted is not None:
+        if wanted not in images and f'{wanted}/compressed' in images:
+            return f'{wanted}/compressed'
         if wanted not in images:
             raise RecordingError(
                 f'{bag} has no images on {wanted}; --image-topic may be one of {listed}'

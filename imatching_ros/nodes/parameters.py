@@ -120,7 +120,8 @@ TABLE: tuple[Parameter, ...] = (
     Parameter('rectified', (*_ALL, 'player'), 'auto',
               "always: images are rectified, so camera_info's P describes them; never: they are "
               "raw, so K and D do; auto: rectified where the last part of the image topic's name "
-              'begins with image_rect, a part is rect, rectified or rectify, or kitti2bag gave it.',
+              'begins with image_rect, or a part is rect, rectified or rectify, or it is one of '
+              "kitti2bag's.",
               choices=('auto', 'always', 'never'), read_only=True),
     # Weights
     Parameter('weights', ('matcher', 'learner'), '',
@@ -212,7 +213,8 @@ TABLE: tuple[Parameter, ...] = (
               'calibration yaml.', read_only=True),
     Parameter('rate', ('player',), 1.0, "How fast to play, times the recording's own pace.", 0.001,
               1000.0, read_only=True),
-    Parameter('image_topic', ('player',), '', 'Image topic in the recording; empty: its only one.',
+    Parameter('image_topic', ('player',), '',
+              'Image topic in the recording; empty, or one that it does not have: its only one.',
               read_only=True),
     Parameter('camera_info_topic', ('player',), '',
               'camera_info topic in the recording; empty: the one beside the images.',

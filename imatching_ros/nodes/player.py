@@ -19,6 +19,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from . import messages, parameters
 from .process import run_ros
+from ..data.recording import RecordingError
 from ..data.video import open_images
 
 
@@ -36,9 +37,15 @@ class PlayerNode(Node):
         bag = self.get_parameter('bag').value
         if not bag:
             raise ValueError("no recording is given; set the parameter 'bag'")
-        names = ('image_topic', 'camera_info_topic', 'camera')
-        topics = (self.get_parameter(name).value or None for name in names)
-        self.recording = open_images(Path(bag), *topics, self.get_parameter('rectified').value)
+        *topics, camera, rectified = (
+            self.get_parameter(name).value or None
+            for name in ('image_topic', 'camera_info_topic', 'camera', 'rectified')
+        )
+        try:
+            self.recording = open_images(Path(bag), *topics, camera, rectified)
+        except RecordingError:
+            # A launch file names the topic to play onto: of one camera that may be another
+            self.recording = open_images(Path(bag), None, None, camera, rectified)
         for note in self.recording.notes():
             self.get_logger().warning(note)
         compressed = self.recording.transport == 'compressed'
