@@ -67,6 +67,8 @@ QUANTILES = (1.0, 99.0)  #: percent of the pixels; single hot or dead ones must 
 MARGIN = 0.15  #: share of what lies between them that is kept free on either side
 FLAT = 256.0  #: values of 16 bits are never stretched further than one to one
 PACE = 0.02  #: share of the way to each image's own range that the range in use goes
+STEP = 0.01  #: and at most this share of itself
+FIRST = 10  #: images whose mean range is in use at first
 SAMPLES = 1 << 16  #: pixels, about, from which a range is taken
 
 
@@ -88,16 +90,23 @@ class Greys:
         """Return an image (H, W) as uint8; ValueError where it holds no finite number."""
         if grey.dtype == np.uint8:
             return grey
-        own = _range_of(grey)
-        self._images += 1
-        if self._range is None:
-            self._range = own
-        self._range = self._range + max(PACE, 1 / self._images) * (own - self._range)
-        low, high = self._range
+        low, high = self._next(_range_of(grey))
         if grey.dtype.kind == 'f':
             grey = np.nan_to_num(grey, nan=low, posinf=high, neginf=low)
         scaled = (grey.astype(np.float32) - np.float32(low)) * np.float32(255 / (high - low))
         return np.clip(scaled + np.float32(0.5), 0, 255).astype(np.uint8)
+
+    def _next(self, own: np.ndarray) -> np.ndarray:
+        """Return the range (2,) in use once an image has come whose own is this."""
+        self._images += 1
+        if self._range is None:
+            self._range = own
+        elif self._images <= FIRST:
+            self._range = self._range + (own - self._range) / self._images
+        else:
+            most = STEP * (self._range[1] - self._range[0])
+            self._range = self._range + np.clip(PACE * (own - self._range), -most, most)
+        return self._range
 
 
 def _range_of(grey: np.ndarray) -> np.ndarray:
@@ -252,6 +261,7 @@ def _whole(data: bytes) -> bytes:
         scan = next((at for marker, at in _segments(data) if marker == _SCAN), len(data))
         if _END not in data[scan:]:
             # A decoder that has all of the picture does not look at what follows
+            data = data.rstrip(b'\xff')  # the end's first half
             one, other = (data + filling * 64 + _END for filling in (b'\x00\x00', b'\xaa\x55'))
             decoded, twin = _decoded(one), _decoded(other)
             if scan == len(data) or decoded is None or not np.array_equal(decoded, twin):

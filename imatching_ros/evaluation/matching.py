@@ -135,14 +135,14 @@ def match_pairs(
         reference, target = images[pair.reference], images[pair.target]
         points = torch.as_tensor(detect(reference, queries), dtype=torch.float32).reshape(-1, 2)
         uv, kept = _match(matcher, reference, target, points)
+        camera = recording.camera_of(pair.reference)
         true_uv, visible = true_matches(
-            recording.camera, pair, points, recording.depth(pair.reference),
-            recording.depth(pair.target),
+            camera, pair, points, recording.depth(pair.reference), recording.depth(pair.target)
         )
         error = torch.where(visible, (uv - true_uv).norm(dim=-1).nan_to_num(torch.inf), torch.nan)
         rotation, translation = None, None
         if pair.baseline:
-            rotation, translation = pose_errors(recording.camera, pair, points[kept], uv[kept])
+            rotation, translation = pose_errors(camera, pair, points[kept], uv[kept])
         yield PairMatches(
             pair, reference, target, points, uv, true_uv, visible, error, rotation, translation
         )

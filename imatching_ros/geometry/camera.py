@@ -33,7 +33,7 @@ def is_rectified(topic: str) -> bool:
     the name counts for nothing.
     """
     parts = topic.split('/')
-    if parts[-1] in TRANSPORTS:
+    if len(parts) > 1 and parts[-1] in TRANSPORTS:
         parts.pop()
     return (
         parts[-1].startswith('image_rect')
