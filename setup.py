@@ -28,6 +28,7 @@ setup(
         'numpy',
         'numba',
         'opencv-python-headless',
+        'pillow',
         'torch',
         'pypose',
         'poselib',

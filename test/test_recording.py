@@ -47,7 +47,7 @@ class Pen:
 
     def info(
         self, topic: str, stamp: int, fx: float = 30.0, size=SIZE,
-        d=(0.1, -0.05, 0.001, 0.002, 0.0),
+        d=(0.1, -0.05, 0.001, 0.002, 0.0), p=(0.0,) * 12,
     ):
         roi = self.make(
             'sensor_msgs/msg/RegionOfInterest', x_offset=0, y_offset=0, height=0, width=0,
@@ -56,8 +56,8 @@ class Pen:
         k = np.array([fx, 0, 15.5, 0, fx, 11.5, 0, 0, 1])
         self.write(topic, stamp, self.make(
             'sensor_msgs/msg/CameraInfo', header=self.header(stamp), height=size[0], width=size[1],
-            distortion_model='plumb_bob', d=np.array(d), k=k, r=np.eye(3).ravel(), p=np.zeros(12),
-            binning_x=0, binning_y=0, roi=roi,
+            distortion_model='plumb_bob', d=np.array(d), k=k, r=np.eye(3).ravel(),
+            p=np.array(p, float), binning_x=0, binning_y=0, roi=roi,
         ))  # fmt: skip
 
     def image(
@@ -173,21 +173,126 @@ def test_compressed_images_of_every_format_come_back(tmp_path, kind):
 def test_messages_have_the_names_of_ros2(tmp_path, kind):
     recording = open_recording(good(tmp_path, kind))
     messages = list(recording.messages())
-    assert sorted(role for _, role, _, _ in messages) == ['camera_info'] * 5 + ['image'] * 5
-    for stamp, role, msgtype, message in messages:
-        assert (
-            msgtype
-            == {'image': 'sensor_msgs/msg/Image', 'camera_info': 'sensor_msgs/msg/CameraInfo'}[
-                role
-            ]
-        )
+    assert messages[0] == (START, 'camera', recording.camera) and recording.camera.fx == 30.0
+    assert [role for _, role, _ in messages[1:]] == ['image'] * 5
+    for stamp, _, message in messages[1:]:
+        msgtype = 'sensor_msgs/msg/Image'
+        assert message.__msgtype__ == msgtype
         assert (
             ROS2.deserialize_cdr(ROS2.serialize_cdr(message, msgtype), msgtype).header.frame_id
             == 'camera'
         )
         assert message.header.stamp.sec * 10**9 + message.header.stamp.nanosec == stamp
-        if role == 'camera_info':
-            assert message.k[0] == 30.0
+
+
+RAW = {'d': (-0.3, 0.1, 0.0, 0.0, 0.0), 'p': [36.0, 0, 16, 0, 0, 36, 12, 0, 0, 0, 1, 0]}
+
+
+def of_topic(folder, image_topic, kind='mcap', **info):
+    """Return a bag with one image on a topic, its camera_info beside it."""
+    folder.mkdir(exist_ok=True)
+    with writing(folder, kind) as pen:
+        pen.info(image_topic.rpartition('/')[0] + '/camera_info', START, **info)
+        pen.image(image_topic, START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
+    return pen.path
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+@pytest.mark.parametrize(
+    ('topic', 'rectified', 'fx'),
+    [
+        ('/cam/image_rect', 'auto', 36.0), ('/cam/image_raw', 'auto', 30.0),
+        ('/kitti/camera_gray_left/image', 'auto', 36.0), ('/cam/rect/image', 'auto', 36.0),
+        ('/cam/image_raw', 'always', 36.0), ('/cam/image_rect', 'never', 30.0),
+    ],
+)  # fmt: skip
+def test_rectified_images_have_the_camera_of_p(tmp_path, kind, topic, rectified, fx):
+    recording = open_recording(of_topic(tmp_path, topic, kind, **RAW), rectified=rectified)
+    assert recording.camera.fx == fx
+    assert recording.camera.distortion_model == ('none' if fx == 36.0 else 'plumb_bob')
+    assert [camera for _, kind, camera in recording.messages() if kind == 'camera'] == [
+        recording.camera
+    ]
+    assert recording.notes() == []
+
+
+def test_p_alone_is_used_and_where_nothing_tells_it_is_said(tmp_path):
+    alone = of_topic(tmp_path, '/cam/image_raw', fx=0.0, **RAW)
+    assert open_recording(alone).camera.fx == 36.0
+    silent = of_topic(tmp_path / 'second', '/cam/image', **RAW)
+    recording = open_recording(silent)
+    (note,) = recording.notes()
+    assert recording.camera.fx == 30.0
+    assert '/cam/image are taken as raw, by K and D' in note and '--rectified always' in note
+    assert open_recording(silent, rectified='never').notes() == []
+    assert open_recording(silent, rectified='always').notes() == []
+
+
+def test_an_odd_camera_is_used_and_said(tmp_path):
+    fx = SIZE[1] / 2 / np.tan(np.radians(2.0))
+    (note,) = open_recording(of_topic(tmp_path, '/cam/image', fx=fx)).notes()
+    assert 'the camera of /cam/image is odd: the field of view is 4 degrees' in note
+
+
+def changing(folder, focal):
+    """Return a bag whose camera_info has one focal length after the other; 0 is uncalibrated."""
+    with writing(folder) as pen:
+        for k, fx in enumerate(focal):
+            pen.info('/cam/camera_info', START + 10 * k, fx=fx, d=(0.0,) * 5)
+            data = noise(k, *SIZE).tobytes()
+            pen.image('/cam/image_raw', START + 10 * k, 'mono8', data, SIZE[1])
+    return pen.path
+
+
+def test_a_camera_that_changes_is_that_of_each_image(tmp_path):
+    recording = open_recording(changing(tmp_path, [0.0, 0.0, 30.0, 30.01, 30.0, 0.0, 60.0]))
+    assert recording.camera.fx == 30.0
+    expected = [30.0, 30.0, 30.0, 30.01, 30.0, 30.0, 60.0]
+    for _ in range(2):  # any number of times
+        seen = [recording.camera_of(stamp).fx for stamp, _ in recording]
+        assert seen == expected
+    assert [recording.camera_of(START + 10 * k).fx for k in range(7)] == expected
+    told = [(stamp, item.fx) for stamp, kind, item in recording.messages() if kind == 'camera']
+    assert told == [(START, 30.0), (START + 30, 30.01), (START + 40, 30.0), (START + 60, 60.0)]
+    (note,) = recording.notes()
+    assert 'changed 1 times by more than 3 px' in note
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+def test_a_camera_that_is_given_needs_no_camera_info(tmp_path, kind):
+    for k, data in enumerate((False, True)):  # raw, compressed
+        (tmp_path / str(k)).mkdir()
+        with writing(tmp_path / str(k), kind) as pen:
+            if data:
+                jpeg = cv2.imencode('.jpg', noise(0, *SIZE))[1].tobytes()
+                pen.compressed('/cam/image/compressed', START, jpeg)
+            else:
+                pen.image('/cam/image', START, 'mono8', noise(0, *SIZE).tobytes(), SIZE[1])
+        for given in ('31 32 16 12 radtan -0.1 0.01 0 0', [31, 32, 16, 12, -0.1, 0.01, 0, 0]):
+            recording = open_recording(pen.path, camera=given)
+            assert len(list(recording)) == 1 and recording.ground_truth is None
+            c = recording.camera
+            assert (c.width, c.height, c.fx, c.fy, c.cx, c.cy) == (*SIZE[::-1], 31, 32, 16, 12)
+            assert (c.distortion_model, c.distortion) == ('plumb_bob', (-0.1, 0.01, 0.0, 0.0))
+            assert [item for _, kind, item in recording.messages() if kind == 'camera'] == [c]
+
+
+def test_a_camera_that_is_given_goes_before_camera_info(tmp_path):
+    recording = open_recording(good(tmp_path), camera='40 40 16 12 fisheye 0.01 0 0 0')
+    assert recording.camera.fx == 40 and recording.camera.distortion_model == 'equidistant'
+    assert {recording.camera_of(stamp) for stamp, _ in recording} == {recording.camera}
+
+
+def test_a_thermal_bag_keeps_its_contrast_and_reads_alike_twice(tmp_path):
+    with writing(tmp_path) as pen:
+        pen.info('/cam/camera_info', START)
+        for k in range(4):
+            samples = np.random.default_rng(k).integers(7000, 9000, SIZE).astype('<u2')
+            pen.image('/cam/image', START + k, '16UC1', samples.tobytes(), 2 * SIZE[1])
+    recording = open_recording(pen.path)
+    one, other = list(recording), list(recording)
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
+    assert min(np.ptp(image) for _, image in one) > 180
 
 
 def test_the_header_stamps_go_out_as_they_are(tmp_path):
@@ -283,7 +388,11 @@ def test_several_cameras_must_be_chosen_from(tmp_path):
 def test_no_camera_info_and_none_calibrated(tmp_path):
     with writing(tmp_path) as pen:
         pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
-    assert 'has no camera_info' in sentence(pen.path)
+    text = sentence(pen.path)
+    assert 'has no camera_info' in text and 'give --camera fx fy cx cy [model] [d ...]' in text
+    assert 'not begin with fx fy cx cy' in sentence(pen.path, camera='40 40 16')
+    assert 'nowhere.yaml does not exist' in sentence(pen.path, camera='nowhere.yaml')
+    assert 'cx is 160, on or beyond' in sentence(pen.path, camera='30 30 160 120')
     (tmp_path / 'second').mkdir()
     with writing(tmp_path / 'second') as pen:
         pen.info('/cam/camera_info', START, fx=0.0)
@@ -293,9 +402,9 @@ def test_no_camera_info_and_none_calibrated(tmp_path):
 
 def test_camera_info_of_another_size(tmp_path):
     with writing(tmp_path) as pen:
-        pen.info('/cam/camera_info', START, size=(48, 64))
+        pen.info('/cam/camera_info', START, size=(30, 40))
         pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
-    assert 'is 32x24, but /cam/camera_info is for 64x48' in sentence(pen.path)
+    assert 'is 32x24, but /cam/camera_info is for 40x30' in sentence(pen.path)
 
 
 @pytest.mark.parametrize('share', [0.0, 0.02, 0.5, 0.9, 0.97])

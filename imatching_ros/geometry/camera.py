@@ -139,7 +139,7 @@ class Camera:
                     'is all zero; publish the whole calibration, or say rectified: never'
                 )
             rectified = False
-        if rectified or any(P) and not any(K):
+        if rectified or any(P) and K[0] == K[4] == 0.0:
             camera = cls.from_intrinsics(info.width, info.height, P, name='P')
         else:
             camera = cls.from_intrinsics(
