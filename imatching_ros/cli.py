@@ -83,7 +83,11 @@ def tune(options: argparse.Namespace) -> None:
         open_images(bag, options.image_topic, options.camera_info_topic, options.camera)
         for bag in options.bag
     ]
-    splits = [round(len(recording) * options.train_fraction) for recording in recordings]
+    with console.status('Looking through the images'):
+        counts = [sum(1 for _ in recording) for recording in recordings]
+    for recording in recordings:
+        _say_notes(recording)
+    splits = [round(count * options.train_fraction) for count in counts]
     run_dir = _run_dir(options.run_dir, 'tune')
     epochs, started = 2, time.perf_counter()
     columns = (
@@ -197,6 +201,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for index, label in enumerate(columns):
         table.add_row(label, *('–' if row[index] is None else f'{row[index]:.2f}' for row in rows))
     console.print(table)
+    _say_notes(recording)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -267,6 +272,7 @@ def _export_recording(options: argparse.Namespace) -> None:
             keyframes.append(correspondences)
             if pictures and not cv2.imwrite(str(pictures / image_name(stamp)), image):
                 raise OSError(f'{pictures / image_name(stamp)} could not be written')
+    _say_notes(recording)
     if options.map:
         write_map(
             options.map,
@@ -313,6 +319,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     )
     matchers = [weights.load(path)[0] for path in (result.weights_before, result.weights_after)]
     before, after, pictures = _measure(recording, result.train_frames, matchers)
+    _say_notes(recording)
 
     def count(node: str, key: str) -> int | None:
         value = result.figure(node, key)
@@ -410,6 +417,11 @@ def _report(run_dir: Path, figures: dict[str, Any], pictures: Any, title: str) -
     )
     console.print(console_table(figures))
     console.print(f'report: {path.resolve()}', soft_wrap=True)
+
+
+def _say_notes(recording: Any) -> None:
+    for note in recording.notes():
+        console.print(note, style='yellow', markup=False, highlight=False, soft_wrap=True)
 
 
 def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: str) -> Any:

@@ -6,12 +6,14 @@ Recordings without ROS.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
 from imatching_ros.data.recording import BAG_FILES, open_recording, Recording, RecordingError
+from imatching_ros.data.sieve import Sieve
 from imatching_ros.geometry.camera import Camera
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
@@ -29,7 +31,8 @@ class Pictures:
 
     Iterating yields ``(stamp_ns, image)``, image (H, W) uint8 grey, any number of times. A picture
     whose name is a number of nanoseconds has that stamp; all else is evenly spaced from zero.
-    Raises RecordingError where a file is damaged or of another size than the camera.
+    Pictures that cannot be used are left out and counted, as those of a Recording are. Raises
+    RecordingError where none can be used.
     """
 
     bag: Path  #: the file or the folder
@@ -37,25 +40,38 @@ class Pictures:
     count: int  #: images; of a video, what the file says of itself
     rate_hz: float
     ground_truth: None = None
+    _sieve: Sieve = field(default_factory=Sieve, repr=False)
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        size = (self.camera.height, self.camera.width)
+
+        def other_size(number: int, has: str) -> str:
+            return (
+                f'picture {number} of {self.bag} is {has}, but the camera is {size[1]}x{size[0]}; '
+                'all pictures of a recording must have one size'
+            )
+
+        images = self._sieve.in_time(self._stamped())
+        yield from self._sieve.pictures(images, _picture, size, other_size)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Return how many pictures were left out so far, by the reason in words."""
+        return self._sieve.counts
+
+    def notes(self) -> list[str]:
+        """Return what the user should know of the pictures, one sentence each."""
+        left_out = self._sieve.sentence(self.count)
+        return [f'{self.bag}: {left_out}'] if left_out else []
+
+    def _stamped(self) -> Iterator[tuple[int, int, tuple[Path, np.ndarray | None]]]:
         for k, (name, image) in enumerate(self._images()):
-            if image is None:
-                raise RecordingError(
-                    f'{name} cannot be read as a picture; copy it again or remove it'
-                )
-            if image.shape != (self.camera.height, self.camera.width):
-                raise RecordingError(
-                    f'{name} is {image.shape[1]}x{image.shape[0]}, but the camera is '
-                    f'{self.camera.width}x'
-                    f'{self.camera.height}; all pictures of a recording must have one size'
-                )
             stem = name.stem
             named = self.bag.is_dir() and stem.isdecimal() and int(stem) >= NANOSECONDS
-            yield int(stem) if named else round(k / self.rate_hz * 1e9), image
+            yield k, int(stem) if named else round(k / self.rate_hz * 1e9), (name, image)
 
     def _images(self) -> Iterator[tuple[Path, np.ndarray | None]]:
         if self.bag.is_dir():
@@ -75,6 +91,13 @@ class Pictures:
                 )
         finally:
             video.release()
+
+
+def _picture(named: tuple[Path, np.ndarray | None]) -> np.ndarray:
+    name, image = named
+    if image is None:
+        raise ValueError(f'{name} cannot be read as a picture; copy it again or remove it')
+    return image
 
 
 def open_images(
@@ -108,7 +131,8 @@ def open_images(
             )
     else:
         files = _pictures(path)
-        first, count = cv2.imread(str(files[0])), len(files)
+        pictures, count = (cv2.imread(str(file)) for file in files), len(files)
+        first = next((picture for picture in pictures if picture is not None), None)
         if first is None:
             raise RecordingError(
                 f'{files[0]} cannot be read as a picture; copy it again or remove it'

@@ -25,7 +25,6 @@ from sensor_msgs.msg import (
     PointCloud,
     PointCloud2,
     PointField,
-    RegionOfInterest,
 )
 from std_msgs.msg import Header, UInt8MultiArray
 import torch
@@ -539,44 +538,22 @@ def image_from_message(message: Image | CompressedImage) -> np.ndarray:
     )
 
 
-def from_recording(message: Any, stamp: int) -> Image | CompressedImage | CameraInfo:
-    """
-    Return an image or camera_info that ``rosbags`` read as the message to publish.
-
-    ``stamp`` is its time in ns.
-    """
+def from_recording(message: Any, stamp: int) -> Image | CompressedImage:
+    """Return an image that a recording holds as the message to publish; ``stamp`` in ns."""
     head = header(stamp, message.header.frame_id)
-    kind = message.__msgtype__
-    if kind == 'sensor_msgs/msg/CompressedImage':
+    if message.__msgtype__ == 'sensor_msgs/msg/CompressedImage':
         return CompressedImage(
             header=head, format=message.format, data=array.array('B', message.data.tobytes())
         )
-    if kind == 'sensor_msgs/msg/Image':
-        return Image(
-            header=head,
-            height=message.height,
-            width=message.width,
-            encoding=message.encoding,
-            is_bigendian=message.is_bigendian,
-            step=message.step,
-            data=array.array('B', message.data.tobytes()),
-        )
-    return CameraInfo(
+    return Image(
         header=head,
         height=message.height,
         width=message.width,
-        distortion_model=message.distortion_model,
-        d=message.d.tolist(),
-        k=message.k.tolist(),
-        r=message.r.tolist(),
-        p=message.p.tolist(),
-        binning_x=message.binning_x,
-        binning_y=message.binning_y,
-        roi=RegionOfInterest(
-            x_offset=message.roi.x_offset, y_offset=message.roi.y_offset,
-            width=message.roi.width, height=message.roi.height, do_rectify=message.roi.do_rectify,
-        ),
-    )  # fmt: skip
+        encoding=message.encoding,
+        is_bigendian=message.is_bigendian,
+        step=message.step,
+        data=array.array('B', message.data.tobytes()),
+    )
 
 
 def image_to_message(image: np.ndarray, head: Header) -> Image:
