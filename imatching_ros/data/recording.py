@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from decimal import Decimal, DecimalException
 from functools import cached_property
 from pathlib import Path
+import re
 from typing import Any
 
 import cv2
 from imatching_ros.data.bags import Bag, BAG_FILES, is_part, Message
 from imatching_ros.data.images import decode_compressed, decode_image
 from imatching_ros.data.sieve import BROKEN, LOST, Sieve
-from imatching_ros.data.stamps import goes_on, Stamps
+from imatching_ros.data.stamps import goes_on
 from imatching_ros.data.storage import Channel, RecordingError
 from imatching_ros.geometry.camera import Camera
 import numpy as np
@@ -68,7 +69,8 @@ class Recording:
                 'this camera with --camera-info-topic'
             )
 
-        yield from self._sieve.pictures(self._images(), self._decode, size, other_size)
+        if not (yield from self._sieve.pictures(self._images(), self._decode, size, other_size)):
+            raise self._unusable()
 
     def messages(self) -> Iterator[tuple[int, str, Any]]:
         """
@@ -123,13 +125,15 @@ class Recording:
         stamps, rows = [], []
         if topics:
             channels = _filled(self._bag, POSE, topics[0])
-            running, clock = _clock_runs(self._bag, channels), Stamps()
-            for message in self._bag.messages(channels):
-                stamp = message.stamp if running else message.recorded
-                if message.content is not None and not clock.judge(stamp):
-                    p, q = message.content.pose.position, message.content.pose.orientation
-                    stamps.append(stamp)
-                    rows.append((p.x, p.y, p.z, q.x, q.y, q.z, q.w))
+            running = _clock_runs(self._bag, channels)
+            poses = (
+                (0, message.stamp if running else message.recorded, message.content.pose)
+                for message in self._bag.messages(channels) if message.content is not None
+            )
+            for _, stamp, pose in Sieve().in_time(poses):
+                p, q = pose.position, pose.orientation
+                stamps.append(stamp)
+                rows.append((p.x, p.y, p.z, q.x, q.y, q.z, q.w))
         elif (file := self.folder / 'groundtruth.txt').is_file():
             stamps, rows = _read_tum(file)
         else:
@@ -171,12 +175,21 @@ class Recording:
 
     def _images(self) -> Iterator[tuple[int, int, Any]]:
         """Yield (number, stamp ns, message) of the images whose stamps go on."""
+        number = None
         for number, stamp, (camera, message) in self._sieve.in_time(self._read()):
             if not self._cameras or stamp < self._cameras[-1][0]:  # from the start again
                 self._cameras[:] = [(stamp, camera)]
             elif camera != self._cameras[-1][1]:
                 self._cameras.append((stamp, camera))
             yield number, stamp, message
+        if number is None:
+            raise self._unusable()
+
+    def _unusable(self) -> RecordingError:
+        return RecordingError(
+            f'no image on {self.image_topic} in {self.bag} can be used: '
+            f'{self._sieve.sentence(self.count)}'
+        )
 
     def _read(self) -> Iterator[tuple[int, int, tuple[Camera, Any]]]:
         """Yield (number, stamp ns, (camera in force, message)) of the images that can be read."""
@@ -297,8 +310,10 @@ def _choose_image(bag: Bag, wanted: str | None) -> tuple[str, str]:
 
 def _no_images(bag: Bag) -> str:
     filled = sorted(channel for channel, count in bag.channels.items() if count)
-    foreign = [c for c in filled if 'image' in c.kind.lower() or 'image' in c.topic.lower()]
-    for topic, kind, encoding in (c for c in foreign if c.kind != CAMERA_INFO):
+    for topic, kind, encoding in filled:
+        names = kind if encoding in ENCODINGS else f'{kind} {topic}'
+        if not re.search('image|video|ffmpeg|theora', names, re.IGNORECASE):
+            continue
         what = 'ROS' if encoding in ENCODINGS else encoding
         return (
             f'{bag.path} has images only as {what} messages ({kind or "no type"} on {topic}), '

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from .storage import RecordingError
 
 #: Why an image is left out, beside its stamp; each completes "3 images were left out: 2 …".
 BROKEN = 'that cannot be read'
-SIZE = 'of another size'
+RESIZED = 'of another size'
 LOST = 'in a damaged part of the file'
 
 
@@ -59,32 +59,30 @@ class Sieve:
         decode: Callable[[Any], np.ndarray],
         size: tuple[int, int],
         other_size: Callable[[int, str], str],
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    ) -> Generator[tuple[int, np.ndarray], None, bool]:
         """
         Yield ``(stamp ns, picture)`` of the images ``(number, stamp ns, what to decode)``.
 
         Left out is what ``decode`` raises ValueError for, and what has not the ``size`` (H, W).
-        Raises RecordingError where no picture can be used, and with what ``other_size`` says of
-        its number and its size in words where the first one is not the camera's.
+        Where the first picture has not, RecordingError says what ``other_size`` makes of its
+        number and its size in words. Returns whether there was a picture.
         """
-        used, first = False, 'no image is left'
+        used = False
         for number, stamp, encoded in images:
             try:
                 picture = decode(encoded)
             except ValueError as error:
-                first = str(error) if BROKEN not in self._examples else first
                 self.leave_out(number, BROKEN, str(error))
                 continue
             if picture.shape != size:
                 has = f'{picture.shape[1]}x{picture.shape[0]}'
                 if not used:
                     raise RecordingError(other_size(number, has))
-                self.leave_out(number, SIZE, has)
+                self.leave_out(number, RESIZED, has)
                 continue
             used = True
             yield stamp, picture
-        if not used:
-            raise RecordingError(first)
+        return used
 
     def sentence(self, count: int) -> str:
         """Return what to tell the user of a recording of ``count`` images, or nothing."""

@@ -55,7 +55,10 @@ class Pictures:
             )
 
         images = self._sieve.in_time(self._stamped())
-        yield from self._sieve.pictures(images, _picture, size, other_size)
+        if not (yield from self._sieve.pictures(images, _picture, size, other_size)):
+            raise RecordingError(
+                f'no picture of {self.bag} can be used: {self._sieve.sentence(self.count)}'
+            )
 
     @property
     def left_out(self) -> Counter[str]:
