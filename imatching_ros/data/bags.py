@@ -62,7 +62,7 @@ class Bag:
         self._notes += [f'a part is left out: {error}' for error in refusals]
         spans = [span for storage in self._storages if (span := storage.span())]
         for before, after in zip(spans, spans[1:], strict=False):
-            if after[0] < before[1] - RESTART_NS:
+            if after[0] <= before[0] or after[0] < before[1] - RESTART_NS:
                 raise _several(self.path, files)
         #: how many messages there are of each topic, type and encoding
         self.channels: Counter[Channel] = Counter()
@@ -81,9 +81,18 @@ class Bag:
         """Whether something could not be read so far."""
         return any(storage.damage for storage in self._storages)
 
+    @property
+    def closed(self) -> bool:
+        """Whether every file has its end."""
+        return all(storage.closed for storage in self._storages)
+
     def notes(self) -> list[str]:
         """Return what the user should know of the files, one sentence each."""
-        return self._notes + [note for storage in self._storages for note in storage.notes]
+        damaged = [
+            f'{storage.path} is damaged: {len(storage.damage)} of its chunks cannot be read'
+            for storage in self._storages if storage.damage
+        ]
+        return [*self._notes, *(n for storage in self._storages for n in storage.notes), *damaged]
 
     def messages(self, wanted: Collection[Channel]) -> Iterator[Message]:
         """Yield the messages of some channels, file by file in the order of their recording."""

@@ -72,6 +72,7 @@ class _Chunked:
         self.path = path
         self.notes: list[str] = []  #: what to tell the user
         self.damage: set[int] = set()  #: where chunks are that cannot be read
+        self.closed = True  #: whether its recorder closed it
         data = self._data()
         self._forget()
         try:
@@ -81,7 +82,8 @@ class _Chunked:
         if not indexed:
             self._forget()
             self._scan(data)
-            if not self._closed(data):
+            self.closed = self._has_end(data)
+            if not self.closed:
                 self.notes.append(
                     f'{path} was not closed, as by a recorder that is killed, or its end is lost: '
                     f'what is there is read; a whole file is made by: {self.REPAIR}'
@@ -188,11 +190,11 @@ class Mcap(_Chunked):
         super()._forget()
         self._schemas: dict[int, str] = {}
 
-    def _closed(self, data: memoryview) -> bool:
+    def _has_end(self, data: memoryview) -> bool:
         return data[-len(self.MAGIC):] == self.MAGIC and data[-self.END] == self.FOOTER
 
     def _read_index(self, data: memoryview) -> bool:
-        if len(data) < self.END or not self._closed(data):
+        if len(data) < self.END or not self._has_end(data):
             return False
         summary = unpack_from('<Q', data, len(data) - self.END + 9)[0]
         chunks = None
@@ -255,7 +257,7 @@ class Ros1(_Chunked):
     MESSAGE, BAG, CHUNK, CHUNK_INFO, CONNECTION = 2, 3, 5, 6, 7
     REPAIR = 'rosbag reindex'
 
-    def _closed(self, data: memoryview) -> bool:
+    def _has_end(self, data: memoryview) -> bool:
         return False  # with an index only
 
     def _read_index(self, data: memoryview) -> bool:

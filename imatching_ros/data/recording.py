@@ -319,10 +319,11 @@ def _no_images(bag: Bag) -> str:
             f'{bag.path} has images only as {what} messages ({kind or "no type"} on {topic}), '
             'which are not read; convert them to sensor_msgs/msg/Image or CompressedImage'
         )
-    if not filled and bag.notes():
-        return f'{bag.path} is damaged or truncated: no message in it is whole; copy it again'
     have = f'only {", ".join(c.topic for c in filled)}' if filled else 'no messages at all'
-    return f'{bag.path} has no images (sensor_msgs Image or CompressedImage), {have}'
+    have = f'no images (sensor_msgs Image or CompressedImage), {have}'
+    if bag.closed:
+        return f'{bag.path} has {have}'
+    return f'{bag.path} is damaged or truncated: what is there has {have}; copy it again'
 
 
 def _choose_info(bag: Bag, wanted: str | None, image_topic: str) -> str:

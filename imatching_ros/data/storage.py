@@ -44,6 +44,7 @@ class Sqlite:
         self.path = path
         self.notes: list[str] = []
         self.damage: set[int] = set()
+        self.closed = True
         self._database = path
         beside = [path.with_name(path.name + end) for end in ('-wal', '-journal')]
         if beside := [file for file in beside if file.is_file() and file.stat().st_size]:
