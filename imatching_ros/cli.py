@@ -77,7 +77,11 @@ def tune(options: argparse.Namespace) -> None:
     matcher, info = weights.load(start)
     console.print(f'starting from {start}, version {info.version}', soft_wrap=True)
     recordings = [_open(bag, options) for bag in options.bag]
-    splits = [round(len(recording) * options.train_fraction) for recording in recordings]
+    with console.status('Looking through the images'):
+        counts = [sum(1 for _ in recording) for recording in recordings]
+    for recording in recordings:
+        _say_notes(recording)
+    splits = [round(count * options.train_fraction) for count in counts]
     run_dir = _run_dir(options.run_dir, 'tune')
     epochs, started = 2, time.perf_counter()
     columns = (
@@ -191,6 +195,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for index, label in enumerate(columns):
         table.add_row(label, *('–' if row[index] is None else f'{row[index]:.2f}' for row in rows))
     console.print(table)
+    _say_notes(recording)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -264,6 +269,7 @@ def _export_recording(options: argparse.Namespace) -> None:
             file = pictures and pictures / image_name(frame.stamp)
             if file and not cv2.imwrite(str(file), frame.image):
                 raise OSError(f'{file} could not be written')
+    _say_notes(recording)
     if options.map:
         write_map(
             options.map,
@@ -310,6 +316,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     )
     matchers = [weights.load(path)[0] for path in (result.weights_before, result.weights_after)]
     before, after, pictures = _measure(recording, result.train_frames, matchers)
+    _say_notes(recording)
 
     def count(node: str, key: str) -> int | None:
         value = result.figure(node, key)
@@ -409,6 +416,11 @@ def _report(run_dir: Path, figures: dict[str, Any], pictures: Any, title: str) -
     console.print(f'report: {path.resolve()}', soft_wrap=True)
 
 
+def _say_notes(recording: Any) -> None:
+    for note in recording.notes():
+        console.print(note, style='yellow', markup=False, highlight=False, soft_wrap=True)
+
+
 def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: str) -> Any:
     from .evaluation.pictures import Event
 
@@ -442,12 +454,9 @@ class _First:
 def _open(path: Path, options: argparse.Namespace) -> Any:
     from .data.video import open_images
 
-    recording = open_images(
+    return open_images(
         path, options.image_topic, options.camera_info_topic, options.camera, options.rectified
     )
-    for note in recording.notes():
-        console.print(note, style='yellow', markup=False, soft_wrap=True)
-    return recording
 
 
 def _run_dir(given: Path | None, command: str) -> Path:

@@ -6,6 +6,8 @@ from pathlib import Path
 import cv2
 from imatching_ros.data.images import decode_image
 from imatching_ros.data.recording import open_recording, RecordingError
+from imatching_ros.data.sieve import BROKEN, RESIZED
+from imatching_ros.data.stamps import AHEAD, BACK, FAR, SAME
 import numpy as np
 import pytest
 from rosbags import rosbag1, rosbag2
@@ -15,6 +17,7 @@ ROS1, ROS2 = get_typestore(Stores.ROS1_NOETIC), get_typestore(Stores.ROS2_HUMBLE
 FORMATS = ['rosbag1', 'sqlite3', 'mcap']
 SIZE = (24, 32)
 START = 1_650_000_000_123_456_789
+DT = 100_000_000
 SHARED = Path(__file__).parents[2] / 'shared' / 'recordings'
 
 
@@ -172,16 +175,14 @@ def test_compressed_images_of_every_format_come_back(tmp_path, kind):
 @pytest.mark.parametrize('kind', FORMATS)
 def test_messages_have_the_names_of_ros2(tmp_path, kind):
     recording = open_recording(good(tmp_path, kind))
-    messages = list(recording.messages())
-    assert messages[0] == (START, 'camera', recording.camera) and recording.camera.fx == 30.0
-    assert [role for _, role, _ in messages[1:]] == ['image'] * 5
-    for stamp, _, message in messages[1:]:
-        msgtype = 'sensor_msgs/msg/Image'
-        assert message.__msgtype__ == msgtype
-        assert (
-            ROS2.deserialize_cdr(ROS2.serialize_cdr(message, msgtype), msgtype).header.frame_id
-            == 'camera'
-        )
+    (first, role, camera), *images = recording.messages()
+    assert (first, role, camera) == (START, 'camera', recording.camera)
+    assert [stamp for stamp, _, _ in images] == [START + k for k in range(5)]
+    for stamp, role, message in images:
+        assert role == 'image' and message.__msgtype__ == 'sensor_msgs/msg/Image'
+        data = ROS2.serialize_cdr(message, message.__msgtype__)
+        copy = ROS2.deserialize_cdr(data, message.__msgtype__)
+        assert copy.header.frame_id == 'camera' and copy.encoding == 'mono8'
         assert message.header.stamp.sec * 10**9 + message.header.stamp.nanosec == stamp
 
 
@@ -295,17 +296,89 @@ def test_a_thermal_bag_keeps_its_contrast_and_reads_alike_twice(tmp_path):
     assert min(np.ptp(image) for _, image in one) > 180
 
 
-def test_the_header_stamps_go_out_as_they_are(tmp_path):
-    # Recorded at START + k; the headers say: backwards, twice the same, unset.
-    headers = [START + 50, START + 40, START + 40, 0]
+def test_a_camera_comes_before_the_first_image_and_where_the_calibration_changes(tmp_path):
     with writing(tmp_path) as pen:
+        for k, fx in enumerate((0.0, 30.0, 30.0, 31.0, 0.0, 31.0)):
+            pen.info('/cam/camera_info', START + 10 * k, fx=fx)
+            pen.image(
+                '/cam/image', START + 10 * k + 1, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1]
+            )
+    recording = open_recording(pen.path)
+    assert recording.camera.fx == 30.0  # the first that can be used
+    told = [(stamp, role) for stamp, role, _ in recording.messages()]
+    assert told[:2] == [(START + 1, 'camera'), (START + 1, 'image')]
+    assert [s for s, role in told if role == 'camera'] == [START + 1, START + 31]
+    assert [s for s, role in told if role == 'image'] == [START + 10 * k + 1 for k in range(6)]
+    for _ in range(2):
+        assert len(list(recording)) == 6
+        cameras = [recording.camera_of(START + 10 * k + 1).fx for k in range(6)]
+        assert cameras == [30.0, 30.0, 30.0, 31.0, 31.0, 31.0]
+
+
+def stamped(folder: Path, headers, kind='mcap'):
+    """Return a recording of images whose headers say this, recorded every 0.1 s from START."""
+    with writing(folder, kind) as pen:
         pen.info('/cam/camera_info', START)
         for k, header in enumerate(headers):
             pen.image(
-                '/cam/image', START + k, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1],
+                '/cam/image', START + k * DT, 'mono8', noise(k, *SIZE).tobytes(), SIZE[1],
                 header_stamp=header,
             )
-    assert [stamp for stamp, _ in open_recording(pen.path)] == [*headers[:3], START + 3]
+    return open_recording(pen.path)
+
+
+RUNNING = [START + 10**15 + k * DT for k in range(8)]
+FUTURE = START + 4 * 10**17  # 2037
+
+
+@pytest.mark.parametrize(
+    ('headers', 'kept', 'left_out'),
+    [
+        (RUNNING, range(8), {}),
+        # twice the same
+        ([*RUNNING[:3], RUNNING[2], *RUNNING[4:]], [0, 1, 2, 4, 5, 6, 7], {SAME: 1}),
+        # two swapped
+        ([*RUNNING[:3], RUNNING[4], RUNNING[3], *RUNNING[5:]], [0, 1, 2, 4, 5, 6, 7], {AHEAD: 1}),
+        # zero now and then, and at first
+        ([0, 0, *RUNNING[2:5], 0, *RUNNING[6:]], [2, 3, 4, 6, 7], {SAME: 1, FAR: 1, BACK: 1}),
+        # the year 2037 once, and last
+        ([*RUNNING[:4], FUTURE, *RUNNING[5:7], FUTURE], [0, 1, 2, 3, 5, 6], {FAR: 2}),
+        # five seconds ahead, once
+        ([*RUNNING[:4], RUNNING[4] + 50 * DT, *RUNNING[5:]], [0, 1, 2, 3, 5, 6, 7], {AHEAD: 1}),
+        # played in a loop, as far as it goes on
+        ([*RUNNING[:4], *RUNNING[:4]], range(4), {BACK: 3, SAME: 1}),
+        # the clock was set ahead for good
+        ([*(k * DT + 1 for k in range(4)), *RUNNING[4:]], range(8), {}),
+    ],
+    ids=['good', 'same', 'swapped', 'zero', 'future', 'ahead', 'loop', 'set'],
+)
+def test_images_with_stamps_that_do_not_go_on_are_left_out(tmp_path, headers, kept, left_out):
+    recording = stamped(tmp_path, headers)
+    for _ in range(2):  # each is counted once
+        images = list(recording)
+        assert [stamp for stamp, _ in images] == [headers[k] for k in kept]
+        for k, (_, image) in zip(kept, images, strict=True):
+            assert np.array_equal(image, noise(k, *SIZE))
+        told = [stamp for stamp, role, _ in recording.messages() if role == 'image']
+        assert told == [headers[k] for k in kept]
+        assert recording.left_out == left_out and len(recording) == 8
+    count = sum(left_out.values())
+    assert [f'{count} of 8 images w' in note for note in recording.notes()] == [True][:count]
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+@pytest.mark.parametrize('header', [0, START + 7])
+def test_where_the_clock_of_the_headers_stands_still_the_time_of_recording_counts(
+    tmp_path, kind, header
+):
+    recording = stamped(tmp_path, [header] * 4, kind)
+    assert [stamp for stamp, _ in recording] == [START + k * DT for k in range(4)]
+    (note,) = recording.notes()
+    assert 'the clock of the headers of /cam/image does not run' in note
+
+
+def test_a_single_image_is_a_recording(tmp_path):
+    assert [stamp for stamp, _ in stamped(tmp_path, RUNNING[:1])] == RUNNING[:1]
 
 
 @pytest.mark.parametrize('kind', ['sqlite3', 'mcap'])
@@ -407,30 +480,53 @@ def test_camera_info_of_another_size(tmp_path):
     assert 'is 32x24, but /cam/camera_info is for 40x30' in sentence(pen.path)
 
 
-@pytest.mark.parametrize('share', [0.0, 0.02, 0.5, 0.9, 0.97])
-@pytest.mark.parametrize('kind', FORMATS)
-def test_a_truncated_file(tmp_path, kind, share):
-    path = good(tmp_path, kind, count=60)
-    file = (
-        path if path.is_file() else next(file for file in path.iterdir() if file.suffix != '.yaml')
-    )
-    whole = file.read_bytes()
-    file.write_bytes(whole[:int(share * len(whole))])
-    for given in (path, file):
-        text = sentence(given)
-        assert 'damaged or truncated' in text or 'ends early' in text
-
-
-def test_a_broken_image_in_mid_stream(tmp_path):
-    jpeg = cv2.imencode('.jpg', noise(0, *SIZE))[1].tobytes()
+def test_broken_images_are_left_out_and_counted(tmp_path):
+    jpegs = [cv2.imencode('.jpg', noise(k, *SIZE))[1].tobytes() for k in range(5)]
+    other = cv2.imencode('.jpg', noise(5, 48, 64))[1].tobytes()
+    spoilt = [b'', jpegs[0], jpegs[1], jpegs[2][:len(jpegs[2]) // 2], other, jpegs[4]]
     with writing(tmp_path) as pen:
         pen.info('/cam/camera_info', START)
-        for k, data in enumerate((jpeg, jpeg, jpeg[:len(jpeg) // 2], jpeg)):
+        for k, data in enumerate(spoilt):
             pen.compressed('/cam/image/compressed', START + k, data)
-    stream = iter(open_recording(pen.path))
-    assert [next(stream)[0], next(stream)[0]] == [START, START + 1]
-    with pytest.raises(RecordingError, match='image 2 of /cam/image/compressed .* cut short'):
-        next(stream)
+    recording = open_recording(pen.path)
+    for _ in range(2):
+        assert [stamp - START for stamp, _ in recording] == [1, 2, 5]
+        assert recording.left_out == {BROKEN: 2, RESIZED: 1} and len(recording) == 6
+    (note,) = recording.notes()
+    assert note.startswith(f'{pen.path}: 3 of 6 images were left out: 2 that cannot be read (')
+    assert note.endswith('1 of another size (64x48)')
+
+
+def test_a_recording_of_which_no_image_can_be_used_says_why(tmp_path):
+    with writing(tmp_path) as pen:
+        pen.info('/cam/camera_info', START)
+        for k in range(3):
+            pen.compressed('/cam/image/compressed', START + k, b'nothing')
+    text = sentence(pen.path)
+    assert text.startswith('no image on /cam/image/compressed in ') and '3 of 3 images' in text
+    assert "the compressed image's 7 bytes are not a" in text
+
+
+def test_poses_that_cannot_be_used_are_left_out_of_the_ground_truth(tmp_path):
+    xs = [0.0, 1.0, float('nan'), 3.0, 4.0, 5.0]
+    headers = [START, START + DT, START + 2 * DT, 0, START + DT, START + 5 * DT]
+    with writing(tmp_path) as pen:
+        pen.info('/cam/camera_info', START)
+        pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
+        for header, x in zip(headers, xs, strict=True):
+            pen.pose('/ground_truth/pose', header, x)
+    stamps, poses = open_recording(pen.path).ground_truth
+    assert stamps.tolist() == [START, START + DT, START + 5 * DT]
+    assert poses[:, 0].tolist() == [0.0, 1.0, 5.0]
+    (tmp_path / 'b').mkdir()
+    bag = good(tmp_path / 'b').rename(tmp_path / 'b' / 'bag')
+    (tmp_path / 'b' / 'groundtruth.txt').write_text(
+        '1.650000000123456789e+09 1 2 3 0 0 0 1\n1650000001.5 nan 2 3 0 0 0 1\n'
+        '1650000002 1 2 3 0 0 0 0\n1650000003.000000001 4 2 3 0 0 0 1\n'
+    )
+    stamps, poses = open_recording(bag).ground_truth
+    assert stamps.tolist() == [START, 1_650_000_003_000_000_001]
+    assert poses[:, 0].tolist() == [1.0, 4.0]
 
 
 def test_broken_ground_truth_and_depth(tmp_path):

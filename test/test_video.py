@@ -2,6 +2,7 @@
 
 import cv2
 from imatching_ros.data.recording import Recording, RecordingError
+from imatching_ros.data.sieve import BROKEN, RESIZED
 from imatching_ros.data.video import open_images
 import numpy as np
 import pytest
@@ -102,6 +103,7 @@ def test_what_cannot_be_used_is_named(video, folder, tmp_path):
     (folder / 'intrinsics.txt').write_text('1 2 3\n')
     with pytest.raises(RecordingError, match='a 3x3 matrix is expected'):
         open_images(folder)
+    np.savetxt(folder / 'intrinsics.txt', K)
     (tmp_path / 'empty.mp4').write_bytes(b'no video')
     with pytest.raises(RecordingError, match='holds no video'):
         open_images(tmp_path / 'empty.mp4')
@@ -111,20 +113,29 @@ def test_what_cannot_be_used_is_named(video, folder, tmp_path):
 
 def test_pictures_that_cannot_be_used_are_left_out_and_counted(folder):
     np.savetxt(folder / 'intrinsics.txt', K)
-    cv2.imwrite(str(folder / 'frame_0003.png'), picture(3)[:60])
     (folder / 'frame_0000.png').write_bytes(b'no picture')
+    cv2.imwrite(str(folder / 'frame_0003.png'), picture(3)[:60])
     recording = open_images(folder)
     for _ in range(2):
-        assert [round(stamp * 30e-9) for stamp, _ in recording] == [1, 2, 4, 5, 6, 7]
-        assert dict(recording.left_out) == {
-            'cannot be read as a picture': 1, 'not of the size 160x120 of the camera': 1,
-        }
+        stamps = [stamp for stamp, _ in recording]
+        assert stamps == [round(k / 30 * 1e9) for k in (1, 2, 4, 5, 6, 7)] and len(recording) == 8
+        assert recording.left_out == {BROKEN: 1, RESIZED: 1}
     (note,) = recording.notes()
-    assert note.startswith('2 of 8 images were left out: 1 cannot be read as a picture, 1 not of')
+    assert '2 of 8 images were left out' in note and 'frame_0000.png cannot be read' in note
     for file in folder.glob('*.png'):
         file.write_bytes(b'no picture')
-    with pytest.raises(RecordingError, match='none of the 8 pictures in .* can be read'):
+    with pytest.raises(RecordingError, match='no picture of .* can be used: 8 of 8 images'):
+        list(recording)
+    with pytest.raises(RecordingError, match='frame_0000.png cannot be read as a picture'):
         open_images(folder)
+
+
+def test_pictures_named_by_stamps_that_do_not_grow_are_left_out(folder):
+    np.savetxt(folder / 'intrinsics.txt', K)
+    names = ['0999999999999999', '1000000000000000', '999999999999999', '1000000033000000']
+    for k, file in enumerate(sorted(folder.glob('*.png'))):
+        file.rename(folder / f'{names[k]}.png') if k < 4 else file.unlink()
+    assert [stamp for stamp, _ in open_images(folder)] == [10**15, 10**15 + 33_000_000]
 
 
 def test_pictures_of_16_bits_and_turned_ones_are_read_as_a_bag_reads_them(folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,28 +13,6 @@ from ruamel.yaml import YAML, YAMLError
 #: What `--camera` takes: numbers with an optional model's name, or a calibration file.
 Given = str | Path | Sequence[float | str]
 HOW = '--camera fx fy cx cy [model] [d ...] in pixels, or --camera calibration.yaml'
-
-
-class Cameras:
-    """The camera of each image of a recording, as far as the recording was read."""
-
-    def __init__(self) -> None:
-        self._stamps: list[int] = []  # of the first image of each camera
-        self._cameras: list[Camera] = []
-        self.breaks = 0  #: how often it changed too much for a map to go on
-
-    def put(self, stamp: int, camera: Camera) -> None:
-        """Note an image's camera; images that were read before are noted already."""
-        if not self._stamps:
-            self._stamps, self._cameras = [stamp], [camera]
-        elif stamp > self._stamps[-1] and camera != self._cameras[-1]:
-            self.breaks += not camera.goes_on_from(self._cameras[-1])
-            self._stamps.append(stamp)
-            self._cameras.append(camera)
-
-    def of(self, stamp: int) -> Camera:
-        """Return the camera of an image that was read already."""
-        return self._cameras[max(bisect_right(self._stamps, stamp) - 1, 0)]
 
 
 def rectified_images(rectified: str, image_topic: str | None) -> bool:

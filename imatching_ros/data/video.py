@@ -8,19 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
+from imatching_ros.data.bags import BAG_FILES, STORE
 from imatching_ros.data.cameras import camera_beside, Given, given_camera, HOW
 from imatching_ros.data.images import decode_compressed, Greys
-from imatching_ros.data.recording import (
-    BAG_FILES,
-    open_recording,
-    Recording,
-    RecordingError,
-    STORE,
-)
+from imatching_ros.data.recording import open_recording, Recording, RecordingError
+from imatching_ros.data.sieve import Sieve
 from imatching_ros.geometry.camera import Camera
 import numpy as np
 
@@ -39,32 +36,39 @@ class Pictures:
 
     Iterating yields ``(stamp_ns, image)``, image (H, W) uint8 grey, any number of times. A picture
     whose name is a number of nanoseconds has that stamp; all else is evenly spaced from zero.
-    Pictures that cannot be read, or are of another size than the camera, are left out and counted.
+    Pictures that cannot be used are left out and counted, as those of a Recording are. Raises
+    RecordingError where none can be used.
     """
 
     bag: Path  #: the file or the folder
     camera: Camera
     count: int  #: images; of a video, what the file says of itself
     rate_hz: float
-    #: why images were left out when they were last read, and how many
-    left_out: Counter[str] = field(default_factory=Counter, compare=False)
     transport: str = 'raw'  #: of ``messages``
     ground_truth: None = None
+    _sieve: Sieve = field(default_factory=Sieve, repr=False)
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        self.left_out.clear()
-        for k, (name, image) in enumerate(self._images()):
-            if image is None:
-                self.left_out['cannot be read as a picture'] += 1
-            elif image.shape != (self.camera.height, self.camera.width):
-                size = f'{self.camera.width}x{self.camera.height}'
-                self.left_out[f'not of the size {size} of the camera'] += 1
-            else:
-                named = self.bag.is_dir() and name.isdecimal() and int(name) >= NANOSECONDS
-                yield int(name) if named else round(k / self.rate_hz * 1e9), image
+        greys = Greys()
+
+        def decode(image: Path | np.ndarray) -> np.ndarray:
+            return _read(image, greys) if isinstance(image, Path) else image
+
+        def other_size(number: int, has: str) -> str:
+            return (
+                f'picture {number} of {self.bag} is {has}, but the camera is '
+                f'{self.camera.width}x{self.camera.height}; all pictures of a recording must '
+                'have one size'
+            )
+
+        images = self._sieve.in_time(self._stamped())
+        if not (yield from self._sieve.pictures(images, decode, self.camera_of, other_size)):
+            raise RecordingError(
+                f'no picture of {self.bag} can be used: {self._sieve.sentence(self.count)}'
+            )
 
     def messages(self) -> Iterator[tuple[int, str, object]]:
         """Yield (stamp_ns, "camera", Camera), then (stamp_ns, "image", message) as a bag does."""
@@ -86,27 +90,33 @@ class Pictures:
     def depth(self, stamp: int) -> None:
         """Return an image's depth: none has any."""
 
+    @property
+    def left_out(self) -> Counter[str]:
+        """Return how many pictures were left out so far, by the reason in words."""
+        return self._sieve.counts
+
     def notes(self) -> list[str]:
-        """Return what the user should know of the recording as far as it was read."""
+        """Return what the user should know of the pictures, one sentence each."""
         notes = [f'the camera of {self.bag} is odd: {doubt}' for doubt in self.camera.doubts()]
-        if self.left_out:
-            whys = ', '.join(f'{count} {why}' for why, count in self.left_out.items())
-            notes.append(f'{self.left_out.total()} of {self.count} images were left out: {whys}')
+        if left_out := self._sieve.sentence(self.count):
+            notes.append(f'{self.bag}: {left_out}')
         return notes
 
-    def _images(self) -> Iterator[tuple[str, np.ndarray | None]]:
-        if self.bag.is_dir():
-            greys = Greys()
-            for file in _pictures(self.bag):
-                yield file.stem, _read(file, greys)
-            return
+    def _stamped(self) -> Iterator[tuple[int, int, Path | np.ndarray]]:
+        """Yield number, stamp ns and picture: a folder's as files, a video's as they are."""
+        for k, image in enumerate(_pictures(self.bag) if self.bag.is_dir() else self._video()):
+            name = image.stem if isinstance(image, Path) else ''
+            named = name.isdecimal() and int(name) >= NANOSECONDS
+            yield k, int(name) if named else round(k / self.rate_hz * 1e9), image
+
+    def _video(self) -> Iterator[np.ndarray]:
         video = cv2.VideoCapture(str(self.bag))
         try:
             while True:
                 read, image = video.read()
                 if not read:
                     return
-                yield '', cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
+                yield cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) if image.ndim == 3 else image
         finally:
             video.release()
 
@@ -143,12 +153,16 @@ def open_images(
                 f'{path} holds no video that can be read; convert it to H.264, or to pictures'
             )
     else:
-        files = _pictures(path)
+        files, first = _pictures(path), None
         count = len(files)
-        first = next((image for file in files if (image := _read(file)) is not None), None)
+        for file in files:
+            with contextlib.suppress(ValueError):
+                first = _read(file)
+                break
         if first is None:
             raise RecordingError(
-                f'none of the {count} pictures in {path} can be read; copy them again'
+                f'{files[0]} cannot be read as a picture, nor any of the {count} there; copy them '
+                'again'
             )
     height, width = first.shape[:2]
     try:
@@ -179,9 +193,9 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
 
 
-def _read(file: Path, greys: Greys | None = None) -> np.ndarray | None:
-    """Return a picture (H, W) uint8, or None where it cannot be read."""
+def _read(file: Path, greys: Greys | None = None) -> np.ndarray:
+    """Return a picture (H, W) uint8; ValueError where it is none."""
     try:
         return decode_compressed(file.read_bytes(), greys)
-    except ValueError:
-        return None
+    except ValueError as error:
+        raise ValueError(f'{file} cannot be read as a picture: {error}') from None

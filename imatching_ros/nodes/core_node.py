@@ -44,15 +44,13 @@ from . import messages, parameters
 from .diagnostics import ERROR, Health, OK, WARN
 from .worker import Worker
 from ..data.images import Greys
+from ..data.stamps import LEAP_NS, RESTART, RESTART_NS, SAME, Stamps
 from ..geometry.camera import Camera, is_rectified, unclear
 from ..matching import weights
 
 UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = 'unconfigured', 'inactive', 'active', 'finalized'
 SENTENCE = 400  #: characters of what is said, at most
 REPEAT_S = 5.0  #: the same sentence goes to the log this seldom
-#: a stamp this far behind the last one is a recording that starts again
-RESTART_NS = 1_000_000_000
-LEAP_NS = 10_000_000_000  #: a stamp this far ahead of the last one is said
 SILENCE_S = 2.0  #: without input for this long, an active node says so
 BUSY_S = 20.0  #: one piece of work that takes this long is said
 PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of work in hand
@@ -124,6 +122,7 @@ class CoreNode(LifecycleNode):
     #: parameters
     role: str
     feed: str  #: the topic without which it has nothing to do
+    judged = False  #: whether who sends its inputs has judged their stamps
 
     def __init__(
         self, load: Callable[[Path, str], Any] = load_weights, **node_options: Any
@@ -211,7 +210,7 @@ class CoreNode(LifecycleNode):
         """Start afresh with the next input; runs in the core's thread."""
         if self.core is not None:
             self.core.reset()
-        self._last_stamp = None
+        self._stamps = Stamps(self.judged)
         return 'starts afresh with the next image'
 
     def restart(self) -> None:
@@ -230,7 +229,7 @@ class CoreNode(LifecycleNode):
         self._greys = Greys()
         self.core: Any = None
         self.worker = None
-        self._last_stamp: int | None = None
+        self._stamps = Stamps(self.judged)
         self._calibration: CameraInfo | None = None
         self._last_heard = 0.0
 
@@ -361,26 +360,33 @@ class CoreNode(LifecycleNode):
 
     def follow(self, stamp: int) -> None:
         """
-        Keep time: ValueError for a duplicate or late stamp.
+        Keep time by the rule of ``data.stamps``.
 
-        Start afresh where a recording begins again.
+        ValueError for a stamp that does not go on; start afresh where the stamps begin again,
+        which takes a second message to believe.
         """
-        last = self._last_stamp
-        if last is not None and stamp <= last:
-            if last - stamp < RESTART_NS:
-                what = 'the same stamp as' if stamp == last else 'an older stamp than'
-                raise ValueError(
-                    f'a message with {what} the one before is ignored; check for a second '
-                    'publisher'
-                )
+        last = self._stamps.last
+        reason = self._stamps.judge(stamp)
+        if reason == RESTART:
             self.fault(f'the clock went back by {(last - stamp) / 1e9:.3f} s: starting afresh')
             self.restart()
+            self._stamps.restart(stamp)
+        elif reason and abs(stamp - last) < RESTART_NS:
+            what = 'the same stamp as' if reason == SAME else 'an older stamp than'
+            raise ValueError(
+                f'a message with {what} the one before is ignored; check for a second publisher'
+            )
+        elif reason:
+            raise ValueError(
+                f'a message with a stamp {abs(stamp - last) / 1e9:.3f} s '
+                f'{"ahead of" if stamp > last else "behind"} the one before is ignored, unless '
+                'the next one goes on from it; check the clocks'
+            )
         elif last is not None and stamp - last > LEAP_NS:
             self.fault(
                 f'the clock went forward by {(stamp - last) / 1e9:.3f} s from one message to '
                 'the next'
             )
-        self._last_stamp = stamp
 
     def fault(self, sentence: str) -> None:
         """Say it in diagnostics, and in the log unless it was just said there."""

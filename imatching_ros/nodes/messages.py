@@ -486,11 +486,7 @@ def image_from_message(message: Image | CompressedImage, greys: Greys | None = N
 
 
 def from_recording(message: Any, stamp: int) -> Image | CompressedImage:
-    """
-    Return an image that ``rosbags`` read as the message to publish.
-
-    ``stamp`` is its time in ns.
-    """
+    """Return an image that a recording holds as the message to publish; ``stamp`` in ns."""
     head, data = header(stamp, message.header.frame_id), array.array('B', message.data.tobytes())
     if message.__msgtype__ == 'sensor_msgs/msg/CompressedImage':
         return CompressedImage(header=head, format=message.format, data=data)

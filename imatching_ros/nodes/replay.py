@@ -475,12 +475,11 @@ class _Images:
         while self.sent < first + count and (entry := next(self._messages, None)) is not None:
             stamp, kind, recorded = entry
             if kind == 'camera':
-                head = messages.header(stamp, 'camera')
-                player.camera_info.publish(messages.camera_to_info(recorded, head))
+                info = messages.camera_to_info(recorded, messages.header(stamp, 'camera'))
+                player.camera_info.publish(info)
                 continue
-            message = messages.from_recording(recorded, stamp)
             self._wait(IN_FLIGHT - 1)
-            player.image.publish(message)
+            player.image.publish(messages.from_recording(recorded, stamp))
             self.sent += 1
             bar.show(player.learning_state(), completed=self.sent - first)
         self._wait(0)
