@@ -52,9 +52,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def replay(options: argparse.Namespace) -> None:
     """Play a recording through the three nodes without loss and write a run folder."""
-    from .data.recording import open_recording
-
-    recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
+    recording = _open(options.bag, options)
     _replay(recording, _run_dir(options.out, 'replay'), options, str(options.bag))
 
 
@@ -71,7 +69,6 @@ def tune(options: argparse.Namespace) -> None:
     )
     import torch
 
-    from .data.video import open_images
     from .evaluation.report import Pictures
     from .learning.learner import LearnerOptions
     from .learning.tune import TooFewWindowsError
@@ -86,11 +83,12 @@ def tune(options: argparse.Namespace) -> None:
     start = start or weights.default_path()
     matcher, info = weights.load(start)
     _say(f'starting from {start}, version {info.version}')
-    recordings = [
-        open_images(bag, options.image_topic, options.camera_info_topic, options.camera)
-        for bag in options.bag
-    ]
-    splits = [round(len(recording) * options.train_fraction) for recording in recordings]
+    recordings = [_open(bag, options) for bag in options.bag]
+    with console.status('Looking through the images'):
+        counts = [sum(1 for _ in recording) for recording in recordings]
+    for recording in recordings:
+        _say_notes(recording)
+    splits = [round(count * options.train_fraction) for count in counts]
     run_dir = _run_dir(options.run_dir, 'tune')
     epochs, started = 2, time.perf_counter()
     columns = (
@@ -173,14 +171,14 @@ def evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from .bundle.bundle import Bundle
-    from .data.recording import open_recording
     from .evaluation.matching import evaluate_matching, evaluation_pairs
     from .evaluation.report import ACCURACY
     from .evaluation.trajectory import trajectory_accuracy
     from .matching import weights
     from .matching.tracker import Tracker
+    from .pipeline import track_and_solve
 
-    recording = open_recording(options.data, options.image_topic, options.camera_info_topic)
+    recording = _open(options.data, options)
     first = round(len(recording) * options.first)
     pairs = evaluation_pairs(recording, first, len(recording) - 1, per_step=options.pairs)
     if not pairs:
@@ -197,8 +195,8 @@ def evaluate(options: argparse.Namespace) -> None:
             Tracker(matcher, info.version, recording.camera),
             Bundle(recording.camera),
         )
-        for stamp, image in recording:
-            bundle.add(tracker.track(stamp, image))
+        for _ in track_and_solve(recording, tracker, bundle):
+            pass
         stamps = sorted(bundle.trajectory)
         poses = (
             torch.stack([bundle.trajectory[stamp] for stamp in stamps])
@@ -212,6 +210,7 @@ def evaluate(options: argparse.Namespace) -> None:
     for index, label in enumerate(columns):
         table.add_row(label, *('–' if row[index] is None else f'{row[index]:.2f}' for row in rows))
     console.print(table)
+    _say_notes(recording)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -227,7 +226,6 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _export_onnx(options: argparse.Namespace) -> None:
-    from .data.recording import open_recording
     from .export.onnx import ENCODE, MATCH, write_onnx
     from .matching import weights
 
@@ -237,7 +235,7 @@ def _export_onnx(options: argparse.Namespace) -> None:
             raise ValueError(
                 'the graphs are for images of one size: --size WxH, or a BAG to take it from'
             )
-        camera = open_recording(options.bag, options.image_topic, options.camera_info_topic).camera
+        camera = _open(options.bag, options).camera
         size = camera.width, camera.height
     matcher, info = weights.load(options.weights or weights.default_path())
     with console.status('Exporting, about ten seconds'):
@@ -253,13 +251,13 @@ def _export_recording(options: argparse.Namespace) -> None:
     from rich.progress import track as progress
 
     from .bundle.bundle import Bundle
-    from .data.recording import open_recording
     from .export.colmap import camera_model, DATABASE, image_name, IMAGES, write_colmap
     from .matching import weights
     from .matching.tracker import Tracker
     from .nodes.run_files import write_map
+    from .pipeline import track_and_solve
 
-    recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
+    recording = _open(options.bag, options)
     matcher, info = weights.load(options.weights or weights.default_path())
     pictures = options.colmap and options.colmap / IMAGES
     if pictures:  # what cannot be is refused before the work
@@ -269,19 +267,24 @@ def _export_recording(options: argparse.Namespace) -> None:
         pictures.mkdir(parents=True, exist_ok=True)
     tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
     keyframes, landmarks = [], {}
-    for stamp, image in progress(
-        recording, 'Matching and solving', total=len(recording), console=console
-    ):
-        correspondences = tracker.track(stamp, image)
-        estimate = bundle.add(correspondences)
-        if estimate.window is not None:
-            landmarks.update(
-                zip(estimate.window.track.tolist(), estimate.window.points, strict=True)
+    for frame in progress(
+        track_and_solve(recording, tracker, bundle), 'Matching and solving',
+        total=len(recording), console=console,
+    ):  # fmt: skip
+        window = frame.estimate.window
+        if window is not None:
+            landmarks.update(zip(window.track.tolist(), window.points, strict=True))
+        if pictures and not frame.camera.goes_on_from(recording.camera):
+            raise ValueError(
+                f'the camera of {options.bag} changes within the recording, and a COLMAP model '
+                'of it has one: export the parts, or give --camera'
             )
-        if tracker.keyframes[-1:] == [stamp]:
-            keyframes.append(correspondences)
-            if pictures and not cv2.imwrite(str(pictures / image_name(stamp)), image):
-                raise OSError(f'{pictures / image_name(stamp)} could not be written')
+        if frame.is_keyframe:
+            keyframes.append(frame.correspondences)
+            file = pictures and pictures / image_name(frame.stamp)
+            if file and not cv2.imwrite(str(file), frame.image):
+                raise OSError(f'{file} could not be written')
+    _say_notes(recording)
     if options.map and bundle.trajectory:
         write_map(
             options.map,
@@ -304,9 +307,10 @@ def _export_recording(options: argparse.Namespace) -> None:
             f'in {options.colmap}'
         )
     if not bundle.trajectory:
+        last = frame.estimate
         raise Nothing(
             f'none of the {len(recording)} images of {recording.bag} got a pose '
-            f'({estimate.reason or estimate.status}), so there is no map; '
+            f'({last.reason or last.status}), so there is no map; '
             'the camera must move sideways past things that have texture'
         )
     if bundle.maps > 1:
@@ -334,6 +338,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     )
     matchers = [weights.load(path)[0] for path in (result.weights_before, result.weights_after)]
     before, after, pictures = _measure(recording, result.train_frames, matchers)
+    _say_notes(recording)
 
     def count(node: str, key: str) -> int | None:
         value = result.figure(node, key)
@@ -452,6 +457,11 @@ def _why_no_pairs(recording: Any, first: int) -> str:
     )
 
 
+def _say_notes(recording: Any) -> None:
+    for note in recording.notes():
+        _warn(note)
+
+
 def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: str) -> Any:
     from .evaluation.pictures import Event
 
@@ -478,12 +488,21 @@ class _First:
 
     def __init__(self, recording: Any, count: int) -> None:
         self.recording, self.count = recording, count
+        self.camera_of = recording.camera_of
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self):
         return (item for item, _ in zip(self.recording, range(self.count), strict=False))
+
+
+def _open(path: Path, options: argparse.Namespace) -> Any:
+    from .data.video import open_images
+
+    return open_images(
+        path, options.image_topic, options.camera_info_topic, options.camera, options.rectified
+    )
 
 
 def _run_dir(given: Path | None, command: str) -> Path:
@@ -524,6 +543,17 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             '--camera-info-topic', help='where it does not lie beside the image topic'
         )
+        added.add_argument(
+            '--camera', metavar='CAMERA',
+            help='instead of camera_info, after the recording: fx fy cx cy [model] [d ...], '
+                 'pixels, or a calibration yaml of ROS or Kalibr (default: camera_info; of a '
+                 'video or pictures, camera_info.yaml or intrinsics.txt beside them)',
+        )  # fmt: skip
+        added.add_argument(
+            '--rectified', choices=('auto', 'always', 'never'), default='auto',
+            help="whether camera_info's P describes the images, or K and D (default: auto, by "
+                 "the image topic's name)",
+        )  # fmt: skip
 
     def learning(added: argparse.ArgumentParser, seconds: float) -> None:
         added.add_argument(
@@ -572,12 +602,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar='W',
         help='weights file; if it exists, go on from it',
     )
-    added.add_argument(
-        '--camera', type=float, nargs='+', metavar='X',
-        help='of a video or pictures: fx fy cx cy [k1 k2 p1 p2 [k3]], pixels (default: '
-             'camera_info.yaml or '
-        'intrinsics.txt beside it)',
-    )  # fmt: skip
     added.add_argument(
         '--objective', choices=('imatching', 'sgp'), default='imatching',
         help="the bundle's reprojection error, or, to compare with, two-view geometry alone "
@@ -635,6 +659,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """
+    Return the arguments with the words that follow ``--camera`` as one.
+
+    These are all numbers, and a word before the last of them: the lens model's name. What follows,
+    perhaps a recording's name, is left alone.
+    """
+    words = list(arguments)
+    if '--camera' not in words:
+        return words
+    start = words.index('--camera') + 1
+    if words[start:start + 1] == [] or words[start].startswith('--'):
+        return words  # argparse says that something is missing
+    numbers = [start + k for k, word in enumerate(words[start:]) if _is_number(word)]
+    end = start
+    while end in numbers or end > start and end + 1 in numbers and words[end][:1] != '-':
+        end += 1
+    end = max(end, start + 1)
+    return [*words[:start - 1], f'--camera={" ".join(words[start:end])}', *words[end:]]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """
     Run the command line.
@@ -642,7 +695,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Wrong input ends with one sentence and exit code 2, good input from which nothing could be had
     with one sentence and exit code 1.
     """
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         options.function(options)
     except (ValueError, OSError, RuntimeError) as error:

@@ -36,7 +36,14 @@ ARGUMENTS = (
         'Where torch computes, such as cpu or cuda; empty: what the parameter file says.',
     ),
     ('weights', '', 'Weights file to start with; empty: what the parameter file says.'),
-    ('bag', '', 'A recording to play: rosbag1, rosbag2 or MCAP.'),
+    (
+        'bag', '',
+        'A recording to play: rosbag1, rosbag2, MCAP, a video file or a folder of pictures.',
+    ),
+    (
+        'camera', '',
+        "Instead of the recording's camera_info: 'fx fy cx cy [model] [d ...]' or a yaml file.",
+    ),
     ('rate', '1.0', 'How fast to play it.'),
     ('rviz', 'false', "Start RViz with the package's config/imatching.rviz."),
 )
@@ -82,11 +89,14 @@ def start(context):
     common = {**time, 'autostart': truth('autostart'), 'image_transport': given['image_transport']}
     if given['rectified'] not in ('', 'auto', 'always', 'never'):
         raise ValueError(f'rectified:={given["rectified"]} must be auto, always or never')
-    for name in ('device', 'rectified'):
-        if given[name]:
-            common[name] = given[name]
+    if given['device']:
+        common['device'] = given['device']
     if given['weights']:
         common['weights'] = file('weights')
+    if given['bag']:
+        common['rectified'] = 'never'  # the player tells the finished camera
+    elif given['rectified']:
+        common['rectified'] = given['rectified']
 
     def node(role, name, parameters, **options):
         return Node(
@@ -117,9 +127,9 @@ def start(context):
         played = {**time, 'bag': file('bag'), 'rate': rate, 'clock': time['use_sim_time']}
         # What names the camera's topics names the recording's too: it may hold several cameras
         played['image_topic'] = '' if image == 'image' else image
-        played['camera_info_topic'] = given['camera_info_topic']
-        if given['rectified']:
-            played['rectified'] = given['rectified']
+        for name in ('camera_info_topic', 'camera', 'rectified'):
+            if given[name]:
+                played[name] = given[name]
         nodes.append(node('player', 'player', played))
     if truth('rviz'):
         # The views are absolute in RViz's file, and relative to the namespace here

@@ -52,6 +52,45 @@ def refused(capsys, *arguments, code=2):
     return one_sentence(capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ('words', 'camera', 'bag'),
+    [
+        ('BAG --camera 1 2 3 4', '1 2 3 4', 'BAG'),
+        ('--camera 1 2 3 4 BAG', '1 2 3 4', 'BAG'),
+        ('--camera 1 2 3 4 radtan -.1 .2 0 1e-3 BAG', '1 2 3 4 radtan -.1 .2 0 1e-3', 'BAG'),
+        ('--camera 1 2 3 4 -.1 .2 BAG', '1 2 3 4 -.1 .2', 'BAG'),
+        ('--camera 1 2 3 4 --first 0.5 BAG', '1 2 3 4', 'BAG'),
+        ('--camera cam.yaml BAG', 'cam.yaml', 'BAG'),
+        ('BAG --camera cam.yaml --first 0.5', 'cam.yaml', 'BAG'),
+        ('--camera=cam.yaml BAG', 'cam.yaml', 'BAG'),
+        ('BAG', None, 'BAG'),
+    ],
+)
+def test_a_camera_does_not_swallow_the_recording(words, camera, bag):
+    options = cli._parser().parse_args(cli._joined(['evaluate', *words.split()]))
+    assert (options.camera, str(options.data)) == (camera, bag)
+
+
+@pytest.mark.parametrize(
+    ('command', 'more'),
+    [
+        ('replay', []), ('evaluate', []), ('export', ['--map', 'map']),
+        ('tune', ['--out', 'w.safetensors']),
+    ],
+)  # fmt: skip
+def test_every_command_takes_a_camera(tmp_path, capsys, monkeypatch, command, more):
+    """And says what is wrong with it; without one it says how to give it."""
+    monkeypatch.chdir(tmp_path)
+    bag = without_camera_info(tmp_path)
+    assert 'give --camera fx fy cx cy [model]' in refused(capsys, command, bag, *more)
+    for given in ('30 30 160 12', '1 0 16 12'):
+        text = refused(capsys, command, bag, *more, '--camera', *given.split())
+        assert 'the camera given for' in text
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, str(bag), *more, '--camera'])
+    assert stop.value.code == 2
+
+
 # Bad input ---------------------------------------------------------------------------------------
 
 

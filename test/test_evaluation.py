@@ -67,8 +67,11 @@ class World:
 
     def messages(self):
         for stamp in self.stamps.tolist():
-            yield stamp, 'camera_info', 'sensor_msgs/msg/CameraInfo', None
-            yield stamp, 'image', 'sensor_msgs/msg/Image', None
+            yield stamp, 'camera', self.camera
+            yield stamp, 'image', None
+
+    def camera_of(self, stamp: int):
+        return self.camera
 
     def depth(self, stamp: int):
         return self._frames[stamp // FRAME_NS][1] if self.with_depth else None

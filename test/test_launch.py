@@ -62,7 +62,7 @@ def test_launch_file_has_the_arguments_of_the_interface():
     assert list(arguments()) == [
         'namespace', 'params_file', 'image_topic', 'camera_info_topic', 'image_transport',
         'rectified', 'external_odometry', 'use_sim_time', 'autostart', 'learning', 'composed',
-        'device', 'weights', 'bag', 'rate', 'rviz',
+        'device', 'weights', 'bag', 'camera', 'rate', 'rviz',
     ]  # fmt: skip
     assert arguments()['autostart'] == arguments()['learning'] == 'true'
 
@@ -116,11 +116,12 @@ def test_a_camera_of_a_recording_with_several_is_chosen_by_the_topic_arguments(s
     played = nodes['player'].parameters[1]
     assert {name: played[name] for name in topics} == topics
     assert played['bag'] == str(tmp_path) and played['rectified'] == 'always'
-    assert nodes['matcher'].parameters[1]['rectified'] == 'always'
+    # the player tells the camera of the rectified image, which nobody must rectify once more
+    assert nodes['matcher'].parameters[1]['rectified'] == 'never'
     assert ('image', '/left/image_raw') in nodes['matcher'].remappings
     assert ('image', '/left/image_raw') in nodes['player'].remappings
     alone = started(bag=str(tmp_path))['player'].parameters[1]
-    assert alone['image_topic'] == alone['camera_info_topic'] == '' and 'rectified' not in alone
+    assert alone['image_topic'] == '' and not {'camera_info_topic', 'rectified'} & set(alone)
 
 
 def test_what_the_launch_file_cannot_use_is_refused(started):

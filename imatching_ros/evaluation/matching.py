@@ -88,18 +88,15 @@ def evaluation_pairs(
     per_step: int = 20,
 ) -> list[Pair]:
     """
-    At most ``per_step`` pairs for each step (frames apart).
+    Return at most ``per_step`` pairs for each step (images apart), spread evenly.
 
-    Evenly spread over frames first to last, inclusive.
-
-    Both images have a true pose and, if the recording has depth at all, depth. Empty without
-    ground truth.
+    They are of the images first to last, inclusive, of those that can be used. Both images of a
+    pair have a true pose and, if the recording has depth at all, depth. Empty without ground
+    truth.
     """
     if recording.ground_truth is None:
         return []
-    stamps = [stamp for stamp, kind, *_ in recording.messages() if kind == 'image'][
-        max(first_index, 0):last_index + 1
-    ]
+    stamps = [stamp for stamp, _ in recording][max(first_index, 0):last_index + 1]
     index, true_index = associate(np.asarray(stamps), recording.ground_truth[0], POSE_TOLERANCE_NS)
     poses = torch.as_tensor(recording.ground_truth[1], dtype=torch.float64)
     # text files round
@@ -136,14 +133,14 @@ def match_pairs(
         points = torch.as_tensor(detect(reference, queries), dtype=torch.float32).reshape(-1, 2)
         matched = match_pair(matcher, reference, target, points)
         uv, kept = matched.uv, matched.kept
+        camera = recording.camera_of(pair.reference)
         true_uv, visible = true_matches(
-            recording.camera, pair, points, recording.depth(pair.reference),
-            recording.depth(pair.target),
+            camera, pair, points, recording.depth(pair.reference), recording.depth(pair.target)
         )
         error = torch.where(visible, (uv - true_uv).norm(dim=-1).nan_to_num(torch.inf), torch.nan)
         rotation, translation = None, None
         if pair.baseline:
-            rotation, translation = pose_errors(recording.camera, pair, points[kept], uv[kept])
+            rotation, translation = pose_errors(camera, pair, points[kept], uv[kept])
         yield PairMatches(
             pair, reference, target, points, uv, true_uv, visible, error, rotation, translation
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from ..bundle.bundle import Bundle
 from ..geometry.camera import Camera
 from ..matching import weights
 from ..matching.tracker import Tracker, TrackerOptions
+from ..pipeline import track_and_solve
 
 GAP = 5  #: images between those that train and those that judge
 VALIDATION = 0.15  #: of each recording's images, the last ones, judge
@@ -29,7 +29,11 @@ PATIENCE = 5  #: verdicts in a row without a promotion, after which there is no 
 
 
 class Images(Protocol):
-    """A recording's images: (stamp ns, (H, W) uint8), in order, iterated once in each epoch."""
+    """
+    A recording's images: (stamp ns, (H, W) uint8), in order, iterated once in each epoch.
+
+    Where the camera changes among them they have ``camera_of(stamp)``, as a Recording does.
+    """
 
     def __len__(self) -> int: ...
 
@@ -110,13 +114,12 @@ def tune(
                     Tracker(in_use, version, camera, tracker_options),
                     Bundle(camera, learner.bundle),
                 )
-                for stamp, image in islice(images, *part(len(images))):
-                    correspondences = tracker.track(stamp, image)
-                    learner.add_image(stamp, image)
-                    learner.add_correspondences(correspondences)
-                    window = bundle.add(correspondences).window
-                    if window is not None:
-                        learner.add_window(window, held_out)
+                for frame in track_and_solve(images, tracker, bundle, *part(len(images))):
+                    learner.recalibrate(frame.camera)
+                    learner.add_image(frame.stamp, frame.image)
+                    learner.add_correspondences(frame.correspondences)
+                    if frame.estimate.window is not None:
+                        learner.add_window(frame.estimate.window, held_out)
                     seen['done'] += 1
                     on_frame(**seen)
 

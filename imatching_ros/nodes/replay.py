@@ -154,10 +154,11 @@ def replay(
 
     common = {
         'image_qos': 'keep_all', 'image_transport': recording.transport, 'weights': str(before),
+        'rectified': 'never',  # they are told the finished camera
     }
     given = {
         'matcher': {**common, 'processing_mode': 'all'},
-        'bundle': {'map_dir': str(run_dir)},
+        'bundle': {'map_dir': str(run_dir), 'rectified': 'never'},
         # it is nice to the others
         'learner': {**common, 'weights_dir': str(weights_dir), 'threads': 0},
     }
@@ -465,23 +466,20 @@ class _Images:
     def __init__(self, recording: Recording, player: _Player) -> None:
         self._player = player
         self._messages = iter(recording.messages())
-        self._info = messages.camera_to_info(recording.camera, messages.header(0, 'camera'))
         self.sent = 0
         self.seconds = 0.0
 
     def play(self, count: int, bar: _Bar) -> None:
         """Play ``count`` images, each only when the matcher has dealt with those before."""
         player, begun, first = self._player, time.monotonic(), self.sent
-        if not self.sent:
-            player.camera_info.publish(self._info)
         while self.sent < first + count and (entry := next(self._messages, None)) is not None:
-            stamp, kind, _, recorded = entry
-            message = messages.from_recording(recorded, stamp)
-            if kind == 'camera_info':
-                player.camera_info.publish(message)
+            stamp, kind, recorded = entry
+            if kind == 'camera':
+                info = messages.camera_to_info(recorded, messages.header(stamp, 'camera'))
+                player.camera_info.publish(info)
                 continue
             self._wait(IN_FLIGHT - 1)
-            player.image.publish(message)
+            player.image.publish(messages.from_recording(recorded, stamp))
             self.sent += 1
             bar.show(player.learning_state(), completed=self.sent - first)
         self._wait(0)
