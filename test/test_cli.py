@@ -138,7 +138,7 @@ def uncalibrated(folder):
 def truncated(folder, kind='mcap'):
     path = good(folder, kind, count=40)
     file = path if path.is_file() else next(path.glob('*.mcap'))
-    file.write_bytes(file.read_bytes()[:file.stat().st_size * 2 // 3])
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 50])  # before the first image
     return file
 
 

@@ -253,10 +253,32 @@ def test_fault_bad_weights_are_refused_and_the_matcher_node_keeps_its_own(
 
 def test_fault_clock_that_goes_back_starts_the_matcher_node_afresh(matcher):
     assert len(play(matcher, picture(0.0)))
+    before = int(matcher.says('matcher')['refused'])
     matcher.now = START - 100 * SECOND
+    matcher.images.publish(image_message(matcher.now, picture(1.0)))  # is not believed yet
     assert len(play(matcher, picture(1.0))) == 0
     assert len(play(matcher, picture(2.0)))
     matcher.wait(lambda: 'the clock went back by' in matcher.says('matcher')['last_error'])
+    matcher.wait(lambda: int(matcher.says('matcher')['refused']) == before + 1)
+
+
+def test_fault_one_bad_stamp_does_not_disturb_the_matcher_node(matcher):
+    play(matcher, picture(0.0))
+    before = int(matcher.says('matcher')['refused'])
+    for bad in (0, matcher.now - 100 * SECOND, matcher.now + 100 * SECOND, 2**31 * SECOND - 1):
+        last = matcher.now
+        matcher.images.publish(image_message(bad, picture(0.0)))
+        found = play(matcher, picture(1.0))
+        assert len(found) > 20 and found.ref_stamp.max() <= last
+    says = matcher.wait(
+        lambda: int((s := matcher.says('matcher'))['refused']) == before + 4 and s
+    )
+    assert 'ahead of the one before is ignored, unless the next one goes' in says['last_error']
+    later = matcher.now + 100 * SECOND
+    matcher.images.publish(image_message(later, picture(1.0)))
+    matcher.now = later
+    play(matcher, picture(1.0))  # the second one that says so is believed
+    matcher.wait(lambda: 'the clock went forward by 100' in matcher.says('matcher')['last_error'])
 
 
 def test_matcher_node_services_and_parameters(matcher, first_weights):
