@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+import contextlib
 import threading
 import time
 from typing import Any
@@ -46,7 +47,8 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._begun: float | None = None  # when the piece of work in hand began
-        self._clock: int | None = None  # of the thread's processor time, where the system has one
+        # of the thread's processor time; the process's where the system has none for a thread
+        self._clock = time.CLOCK_PROCESS_CPUTIME_ID
         # at the last look: the time, when the work in hand began, processor time of the thread,
         # and of all but the one that looks
         self._seen: tuple[float, float | None, float, float] = (time.monotonic(), None, 0.0, 0.0)
@@ -105,7 +107,9 @@ class Worker:
         Whoever does so does it about once a second, in one thread. Time in which that thread did
         not run either, on a starved machine or in a stopped process, hardly counts.
         """
-        own = time.clock_gettime(self._clock) if self._clock is not None else 0.0
+        own = 0.0
+        with contextlib.suppress(OSError):  # the thread has ended
+            own = time.clock_gettime(self._clock)
         seen = time.monotonic(), self._begun, own, time.process_time() - time.thread_time()
         now, begun, own, others = seen
         before, begun_before, own_before, others_before = self._seen

@@ -58,9 +58,9 @@ def on_this_machine(profile: Path) -> Iterator[None]:
     settings = dict([LOCALHOST])
     if 'fastrtps' in get_rmw_implementation_identifier():
         profile.write_text(PATIENT)
+        older = os.environ.get('ROS_DISTRO') in ('humble', 'jazzy')
         settings = {
-            'FASTDDS_DEFAULT_PROFILES_FILE': str(profile),
-            'FASTRTPS_DEFAULT_PROFILES_FILE': str(profile),
+            f'FAST{"RTPS" if older else "DDS"}_DEFAULT_PROFILES_FILE': str(profile),
             # else it takes transports of its own choice
             LOCALHOST[0]: '0' if LOCALHOST[0] == 'ROS_LOCALHOST_ONLY' else 'SYSTEM_DEFAULT',
         }

@@ -197,6 +197,7 @@ class Processes:
         return [node for node in self.running.values() if node.popen.poll() is None]
 
     def _hangs(self, role: str, how: str, what: str) -> ReplayError:
+        self.running[role].popen.kill()  # it would not end by itself
         log = self.logs / f'{role}.log'
         return ReplayError(f'the {role} node hangs: {how} while {what}; see {log}')
 
