@@ -230,6 +230,7 @@ class CoreNode(LifecycleNode):
         self.camera: Camera | None = None
         self.core: Any = None
         self.worker = None
+        self._results: dict[str, LifecyclePublisher] = {}  # by topic
         self.prepared = False  #: whether what it computes with is compiled
         self._last_stamp: int | None = None
         self._calibration: CameraInfo | None = None
@@ -273,6 +274,7 @@ class CoreNode(LifecycleNode):
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
         self._configured.callback(self.destroy_lifecycle_publisher, publisher)
+        self._results[topic] = publisher
         return publisher
 
     def hear(
@@ -478,8 +480,13 @@ class CoreNode(LifecycleNode):
 
     def _prepare(self) -> None:
         """Have the kernels compiled before the first input, and say what they wait for or lack."""
+
+        def say(done: int, total: int, _: str) -> None:
+            if done < total:
+                self.get_logger().info(kernels.state())
+
         try:
-            kernels.prepare(lambda *_: self.get_logger().info(kernels.state()))
+            kernels.prepare(say)
         finally:
             self.prepared = True
         if notice := kernels.state():
@@ -591,6 +598,10 @@ class CoreNode(LifecycleNode):
             'waiting': worker.waiting() if worker else 0,
             'busy_s': worker.busy() if worker else 0.0,
             'stuck_s': worker.stuck if worker else 0.0,
+            **{
+                f'{topic}_listeners': publisher.get_subscription_count()
+                for topic, publisher in self._results.items()
+            },
             **self.values(),
         }
         status = messages.diagnostic_status(level, self.get_fully_qualified_name(), text, values)

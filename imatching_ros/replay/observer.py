@@ -169,32 +169,33 @@ class Observer(Node):
         return self.nodes.waits_for() or learned
 
     def wait_for_nodes(self) -> None:
-        """Wait until each node can work and every topic has all its ends."""
+        """Wait until each node can work and every topic has found all that listen to it."""
         learner = int('learner' in self.nodes.running)
-        subscribers = {
-            '/correspondences': 2 + learner, '/keyframes': learner, '/landmarks': 1 + learner,
-            '/prior': learner,
-        }  # fmt: skip
-        publishers = {
-            '/correspondences': 1, '/odometry': 1, '/keyframes': 1, '/landmarks': 1, '/prior': 1,
-            '/learning': learner,
-        }  # fmt: skip
+        listeners = {
+            'matcher': {'correspondences': 2 + learner},
+            'bundle': {
+                'odometry': 1, 'landmarks': 1 + learner, 'keyframes': learner, 'prior': learner,
+            },
+            'learner': {'learning': 1, 'weights': 1},
+        }
 
         def connected() -> bool:
             return (
-                all(node.says.get('ready') == 'true' for node in self.nodes.running.values())
-                and self.image.get_subscription_count() >= 1 + learner
+                self.image.get_subscription_count() >= 1 + learner
                 and self.camera_info.get_subscription_count() >= 2 + learner
-                and all(
-                    self.count_subscribers(topic) >= ends for topic, ends in subscribers.items()
-                )
-                and all(self.count_publishers(topic) >= ends for topic, ends in publishers.items())
                 and self._save_map.service_is_ready()
                 and (not learner or self._enable.service_is_ready())
+                and all(
+                    node.says.get('ready') == 'true'
+                    and all(
+                        node.figure(f'{topic}_listeners') >= count
+                        for topic, count in listeners[role].items()
+                    )
+                    for role, node in self.nodes.running.items()
+                )
             )
 
         self.wait(connected, 'waiting for the nodes to find each other')
-        time.sleep(0.3)  # nodes see each other a moment after they are seen here
         self._started = time.monotonic()
 
     def fresh(self) -> None:
