@@ -321,7 +321,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     from .evaluation.report import Pictures
     from .evaluation.trajectory import trajectory_accuracy
     from .matching import weights
-    from .nodes.replay import replay as play
+    from .replay import replay as play
 
     result = play(
         recording,
@@ -348,7 +348,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
     verdicts = [event.values for event in result.learning if event.kind == 'verdict']
     figures = {
         'input': {
-            'frames': result.frames,
+            'frames': result.sent,
             'frames_matched': result.matched,
             'keyframes': count('bundle', 'keyframes'),
             'keyframes_posed': len(result.keyframe_stamps),

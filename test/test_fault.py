@@ -20,7 +20,7 @@ pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 from imatching_ros.matching import weights  # noqa: E402,I100
 from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
-from imatching_ros.nodes.replay import free_domain, ReplayError  # noqa: E402
+from imatching_ros.replay.domain import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from ros import image_message, Ros, SECOND, START  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
@@ -113,7 +113,7 @@ def robot(tmp_path_factory, day):
 
 def test_fault_two_runs_at_once_are_not_given_one_domain():
     with free_domain() as domain:
-        with pytest.raises(ReplayError, match='no ROS domain is free'):
+        with pytest.raises(RuntimeError, match='no ROS domain is free'):
             with free_domain([domain]):
                 pass
         with free_domain() as other:

@@ -257,7 +257,7 @@ sys.exit(service.run())
 @pytest.fixture
 def launched(installed, tmp_path):
     """Start the launch file with arguments, and end what is left; the log is tmp_path / "log"."""
-    from imatching_ros.nodes.replay import free_domain, LOCALHOST
+    from imatching_ros.replay.domain import free_domain, LOCALHOST
 
     processes, stack = [], contextlib.ExitStack()
 

@@ -26,8 +26,8 @@ from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import transform  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
-from imatching_ros.nodes.replay import replay, ReplayError  # noqa: E402
 from imatching_ros.nodes.worker import Worker  # noqa: E402
+from imatching_ros.replay import replay, ReplayError  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from nav_msgs.msg import Path as PathMessage  # noqa: E402
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
@@ -586,7 +586,7 @@ def recording(tmp_path_factory):
 
 def test_replay_nodes_lose_nothing_and_leave_a_run_folder(recording, tmp_path):
     result = replay(recording, tmp_path, train_fraction=0.5, learn_seconds=1.0, progress=False)
-    assert (result.frames, result.train_frames, result.matched, result.dropped) == (24, 12, 24, 0)
+    assert (result.sent, result.train_frames, result.matched, result.dropped) == (24, 12, 24, 0)
     assert result.frame_stamps.tolist() == [stamp for stamp, _ in recording]
     assert result.frame_rows[0] == 0 and (result.frame_rows[1:] > 0).all()
     assert result.diagnostics['bundle']['processed'] == '24'

@@ -21,7 +21,6 @@ from . import messages, parameters
 from .core_node import ACTIVE, CoreNode, lossless
 from .process import run
 from .run_files import write_map
-from ..bundle.adjust import compiled
 from ..bundle.bundle import Bundle, LOST
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
@@ -33,7 +32,6 @@ try:
 except ImportError:  # ROS from PyPI has none
     tf2_ros = None
 
-COMPILING = 'compiling'  #: a status before the first estimate's
 LANDMARKS = 200_000  #: that save_map can write; the oldest beyond are forgotten
 
 
@@ -83,12 +81,6 @@ class BundleNode(CoreNode):
             lossless() if self.keeps_all else often,
         )
 
-    def begin(self) -> None:
-        super().begin()
-        self.status = COMPILING
-        compiled()  # now, not when the first image waits for it
-        self.status = 'waiting'
-
     def options(self) -> BundleOptions:
         return parameters.options(BundleOptions(), 'bundle', self.role, self.value)
 
@@ -131,8 +123,6 @@ class BundleNode(CoreNode):
         return f'{len(poses)} keyframes and {len(self._points)} landmarks in {folder}'
 
     def concern(self) -> str:
-        if self.status == COMPILING:
-            return 'the solver is being compiled, which takes a minute the first time on a machine'
         return super().concern() or (f'lost: {self.reason}' if self.status == LOST else '')
 
     def values(self) -> dict[str, object]:

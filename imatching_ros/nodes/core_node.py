@@ -43,6 +43,7 @@ import torch
 from . import messages, parameters
 from .diagnostics import ERROR, Health, OK, WARN
 from .worker import Worker
+from .. import kernels
 from ..data.images import Greys
 from ..data.stamps import LEAP_NS, RESTART, RESTART_NS, SAME, Stamps
 from ..geometry.camera import Camera, is_rectified, unclear
@@ -55,6 +56,7 @@ SILENCE_S = 2.0  #: without input for this long, an active node says so
 BUSY_S = 20.0  #: one piece of work that takes this long is said
 PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of work in hand
 END_S = 20.0  #: and the end of the process this long
+STILL_BUSY = 'the node is still busy; try again'  #: says a service that has waited so long
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -146,7 +148,7 @@ class CoreNode(LifecycleNode):
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         # Simulated time may stand still; what a node says of itself must not
         self.create_timer(
-            1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME)
+            1.0, self._beat, clock=Clock(clock_type=ClockType.STEADY_TIME)
         )
         threshold = JumpThreshold(
             min_forward=Duration(nanoseconds=LEAP_NS),
@@ -196,6 +198,8 @@ class CoreNode(LifecycleNode):
 
     def concern(self) -> str:
         """Return what to warn of though nothing went wrong, or nothing."""
+        if (stuck := self.worker.stuck) > BUSY_S:
+            return f'the node hangs: its work has taken no processor time for {stuck:.0f} s'
         if (busy := self.worker.busy()) > BUSY_S:
             return f'one piece of work has taken {busy:.0f} s so far'
         if (silence := time.monotonic() - self._last_heard) > SILENCE_S:
@@ -229,6 +233,8 @@ class CoreNode(LifecycleNode):
         self._greys = Greys()
         self.core: Any = None
         self.worker = None
+        self._results: dict[str, LifecyclePublisher] = {}  # by topic
+        self.prepared = False  #: whether what it computes with is compiled
         self._stamps = Stamps(self.judged)
         self._calibration: CameraInfo | None = None
         self._last_heard = 0.0
@@ -271,6 +277,7 @@ class CoreNode(LifecycleNode):
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
         self._configured.callback(self.destroy_lifecycle_publisher, publisher)
+        self._results[topic] = publisher
         return publisher
 
     def hear(
@@ -322,7 +329,7 @@ class CoreNode(LifecycleNode):
         try:
             return True, self.worker.request(action).result(timeout=PATIENCE_S)
         except (Unfinished, CancelledError):  # first, for it may be an OSError too
-            return False, 'the node is still busy; try again'
+            return False, STILL_BUSY
         except (ValueError, OSError) as error:
             self.fault(f'{name}: {error}')
             return False, str(error)
@@ -436,6 +443,7 @@ class CoreNode(LifecycleNode):
             self.close()
             return FAILURE
         self.worker.post(self.begin)
+        self.worker.post(self._prepare)
         self.worker.start()
         self.state = INACTIVE
         return super().on_configure(state)
@@ -480,13 +488,30 @@ class CoreNode(LifecycleNode):
     def _queue_size(self) -> int:
         return self.value('queue_size')
 
+    def _prepare(self) -> None:
+        """Have the kernels compiled before the first input, and say what they wait for or lack."""
+
+        def say(done: int, total: int, _: str) -> None:
+            if done < total:
+                self.get_logger().info(kernels.state())
+
+        try:
+            kernels.prepare(say)
+        finally:
+            self.prepared = True
+        if notice := kernels.state():
+            self.get_logger().warning(notice)
+        self.get_logger().info('ready')
+
     def _work(self, item: Any) -> None:
+        processed = self.health.processed
         try:
             if self.core is None:
                 self.core = self.build(self.camera)
             self.process(item)
         except Exception:
-            self.health.refused += 1
+            # what was published before something else went wrong is not refused
+            self.health.refused += self.health.processed == processed
             raise
 
     def on_change(self, changes: dict[str, parameters.Value]) -> None:
@@ -515,6 +540,8 @@ class CoreNode(LifecycleNode):
             self.get_logger().error(
                 ''.join(traceback.format_exception(error)), throttle_duration_sec=10.0
             )
+        if self.keeps_all:  # a replay waits until each image is answered or refused
+            self._publish_diagnostics()
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         message.header = Header()  # its stamp is each image's own, the calibration is not
@@ -570,18 +597,37 @@ class CoreNode(LifecycleNode):
 
     def _condition(self) -> tuple[int, str]:
         """Return what diagnostics say in one level and one sentence."""
+        if self.worker is not None and not self.prepared:
+            return WARN, kernels.state() or 'getting ready'
         if self.state != ACTIVE:
             return (ERROR, f'{self.state}: {self.refusal}') if self.refusal else (OK, self.state)
         level, text = self.health.level(self.trouble())
-        if level == OK and (concern := self.concern()):
+        if level == OK and (concern := self.concern() or kernels.state()):
             return WARN, concern
         return level, text
 
+    def _beat(self) -> None:
+        """Once a second the node says how it is, whatever its core is at."""
+        if self.worker is not None:
+            self.worker.look()
+        faults = self.health.faults
+        self._publish_diagnostics()
+        self.health.said(faults)
+
     def _publish_diagnostics(self) -> None:
-        level, text = self._condition()
-        waiting = self.worker.waiting() if self.worker else 0
+        (level, text), worker = self._condition(), self.worker
         values = {
-            'lifecycle': self.state, **self.health.values(), 'waiting': waiting, **self.values(),
+            'lifecycle': self.state,
+            'ready': self.state == ACTIVE and self.prepared,
+            **self.health.values(),
+            'waiting': worker.waiting() if worker else 0,
+            'busy_s': worker.busy() if worker else 0.0,
+            'stuck_s': worker.stuck if worker else 0.0,
+            **{
+                f'{topic}_listeners': publisher.get_subscription_count()
+                for topic, publisher in self._results.items()
+            },
+            **self.values(),
         }
         status = messages.diagnostic_status(level, self.get_fully_qualified_name(), text, values)
         self._diagnostics.publish(
