@@ -9,7 +9,6 @@ from imatching_ros.bundle.adjust import (
     array,
     compiled,
     compiled_views,
-    free_parameters,
 )
 from imatching_ros.bundle.observations import observations
 from imatching_ros.bundle.options import BundleOptions
@@ -148,17 +147,6 @@ def test_rounds_of_prune_and_adjust(seed, held):
     for one in both:
         one.options = replace(one.options, min_landmarks=1000)
         assert not one.adjust(3.0)
-
-
-@pytest.mark.parametrize('seed', range(3))
-def test_gauge(seed):
-    T = scene(seed)[0]
-    for held in (False, True):
-        mask = compiled_views('cpu').free_parameters(array(T), held)
-        fixed = torch.ones(len(T), dtype=torch.bool) if held else None
-        assert torch.equal(
-            torch.from_numpy(mask).flatten().nonzero().squeeze(-1), free_parameters(T, fixed)
-        )
 
 
 @pytest.mark.parametrize('seed', range(6))

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from imatching_ros.geometry.camera import Camera
-from imatching_ros.matching import expectation, weights
+from imatching_ros.matching import weights
 from imatching_ros.matching.detector import BORDER, detect, SPACING
 from imatching_ros.matching.expectation import (
     COARSE,
@@ -235,15 +235,6 @@ def test_equation_5_in_closed_form():
         half = torch.tensor([1.0, 1.0]) * FINE
         torch.testing.assert_close(spread[0, 0], half[:, None] * half, atol=1e-3, rtol=0)
         assert mass > 0.999
-
-
-def test_what_is_compiled_has_the_same_windows():
-    names = ('COARSE', 'RELIABILITY', 'FINE', 'COARSE_RADIUS', 'FINE_RADIUS', 'MEAN_RADIUS',
-             'SEARCH_RADIUS')  # fmt: skip
-    if not compiled():
-        pytest.skip('numba is not installed')
-    for name in names:
-        assert getattr(compiled(), name) == getattr(expectation, name), name
 
 
 @settings(deadline=None, max_examples=30)

@@ -8,11 +8,10 @@ good matches from bad ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
-import importlib
-import logging
+from functools import lru_cache
 from types import ModuleType
 
+from imatching_ros import kernels
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -362,21 +361,9 @@ def half_precision(device: torch.device, learning: bool) -> torch.dtype | None:
     return torch.bfloat16 if supported() else None
 
 
-@cache
 def compiled() -> ModuleType | None:
-    """
-    Return compiled.py, or None with a notice where numba is not to be had.
-
-    The first time on a machine this compiles it, for some ten seconds: call it when starting up.
-    """
-    try:
-        return importlib.import_module('imatching_ros.matching.compiled')
-    # numba absent, at odds with numpy, or nowhere to keep its cache
-    except (ImportError, RuntimeError) as error:
-        logging.getLogger(__name__).warning(
-            'matching runs ten times slower, in plain torch: numba cannot be used (%s)', error
-        )
-        return None
+    """Return compiled.py, ready, or None where numba is not to be had (kernels.py)."""
+    return kernels.load('imatching_ros.matching.compiled')
 
 
 def _is_for_compiled(reference: Features, target: Features, queries: Tensor) -> bool:
