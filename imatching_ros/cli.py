@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from . import __version__
+from . import __version__, kernels
 
 GAP = 5  #: images between the last that trained and the first that is measured
 PICTURE_STEP = 10  #: images between the two of the report's picture
@@ -84,6 +84,7 @@ def tune(options: argparse.Namespace) -> None:
     matcher, info = weights.load(start)
     _say(f'starting from {start}, version {info.version}')
     recordings = [_open(bag, options) for bag in options.bag]
+    kernels.show()
     with console.status('Looking through the images'):
         counts = [sum(1 for _ in recording) for recording in recordings]
     for recording in recordings:
@@ -183,6 +184,7 @@ def evaluate(options: argparse.Namespace) -> None:
     pairs = evaluation_pairs(recording, first, len(recording) - 1, per_step=options.pairs)
     if not pairs:
         raise Nothing(_why_no_pairs(recording, first))
+    kernels.show()
     title = f'{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs'
     table = Table(title=Text(title))
     columns = (*ACCURACY.values(), 'ATE, % of path')
@@ -265,6 +267,7 @@ def _export_recording(options: argparse.Namespace) -> None:
         if (options.colmap / DATABASE).exists():
             raise FileExistsError(f'{options.colmap / DATABASE} exists; choose another folder')
         pictures.mkdir(parents=True, exist_ok=True)
+    kernels.show()
     tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
     keyframes, landmarks = [], {}
     for frame in progress(
