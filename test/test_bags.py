@@ -8,6 +8,8 @@ import subprocess
 import sys
 import zlib
 
+from hypothesis import given, HealthCheck, settings
+from hypothesis import strategies as st
 from imatching_ros.data.chunked import zstd
 from imatching_ros.data.recording import open_recording, RecordingError
 from imatching_ros.data.sieve import LOST
@@ -172,18 +174,18 @@ def test_a_file_that_is_cut_short_is_read_up_to_there(tmp_path, kind, share):
     file = bag_file(path)
     whole = file.read_bytes()
     file.write_bytes(whole[:int(share * len(whole))])
-    for given in (path, file):
+    for start in (path, file):
         if share < 0.1 or kind == 'sqlite3':
-            text = sentence(given)
+            text = sentence(start)
             assert ('is empty' if share == 0 else 'damaged or truncated') in text
             assert share < 0.1 or f'sqlite3 {file.name} .recover' in text
             continue
-        images = list(open_recording(given))
+        images = list(open_recording(start))
         assert len(images) == expected(whole, int(share * len(whole))) > 20
         for k, (_, image) in enumerate(images):
             assert np.array_equal(image, noise(k, *SIZE))
         repair = {'mcap': 'mcap recover', 'rosbag1': 'rosbag reindex'}[kind]
-        assert 'was not closed' in notes(given) and repair in notes(given)
+        assert 'was not closed' in notes(start) and repair in notes(start)
 
 
 @pytest.mark.parametrize('compression', [None, rosbag1.Writer.CompressionFormat.BZ2,
@@ -455,6 +457,28 @@ def test_a_chunk_that_is_damaged_costs_its_images(tmp_path):
     assert [(stamp - START) // DT for stamp, _ in recording] == [0, 1, 3, 4]
     assert len(recording) == 5 and recording.left_out == {LOST: 1}
     assert f'{file} is damaged: 1 of its chunks cannot be read' in ' '.join(recording.notes())
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+@pytest.mark.parametrize('kind', FORMATS)
+def test_damaged_bytes_give_images_or_a_sentence(tmp_path, kind, data):
+    if not (tmp_path / 'spoilt').is_dir():
+        (tmp_path / 'spoilt').mkdir()
+        good(tmp_path, kind)
+    bag = tmp_path / ('drive.bag' if kind == 'rosbag1' else 'drive')
+    spoilt = bytearray(bag_file(bag).read_bytes())
+    at = data.draw(st.integers(0, len(spoilt) - 1))
+    spoil = data.draw(st.sampled_from((b'', bytes(40), b'\xff' * 9, b'\x01\x02\x03')))
+    spoilt[at:at + data.draw(st.integers(0, 200))] = spoil
+    file = tmp_path / 'spoilt' / bag_file(bag).name
+    file.write_bytes(spoilt)
+    try:
+        recording = open_recording(file)
+        count = len(list(recording))
+        assert 0 < count == len(recording) - recording.left_out.total() <= 5
+    except RecordingError as error:
+        assert '\n' not in str(error) and str(file) in str(error)
 
 
 # What is none of our business ----------------------------------------------------------------

@@ -65,11 +65,6 @@ class World:
             image[0, 0] = k  # tells an all-knowing matcher which frame it sees
             yield stamp, image
 
-    def messages(self):
-        for stamp in self.stamps.tolist():
-            yield stamp, 'camera', self.camera
-            yield stamp, 'image', None
-
     def camera_of(self, stamp: int):
         return self.camera
 

@@ -77,11 +77,6 @@ class Bag:
         return folder.resolve().parent if folder.resolve().name == 'bag' else folder
 
     @property
-    def damaged(self) -> bool:
-        """Whether something could not be read so far."""
-        return any(storage.damage for storage in self._storages)
-
-    @property
     def closed(self) -> bool:
         """Whether every file has its end."""
         return all(storage.closed for storage in self._storages)

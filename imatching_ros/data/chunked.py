@@ -10,10 +10,12 @@ from __future__ import annotations
 import bz2
 from collections import Counter
 from collections.abc import Collection, Iterator
+import contextlib
 import heapq
 import mmap
 from operator import itemgetter
 from pathlib import Path
+import re
 import struct
 from struct import unpack_from
 import sys
@@ -103,9 +105,10 @@ class _Chunked:
             found = []
             for record in self._records(data[chunk.at:chunk.end], 0):
                 for part in self._inside(record, chunk.at):
-                    if part.op == self.MESSAGE and part.whole:
-                        found.append(self._message(part))
-            yield from sorted((m for m in found if m[1] in wanted), key=itemgetter(0))
+                    message = self._message_of(part)
+                    if message and message[1] in wanted:
+                        found.append(message)
+            yield from sorted(found, key=itemgetter(0))
 
         chunks = [of(chunk) for chunk in self._chunks if not chunk.channels.isdisjoint(wanted)]
         for recorded, channel, message in heapq.merge(*chunks, key=itemgetter(0)):
@@ -127,12 +130,12 @@ class _Chunked:
         for record in self._records(data, len(self.MAGIC)):
             times, channels = [], []
             for part in self._inside(record, 0):
-                if part.whole and part.op == self.MESSAGE:
-                    recorded, channel, _ = self._message(part)
-                    times.append(recorded)
-                    channels.append(channel)
+                if message := self._message_of(part):
+                    times.append(message[0])
+                    channels.append(message[1])
                 elif part.whole:
-                    self._define(part)
+                    with contextlib.suppress(LookupError, struct.error):
+                        self._define(part)
             if not times:
                 continue
             self.counts.update(channels)
@@ -143,6 +146,14 @@ class _Chunked:
             here = _Chunk(min(times), max(times), at, end, frozenset(channels))
             self._chunks.append(here)
             run = here if record.op != self.CHUNK else None
+
+    def _message_of(self, record: _Record) -> tuple[int, int, memoryview] | None:
+        """Return (time of recording ns, channel, bytes), or None where it is no whole message."""
+        if record.op != self.MESSAGE or not record.whole:
+            return None
+        with contextlib.suppress(LookupError, struct.error):
+            return self._message(record)
+        return None
 
     def _inside(self, record: _Record, base: int) -> Iterator[_Record]:
         """Yield a chunk's records, as many as can be read; any other record as it is."""
@@ -163,6 +174,8 @@ class _Chunked:
         """Return what can be unpacked: of a piece that is cut, what was before the cut."""
         if compression in ('', 'none'):
             return packed
+        if not (compression.isascii() and compression.isalnum()):
+            raise ValueError('this names no compression')
         if compression not in DECOMPRESSORS:
             raise RecordingError(
                 f"{self.path} is compressed by '{compression}', which is not known; compress it "
@@ -297,7 +310,7 @@ class Ros1(_Chunked):
 
     def _define(self, record: _Record) -> None:
         if record.op == self.CONNECTION:
-            topic = record.head[b'topic'].decode(errors='replace')
+            topic = re.sub('/+', '/', record.head[b'topic'].decode(errors='replace'))
             kind = _fields(record.body)[b'type'].decode(errors='replace')
             connection = unpack_from('<I', record.head[b'conn'])[0]
             self.channels[connection] = Channel(topic, ros2_type(kind), 'ros1')

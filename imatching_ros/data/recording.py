@@ -12,6 +12,7 @@ from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 import re
+from textwrap import shorten
 from typing import Any
 
 import cv2
@@ -227,9 +228,8 @@ class Recording:
                 continue
             stamp = message.stamp if self._header_clock else message.recorded
             yield number, stamp, (camera, message.content)
-        if self._bag.damaged:
-            for lost in range(number + 1, self.count):
-                self._sieve.leave_out(lost, LOST)
+        for lost in range(number + 1, self.count):
+            self._sieve.leave_out(lost, LOST)
 
 
 def open_recording(
@@ -363,8 +363,9 @@ def _no_images(bag: Bag) -> str:
             continue
         what = 'ROS' if encoding in ENCODINGS else encoding
         return (
-            f'{bag.path} has images only as {what} messages ({kind or "no type"} on {topic}), '
-            'which are not read; convert them to sensor_msgs/msg/Image or CompressedImage'
+            f'{bag.path} has images only as {what} messages '
+            f'({shorten(kind or "no type", 80)} on {topic}), which are not read; convert them to '
+            'sensor_msgs/msg/Image or CompressedImage'
         )
     have = f'only {", ".join(c.topic for c in filled)}' if filled else 'no messages at all'
     have = f'no images (sensor_msgs Image or CompressedImage), {have}'

@@ -57,7 +57,7 @@ class Sqlite:
         try:
             with closing(self._connection()) as connection:
                 self._read_topics(connection)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise self._damaged(error) from None
 
     def span(self) -> tuple[int, int] | None:
@@ -68,20 +68,22 @@ class Sqlite:
         """Yield (time of recording ns, channel, bytes) of some channels in the order of time."""
         marks = ', '.join('?' * len(wanted))
         query = (
-            f'SELECT timestamp, topic_id, data FROM messages WHERE topic_id IN ({marks}) '
-            'ORDER BY timestamp, id'
+            'SELECT CAST(timestamp AS INTEGER), topic_id, data FROM messages '
+            f'WHERE topic_id IN ({marks}) ORDER BY timestamp, id'
         )
         try:
             with closing(self._connection()) as connection:
                 yield from connection.execute(query, tuple(wanted))
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise self._damaged(error) from None
 
     def _connection(self) -> sqlite3.Connection:
         # Immutable: without a lock or a file beside it, for which the folder may be read-only
         mode = 'ro&immutable=1' if self._database == self.path else 'rw'
         address = f'file:{quote(str(self._database.absolute()))}?mode={mode}'
-        return sqlite3.connect(address, uri=True, check_same_thread=False)
+        connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+        connection.text_factory = lambda text: text.decode(errors='replace')
+        return connection
 
     def _read_topics(self, connection: sqlite3.Connection) -> None:
         tables = {name for name, in connection.execute('SELECT name FROM sqlite_master')}
@@ -96,7 +98,7 @@ class Sqlite:
             )
         query = 'SELECT id, name, type, serialization_format FROM topics'
         self.channels = {
-            channel: Channel(topic, ros2_type(kind), encoding)
+            channel: Channel(str(topic), ros2_type(str(kind)), str(encoding))
             for channel, topic, kind, encoding in connection.execute(query)
         }
         query = 'SELECT topic_id, count(*) FROM messages GROUP BY topic_id'
@@ -105,8 +107,9 @@ class Sqlite:
         first, last = next(connection.execute(query))
         self._span = None if first is None else (first, last)
 
-    def _damaged(self, error: sqlite3.Error) -> RecordingError:
+    def _damaged(self, error: Exception) -> RecordingError:
+        why = str(error).splitlines()[0]
         return RecordingError(
-            f'{self.path} is damaged or truncated ({error}); copy it again, or save what is left '
+            f'{self.path} is damaged or truncated ({why}); copy it again, or save what is left '
             f'with: sqlite3 {self.path.name} .recover'
         )

@@ -223,6 +223,8 @@ class CoreNode(LifecycleNode):
 
     def recalibrate(self, camera: Camera) -> None:
         """Take a changed camera; runs in the core's thread."""
+        if not camera.goes_on_from(self.camera):
+            self._stamps = Stamps(self.judged)
         self.camera = camera
         if self.core is not None:
             self.core.recalibrate(camera)
