@@ -30,8 +30,10 @@ class Bar:
 
     def begin(self, what: str, total: int | None) -> None:
         """Begin the next line; one without a total goes when it ends."""
-        if self._task is not None and self._progress.tasks[-1].total is None:
-            self._progress.remove_task(self._task)
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+            if self._progress.tasks[-1].total is None:
+                self._progress.remove_task(self._task)
         self._task = self._progress.add_task(what, total=total, state='')
 
     def show(
