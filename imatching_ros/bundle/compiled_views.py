@@ -369,26 +369,6 @@ def survivors(T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine):
     return keep, alive
 
 
-@entry(void(_rows, _rows, _indices, _indices, _rows, f8, f8, _vector, _indices, _vector))
-def _errors(T, points, pose, landmark, xy, fx, fy, R, count, total):
-    K, T, points, xy, R = len(T), at(T, 0), at(points, 0), at(xy, 0), at(R, 0)
-    turned(T, K, R)
-    for o in range(len(pose)):
-        m, k = landmark[o], pose[o]
-        count[m] += 1
-        error = distance(
-            at(R, 9 * k), at(T, 7 * k), at(points, 3 * m), at(xy, 2 * o), fx, fy
-        )
-        total[m] += error * error
-
-
-def errors(T, points, pose, landmark, xy, fx, fy):
-    """solve.py's ``_errors``: observations (L,), and the sum of their squared residuals."""
-    count, total = np.zeros(len(points), np.int64), np.zeros(len(points))
-    _errors(T, points, pose, landmark, xy, fx, fy, np.empty(9 * len(T)), count, total)
-    return count, total
-
-
 @entry(i8(*[_indices] * 4, _rows, _rows, _mask, _indices, _mask, _indices))
 def _arranged(order, track, stamp, ref_stamp, xy, cov, valid, rows, begun, image):
     total, end, count = len(track), 0, 0
