@@ -38,7 +38,7 @@ from imatching_ros.data.synthetic import render_recording  # noqa: E402
 from imatching_ros.nodes import messages  # noqa: E402
 from imatching_ros.nodes.core_node import lossless  # noqa: E402
 from imatching_ros.nodes.diagnostics import percentiles  # noqa: E402
-from imatching_ros.nodes.replay import free_domain  # noqa: E402
+from imatching_ros.replay.domain import free_domain  # noqa: E402
 import numpy as np  # noqa: E402
 import rclpy  # noqa: E402
 from rclpy.context import Context  # noqa: E402

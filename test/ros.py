@@ -18,7 +18,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.nodes import messages, parameters
 from imatching_ros.nodes.core_node import lossless
-from imatching_ros.nodes.replay import free_domain, LOCALHOST
+from imatching_ros.replay.domain import free_domain, LOCALHOST
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 import numpy as np

@@ -20,7 +20,7 @@ pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 from imatching_ros.matching import weights  # noqa: E402,I100
 from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
-from imatching_ros.nodes.replay import free_domain, ReplayError  # noqa: E402
+from imatching_ros.replay.domain import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from ros import image_message, Ros, SECOND, START  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
@@ -113,7 +113,7 @@ def robot(tmp_path_factory, day):
 
 def test_fault_two_runs_at_once_are_not_given_one_domain():
     with free_domain() as domain:
-        with pytest.raises(ReplayError, match='no ROS domain is free'):
+        with pytest.raises(RuntimeError, match='no ROS domain is free'):
             with free_domain([domain]):
                 pass
         with free_domain() as other:
@@ -215,6 +215,22 @@ def test_fault_images_of_another_size_and_stamps_from_nowhere_reach_nobody(robot
         assert (
             'publish the camera_info that belongs to the image' in robot.says(role)['last_error']
         )
+
+
+def test_fault_one_bad_stamp_loses_no_map(robot):
+    """Nor does one make the learner forget."""
+    robot.play_until_posed()
+    robot.wait(lambda: robot.says('matcher').get('waiting') == '0')
+    maps = robot.says('bundle')['maps']
+    before = {role: int(robot.says(role)['refused']) for role in ('matcher', 'learner')}
+    for stamp in (0, robot.now - 100 * SECOND, robot.now + 10**8 * SECOND):
+        robot.images.publish(image_message(stamp, next(robot.order)))
+        robot.play(2)
+        assert len(messages.correspondences_from_cloud(robot.matched[-1]))
+    for role in before:
+        robot.wait(lambda role=role: int(robot.says(role)['refused']) == before[role] + 3)
+        assert 'unless the next one goes on from it' in robot.says(role)['last_error']
+    assert robot.says('bundle')['maps'] == maps
 
 
 def test_fault_two_publishers_of_one_camera_are_said(robot):

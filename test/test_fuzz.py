@@ -22,7 +22,7 @@ from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode, PARTS  # noqa: E402
 from imatching_ros.nodes.matcher import MatcherNode  # noqa: E402
-from imatching_ros.nodes.replay import free_domain  # noqa: E402
+from imatching_ros.replay.domain import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from rclpy.context import Context  # noqa: E402
 from rclpy.parameter import Parameter  # noqa: E402

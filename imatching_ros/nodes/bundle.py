@@ -18,13 +18,13 @@ from sensor_msgs.msg import PointCloud2
 import torch
 
 from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, LEAP_NS, lossless
+from .core_node import ACTIVE, CoreNode, lossless
 from .process import run
 from .run_files import write_map
-from ..bundle.adjust import compiled
 from ..bundle.bundle import Bundle, LOST
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
+from ..data.stamps import LEAP_NS
 from ..geometry.camera import Camera
 
 try:
@@ -32,7 +32,6 @@ try:
 except ImportError:  # ROS from PyPI has none
     tf2_ros = None
 
-COMPILING = 'compiling'  #: a status before the first estimate's
 LANDMARKS = 200_000  #: that save_map can write; the oldest beyond are forgotten
 
 
@@ -40,6 +39,7 @@ class BundleNode(CoreNode):
     """Runs the lower level on each image's correspondences."""
 
     role, feed = 'bundle', 'correspondences'
+    judged = True  # by the matcher
 
     def forget(self) -> None:
         super().forget()
@@ -80,12 +80,6 @@ class BundleNode(CoreNode):
             Odometry, 'external_odometry', self._on_odometry,
             lossless() if self.keeps_all else often,
         )
-
-    def begin(self) -> None:
-        super().begin()
-        self.status = COMPILING
-        compiled()  # now, not when the first image waits for it
-        self.status = 'waiting'
 
     def options(self) -> BundleOptions:
         return parameters.options(BundleOptions(), 'bundle', self.role, self.value)
@@ -129,8 +123,6 @@ class BundleNode(CoreNode):
         return f'{len(poses)} keyframes and {len(self._points)} landmarks in {folder}'
 
     def concern(self) -> str:
-        if self.status == COMPILING:
-            return 'the solver is being compiled, which takes a minute the first time on a machine'
         return super().concern() or (f'lost: {self.reason}' if self.status == LOST else '')
 
     def values(self) -> dict[str, object]:
@@ -177,9 +169,10 @@ class BundleNode(CoreNode):
                 self.core = self.build(self.camera)
             stamp, *pose = messages.camera_odometry(message, extrinsics)
             # all later ones would be too old
-            if self._last_stamp is not None and stamp > self._last_stamp + LEAP_NS:
+            last = self._stamps.last
+            if last is not None and stamp > last + LEAP_NS:
                 raise ValueError(
-                    f'it is {(stamp - self._last_stamp) / 1e9:.3f} s ahead of the images; '
+                    f'it is {(stamp - last) / 1e9:.3f} s ahead of the images; '
                     'check clocks'
                 )
             self.core.add_odometry(stamp, *pose)

@@ -43,19 +43,20 @@ import torch
 from . import messages, parameters
 from .diagnostics import ERROR, Health, OK, WARN
 from .worker import Worker
-from ..geometry.camera import Camera
+from .. import kernels
+from ..data.images import Greys
+from ..data.stamps import LEAP_NS, RESTART, RESTART_NS, SAME, Stamps
+from ..geometry.camera import Camera, is_rectified, unclear
 from ..matching import weights
 
 UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = 'unconfigured', 'inactive', 'active', 'finalized'
 SENTENCE = 400  #: characters of what is said, at most
 REPEAT_S = 5.0  #: the same sentence goes to the log this seldom
-#: a stamp this far behind the last one is a recording that starts again
-RESTART_NS = 1_000_000_000
-LEAP_NS = 10_000_000_000  #: a stamp this far ahead of the last one is said
 SILENCE_S = 2.0  #: without input for this long, an active node says so
 BUSY_S = 20.0  #: one piece of work that takes this long is said
 PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of work in hand
 END_S = 20.0  #: and the end of the process this long
+STILL_BUSY = 'the node is still busy; try again'  #: says a service that has waited so long
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -123,6 +124,7 @@ class CoreNode(LifecycleNode):
     #: parameters
     role: str
     feed: str  #: the topic without which it has nothing to do
+    judged = False  #: whether who sends its inputs has judged their stamps
 
     def __init__(
         self, load: Callable[[Path, str], Any] = load_weights, **node_options: Any
@@ -146,7 +148,7 @@ class CoreNode(LifecycleNode):
         self._diagnostics = self.create_publisher(DiagnosticArray, '/diagnostics', 10)
         # Simulated time may stand still; what a node says of itself must not
         self.create_timer(
-            1.0, self._publish_diagnostics, clock=Clock(clock_type=ClockType.STEADY_TIME)
+            1.0, self._beat, clock=Clock(clock_type=ClockType.STEADY_TIME)
         )
         threshold = JumpThreshold(
             min_forward=Duration(nanoseconds=LEAP_NS),
@@ -196,6 +198,8 @@ class CoreNode(LifecycleNode):
 
     def concern(self) -> str:
         """Return what to warn of though nothing went wrong, or nothing."""
+        if (stuck := self.worker.stuck) > BUSY_S:
+            return f'the node hangs: its work has taken no processor time for {stuck:.0f} s'
         if (busy := self.worker.busy()) > BUSY_S:
             return f'one piece of work has taken {busy:.0f} s so far'
         if (silence := time.monotonic() - self._last_heard) > SILENCE_S:
@@ -210,23 +214,30 @@ class CoreNode(LifecycleNode):
         """Start afresh with the next input; runs in the core's thread."""
         if self.core is not None:
             self.core.reset()
-        self._last_stamp = None
+        self._stamps = Stamps(self.judged)
         return 'starts afresh with the next image'
 
     def restart(self) -> None:
         """Time went back: what is remembered of later times goes; runs in the core's thread."""
         self.reset()
 
-    def recalibrate(self) -> None:
+    def recalibrate(self, camera: Camera) -> None:
         """Take a changed camera; runs in the core's thread."""
-        self.core, self._last_stamp = None, None
+        if not camera.goes_on_from(self.camera):
+            self._stamps = Stamps(self.judged)
+        self.camera = camera
+        if self.core is not None:
+            self.core.recalibrate(camera)
 
     def forget(self) -> None:
         """Nothing is known yet, or any more."""
         self.camera: Camera | None = None
+        self._greys = Greys()
         self.core: Any = None
         self.worker = None
-        self._last_stamp: int | None = None
+        self._results: dict[str, LifecyclePublisher] = {}  # by topic
+        self.prepared = False  #: whether what it computes with is compiled
+        self._stamps = Stamps(self.judged)
         self._calibration: CameraInfo | None = None
         self._last_heard = 0.0
 
@@ -268,6 +279,7 @@ class CoreNode(LifecycleNode):
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
         )
         self._configured.callback(self.destroy_lifecycle_publisher, publisher)
+        self._results[topic] = publisher
         return publisher
 
     def hear(
@@ -319,7 +331,7 @@ class CoreNode(LifecycleNode):
         try:
             return True, self.worker.request(action).result(timeout=PATIENCE_S)
         except (Unfinished, CancelledError):  # first, for it may be an OSError too
-            return False, 'the node is still busy; try again'
+            return False, STILL_BUSY
         except (ValueError, OSError) as error:
             self.fault(f'{name}: {error}')
             return False, str(error)
@@ -351,32 +363,39 @@ class CoreNode(LifecycleNode):
                 f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
                 'publish the camera_info that belongs to the image'
             )
-        image = messages.image_from_message(message)
+        image = messages.image_from_message(message, self._greys)
         self.follow(messages.to_ns(message.header.stamp))
         return image
 
     def follow(self, stamp: int) -> None:
         """
-        Keep time: ValueError for a duplicate or late stamp.
+        Keep time by the rule of ``data.stamps``.
 
-        Start afresh where a recording begins again.
+        ValueError for a stamp that does not go on; start afresh where the stamps begin again,
+        which takes a second message to believe.
         """
-        last = self._last_stamp
-        if last is not None and stamp <= last:
-            if last - stamp < RESTART_NS:
-                what = 'the same stamp as' if stamp == last else 'an older stamp than'
-                raise ValueError(
-                    f'a message with {what} the one before is ignored; check for a second '
-                    'publisher'
-                )
+        last = self._stamps.last
+        reason = self._stamps.judge(stamp)
+        if reason == RESTART:
             self.fault(f'the clock went back by {(last - stamp) / 1e9:.3f} s: starting afresh')
             self.restart()
+            self._stamps.restart(stamp)
+        elif reason and abs(stamp - last) < RESTART_NS:
+            what = 'the same stamp as' if reason == SAME else 'an older stamp than'
+            raise ValueError(
+                f'a message with {what} the one before is ignored; check for a second publisher'
+            )
+        elif reason:
+            raise ValueError(
+                f'a message with a stamp {abs(stamp - last) / 1e9:.3f} s '
+                f'{"ahead of" if stamp > last else "behind"} the one before is ignored, unless '
+                'the next one goes on from it; check the clocks'
+            )
         elif last is not None and stamp - last > LEAP_NS:
             self.fault(
                 f'the clock went forward by {(stamp - last) / 1e9:.3f} s from one message to '
                 'the next'
             )
-        self._last_stamp = stamp
 
     def fault(self, sentence: str) -> None:
         """Say it in diagnostics, and in the log unless it was just said there."""
@@ -426,6 +445,7 @@ class CoreNode(LifecycleNode):
             self.close()
             return FAILURE
         self.worker.post(self.begin)
+        self.worker.post(self._prepare)
         self.worker.start()
         self.state = INACTIVE
         return super().on_configure(state)
@@ -470,13 +490,30 @@ class CoreNode(LifecycleNode):
     def _queue_size(self) -> int:
         return self.value('queue_size')
 
+    def _prepare(self) -> None:
+        """Have the kernels compiled before the first input, and say what they wait for or lack."""
+
+        def say(done: int, total: int, _: str) -> None:
+            if done < total:
+                self.get_logger().info(kernels.state())
+
+        try:
+            kernels.prepare(say)
+        finally:
+            self.prepared = True
+        if notice := kernels.state():
+            self.get_logger().warning(notice)
+        self.get_logger().info('ready')
+
     def _work(self, item: Any) -> None:
+        processed = self.health.processed
         try:
             if self.core is None:
                 self.core = self.build(self.camera)
             self.process(item)
         except Exception:
-            self.health.refused += 1
+            # what was published before something else went wrong is not refused
+            self.health.refused += self.health.processed == processed
             raise
 
     def on_change(self, changes: dict[str, parameters.Value]) -> None:
@@ -505,6 +542,8 @@ class CoreNode(LifecycleNode):
             self.get_logger().error(
                 ''.join(traceback.format_exception(error)), throttle_duration_sec=10.0
             )
+        if self.keeps_all:  # a replay waits until each image is answered or refused
+            self._publish_diagnostics()
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         message.header = Header()  # its stamp is each image's own, the calibration is not
@@ -512,25 +551,40 @@ class CoreNode(LifecycleNode):
             return
         self._calibration = message
         try:
-            camera = messages.camera_from_info(message, self._rectified())
+            camera = Camera.from_camera_info(message, self._rectified())
         except ValueError as error:
             self.fault(f'camera_info: {error}')
             return
-        before, self.camera = self.camera, camera
-        if before not in (None, camera):
+        before = self.camera
+        if before is None:
+            self.camera = camera
+            self._doubt(camera, message)
+            return
+        if not camera.goes_on_from(before):
             self.fault('camera_info changed: starting afresh with the new calibration')
-            self.worker.post(self.recalibrate)
+            self._doubt(camera, message)
+        if camera != before:
+            self.worker.post(lambda: self.recalibrate(camera))
+
+    def _doubt(self, camera: Camera, info: CameraInfo) -> None:
+        """Say what is odd about the camera, and where nothing tells which one it is."""
+        for doubt in camera.doubts():
+            self.get_logger().warning(f'camera_info: {doubt}')
+        if self.value('rectified') == 'auto' and not self._rectified():
+            topic = self.resolve_topic_name('image')
+            if (apart := unclear(info, topic)) is not None:
+                self.get_logger().warning(
+                    f"the images of {topic} are taken as raw, by camera_info's K and D; by P "
+                    f'pixels lie up to {apart:.0f} px elsewhere: if they are rectified, set the '
+                    'parameter rectified to always, else to never'
+                )
 
     def _rectified(self) -> bool:
         if (given := self.value('rectified')) != 'auto':
             return given == 'always'
-        # Whether the camera_info's P or K describes an image, the image's name alone tells (REP
-        # 104, image_proc)
-        names = (self.resolve_topic_name(topic) for topic in ('image', 'image/compressed'))
-        return any(
-            name.removesuffix('/compressed').rpartition('/')[2].startswith('image_rect')
-            for name in names
-        )
+        # Whether the camera_info's P or K describes an image, the image's name alone tells
+        names = ('image', 'image/compressed')
+        return any(is_rectified(self.resolve_topic_name(name)) for name in names)
 
     def _on_clock_jump(self, jump: Any) -> None:
         seconds = jump.delta.nanoseconds / 1e9
@@ -545,18 +599,37 @@ class CoreNode(LifecycleNode):
 
     def _condition(self) -> tuple[int, str]:
         """Return what diagnostics say in one level and one sentence."""
+        if self.worker is not None and not self.prepared:
+            return WARN, kernels.state() or 'getting ready'
         if self.state != ACTIVE:
             return (ERROR, f'{self.state}: {self.refusal}') if self.refusal else (OK, self.state)
         level, text = self.health.level(self.trouble())
-        if level == OK and (concern := self.concern()):
+        if level == OK and (concern := self.concern() or kernels.state()):
             return WARN, concern
         return level, text
 
+    def _beat(self) -> None:
+        """Once a second the node says how it is, whatever its core is at."""
+        if self.worker is not None:
+            self.worker.look()
+        faults = self.health.faults
+        self._publish_diagnostics()
+        self.health.said(faults)
+
     def _publish_diagnostics(self) -> None:
-        level, text = self._condition()
-        waiting = self.worker.waiting() if self.worker else 0
+        (level, text), worker = self._condition(), self.worker
         values = {
-            'lifecycle': self.state, **self.health.values(), 'waiting': waiting, **self.values(),
+            'lifecycle': self.state,
+            'ready': self.state == ACTIVE and self.prepared,
+            **self.health.values(),
+            'waiting': worker.waiting() if worker else 0,
+            'busy_s': worker.busy() if worker else 0.0,
+            'stuck_s': worker.stuck if worker else 0.0,
+            **{
+                f'{topic}_listeners': publisher.get_subscription_count()
+                for topic, publisher in self._results.items()
+            },
+            **self.values(),
         }
         status = messages.diagnostic_status(level, self.get_fully_qualified_name(), text, values)
         self._diagnostics.publish(

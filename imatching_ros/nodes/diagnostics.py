@@ -60,7 +60,7 @@ class Health:
         self.received = self.processed = self.dropped = self.refused = 0
         self.faults = 0  #: all that went wrong, refused inputs among it
         self.last_error = ''
-        self._faults_before = 0
+        self._faults_said = 0
         self._milliseconds: deque[float] = deque(maxlen=20_000)
         self._finished: deque[float] = deque(maxlen=100)
 
@@ -76,15 +76,14 @@ class Health:
         self.last_error = sentence
 
     def level(self, trouble: str) -> tuple[int, str]:
-        """
-        ERROR with ``trouble`` while the node cannot work.
-
-        WARN where something went wrong since the last call.
-        """
-        fresh, self._faults_before = self.faults > self._faults_before, self.faults
+        """Return ERROR with ``trouble``, if any; WARN where something went wrong lately; or OK."""
         if trouble:
             return ERROR, trouble
-        return (WARN, self.last_error) if fresh else (OK, 'running')
+        return (WARN, self.last_error) if self.faults > self._faults_said else (OK, 'running')
+
+    def said(self, faults: int) -> None:
+        """Take note that so many faults have been said; ``level`` speaks of those after them."""
+        self._faults_said = faults
 
     def values(self) -> dict[str, object]:
         p50, p95 = percentiles(list(self._milliseconds))

@@ -17,7 +17,6 @@ from .process import keep_freed_memory, run
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights
-from ..matching.expectation import compiled
 from ..matching.tracker import Tracker, TrackerOptions
 
 
@@ -34,7 +33,6 @@ class MatcherNode(CoreNode):
         self._previous: Correspondences | None = None
 
     def configure(self) -> None:
-        compiled()  # now, not when the first image waits for it
         keep_freed_memory()
         self._correspondences = self.tell(PointCloud2, 'correspondences', self.result_qos)
         self._debug = self.tell(Image, 'debug/matches', QoSProfile(depth=1))

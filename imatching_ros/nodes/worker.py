@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+import contextlib
 import threading
 import time
 from typing import Any
+
+STEP_S = 2.0  #: between two looks at the core no more time than this counts
+WORKING = 0.1  #: of one processor: what the threads that help the core take at least
+LEAST_S = 1e-3  #: processor time that the core's own thread has taken, if it works
 
 
 class Worker:
@@ -42,6 +47,13 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._begun: float | None = None  # when the piece of work in hand began
+        # of the thread's processor time; the process's where the system has none for a thread
+        self._clock = time.CLOCK_PROCESS_CPUTIME_ID
+        # at the last look: the time, when the work in hand began, processor time of the thread,
+        # and of all but the one that looks
+        self._seen: tuple[float, float | None, float, float] = (time.monotonic(), None, 0.0, 0.0)
+        #: for how many seconds the piece of work in hand has taken no processor time
+        self.stuck = 0.0
         self._thread = threading.Thread(target=self._run, name='core', daemon=True)
 
     def start(self) -> None:
@@ -88,6 +100,24 @@ class Worker:
         begun = self._begun
         return 0.0 if begun is None else time.monotonic() - begun
 
+    def look(self) -> None:
+        """
+        Look whether the piece of work in hand takes processor time, and keep ``stuck``.
+
+        Whoever does so does it about once a second, in one thread. Time in which that thread did
+        not run either, on a starved machine or in a stopped process, hardly counts.
+        """
+        own = 0.0
+        with contextlib.suppress(OSError):  # the thread has ended
+            own = time.clock_gettime(self._clock)
+        seen = time.monotonic(), self._begun, own, time.process_time() - time.thread_time()
+        now, begun, own, others = seen
+        before, begun_before, own_before, others_before = self._seen
+        self._seen, passed = seen, now - before
+        works = own - own_before > LEAST_S or others - others_before > WORKING * passed
+        idle = begun is None or begun != begun_before
+        self.stuck = 0.0 if idle or works else self.stuck + min(passed, STEP_S)
+
     def clear(self) -> None:
         """Drop the inputs that wait."""
         with self._changed:
@@ -112,6 +142,8 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        if clock_of := getattr(time, 'pthread_getcpuclockid', None):
+            self._clock = clock_of(threading.get_ident())
         busy = True
         while True:
             self._begun = None
