@@ -5,6 +5,7 @@ from dataclasses import replace
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from imatching_ros import kernels
+from imatching_ros.bundle import adjust as module
 from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled, free_parameters
 from imatching_ros.bundle.prior import marginalise
 from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, problem

@@ -30,6 +30,10 @@ W0, W1, W2, W3, W4, W5 = 19 * N, 20 * N, 21 * N, 22 * N, 23 * N, 24 * N
 L00, L10, L11, L20, L21, L22 = 25 * N, 26 * N, 27 * N, 28 * N, 29 * N, 30 * N
 Q0, Q1, Q2 = 31 * N, 32 * N, 33 * N
 SCRATCH = 34 * N
+# Multiples of N, for what is named by its number alone; numba multiplies nothing beforehand.
+N2, N3, N4, N5, N6, N7, N8, N9, N12, N15, N18 = (
+    k * N for k in (2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 18)
+)
 
 
 @inner(void(F8, F8, F8, F8))
@@ -38,7 +42,7 @@ def project(t, p, R, c):
     c0, c1, c2 = c[0], c[1], c[2]
     r0, r1, r2, r3, r4, r5, r6, r7, r8 = R[0], R[1], R[2], R[3], R[4], R[5], R[6], R[7], R[8]
     for i in range(LANES):
-        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+        x, y, z = p[i] - c0, p[N + i] - c1, p[N2 + i] - c2
         depth = r2 * x + r5 * y + r8 * z
         front = depth > MIN_DEPTH
         inverse = 1.0 / (depth if front else 1.0)
@@ -55,7 +59,7 @@ def residual(t, row, fx, fy):
     for i in range(LANES):
         ex = fx * (t[U + i] - row[i])
         ey = fy * (t[V + i] - row[N + i])
-        xx, xy, yy = row[2 * N + i], row[3 * N + i], row[4 * N + i]
+        xx, xy, yy = row[N2 + i], row[N3 + i], row[N4 + i]
         gx, gy = xx * ex + xy * ey, xy * ex + yy * ey
         behind = BEHIND_PX * BEHIND_PX if xx > 0 else 0.0
         t[GX + i], t[GY + i] = gx, gy
@@ -128,9 +132,9 @@ def evaluate(
     for b in range(blocks):
         for cell in range(cell_of_block[b], cell_of_block[b + 1]):
             k = cell_pose[cell]
-            project(t, at(p, 3 * N * b), at(R, 9 * k), at(c, 3 * k))
+            project(t, at(p, N3 * b), at(R, 9 * k), at(c, 3 * k))
             for layer in range(layer_of_cell[cell], layer_of_cell[cell + 1]):
-                residual(t, at(rows, 5 * N * layer), fx, fy)
+                residual(t, at(rows, N5 * layer), fx, fy)
                 total += rho(t, kernel, scale)
     return 0.5 * total
 
@@ -150,29 +154,29 @@ def linearise(
     triangles row by row. g: (K, 6), gc.
     """
     energy, behind = 0.0, 0
-    clear(point, 9 * N * blocks)
+    clear(point, N9 * blocks)
     clear(H, 21 * K)
     clear(g, 6 * K)
     rotations(q, K, R)
     for b in range(blocks):
         for cell in range(cell_of_block[b], cell_of_block[b + 1]):
             k = cell_pose[cell]
-            project(t, at(p, 3 * N * b), at(R, 9 * k), at(c, 3 * k))
-            clear(at(t, XX), 5 * N)
+            project(t, at(p, N3 * b), at(R, 9 * k), at(c, 3 * k))
+            clear(at(t, XX), N5)
             for layer in range(layer_of_cell[cell], layer_of_cell[cell + 1]):
-                row = at(rows, 5 * N * layer)
+                row = at(rows, N5 * layer)
                 residual(t, row, fx, fy)
                 energy += reweight(t, kernel, scale, curved)
                 for i in range(LANES):
-                    behind += row[2 * N + i] > 0 and t[FRONT + i] == 0
+                    behind += row[N2 + i] > 0 and t[FRONT + i] == 0
                     w, bend, gx, gy = t[WEIGHT + i], t[BEND + i], t[GX + i], t[GY + i]
-                    t[XX + i] += w * row[2 * N + i] - bend * gx * gx
-                    t[XY + i] += w * row[3 * N + i] - bend * gx * gy
-                    t[YY + i] += w * row[4 * N + i] - bend * gy * gy
+                    t[XX + i] += w * row[N2 + i] - bend * gx * gx
+                    t[XY + i] += w * row[N3 + i] - bend * gx * gy
+                    t[YY + i] += w * row[N4 + i] - bend * gy * gy
                     t[BX + i] += w * gx
                     t[BY + i] += w * gy
             add_cell(
-                t, at(R, 9 * k), fx, fy, at(jacobian, 6 * N * cell), at(point, 9 * N * b),
+                t, at(R, 9 * k), fx, fy, at(jacobian, N6 * cell), at(point, N9 * b),
                 at(H, 21 * k), at(g, 6 * k),
             )  # fmt: skip
     return energy, behind
@@ -202,7 +206,7 @@ def add_cell(t, R, fx, fy, w, point, H, g):
         s0, s1 = np.float32(c00 * ax0 + c10 * ay0), np.float32(c00 * ax1 + c10 * ay1)
         s2, s3 = np.float32(c00 * ax2 + c10 * ay2), np.float32(c11 * ay0)
         s4, s5 = np.float32(c11 * ay1), np.float32(c11 * ay2)
-        w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i] = (
+        w[i], w[N + i], w[N2 + i], w[N3 + i], w[N4 + i], w[N5 + i] = (
             s0, s1, s2, s3, s4, s5,
         )
         a0, a1, a2 = np.float64(s0), np.float64(s1), np.float64(s2)
@@ -211,13 +215,13 @@ def add_cell(t, R, fx, fy, w, point, H, g):
         h3, h4, h5 = a2 * a0 + b2 * b0, a2 * a1 + b2 * b1, a2 * a2 + b2 * b2
         point[i] += h0
         point[N + i] += h1
-        point[2 * N + i] += h2
-        point[3 * N + i] += h3
-        point[4 * N + i] += h4
-        point[5 * N + i] += h5
-        point[6 * N + i] += g0
-        point[7 * N + i] += g1
-        point[8 * N + i] += g2
+        point[N2 + i] += h2
+        point[N3 + i] += h3
+        point[N4 + i] += h4
+        point[N5 + i] += h5
+        point[N6 + i] += g0
+        point[N7 + i] += g1
+        point[N8 + i] += g2
         x, y, z = t[DX + i], t[DY + i], t[DZ + i]
         a3, a4, a5 = y * a2 - z * a1, z * a0 - x * a2, x * a1 - y * a0
         b3, b4, b5 = y * b2 - z * b1, z * b0 - x * b2, x * b1 - y * b0
@@ -283,11 +287,11 @@ def steepest(point, blocks, H, g, K, free, energy):
     """Return the largest cosine between the whitened residual and a column of its Jacobian."""
     worst = 0.0
     for b in range(blocks):
-        h = at(point, 9 * N * b)
+        h = at(point, N9 * b)
         for i in range(LANES):
-            worst = max(worst, h[6 * N + i] ** 2 / max(h[i], 1e-300))
-            worst = max(worst, h[7 * N + i] ** 2 / max(h[2 * N + i], 1e-300))
-            worst = max(worst, h[8 * N + i] ** 2 / max(h[5 * N + i], 1e-300))
+            worst = max(worst, h[N6 + i] ** 2 / max(h[i], 1e-300))
+            worst = max(worst, h[N7 + i] ** 2 / max(h[N2 + i], 1e-300))
+            worst = max(worst, h[N8 + i] ** 2 / max(h[N5 + i], 1e-300))
     for k in range(K):
         for j in range(6):
             if free[6 * k + j]:
@@ -301,7 +305,7 @@ def factor_points(t, h, damping):
     lift = 1 + damping
     for i in range(LANES):
         h00, h10, h11, h20, h21, h22 = (
-            h[i], h[N + i], h[2 * N + i], h[3 * N + i], h[4 * N + i], h[5 * N + i],
+            h[i], h[N + i], h[N2 + i], h[N3 + i], h[N4 + i], h[N5 + i],
         )
         trace = h00 + h11 + h22
         floor = 1e-14 * trace if trace > 0 else 1.0
@@ -347,16 +351,16 @@ def eliminate(
         clear(at(reduced, 36 * (K * k + envelope[k])), 36 * (k + 1 - envelope[k]))
     clear(rhs, 6 * N * K)
     for b in range(blocks):
-        h, n = at(point, 9 * N * b), 0
+        h, n = at(point, N9 * b), 0
         factor_points(t, h, damping)
-        copy(at(h, 6 * N), at(t, Q0), 3 * N)
+        copy(at(h, N6), at(t, Q0), N3)
         solve_points(t)
         for cell in range(cell_of_block[b], cell_of_block[b + 1]):
             k = cell_pose[cell]
             if not held[k]:
                 whiten(
-                    t, at(p, 3 * N * b), at(c, 3 * k), at(jacobian, 6 * N * cell),
-                    at(e, 18 * N * n), at(rhs, 6 * N * k),
+                    t, at(p, N3 * b), at(c, 3 * k), at(jacobian, N6 * cell),
+                    at(e, N18 * n), at(rhs, N6 * k),
                 )  # fmt: skip
                 cells[n] = cell
                 n += 1
@@ -369,12 +373,19 @@ def eliminate(
                 end = 3 * CHUNK * min(left[1], right[1])
                 if begin < end:
                     x = at(reduced, 36 * (K * k + cell_pose[cells[j]]))
-                    a, b_ = at(e, 18 * N * i + begin), at(e, 18 * N * j + begin)
+                    a, b_ = at(e, N18 * i + begin), at(e, N18 * j + begin)
                     add_products(a, b_, x, end - begin)
-                    add_products(at(a, 9 * N), b_, at(x, 18), end - begin)
-                    add_products(at(a, 9 * N), at(b_, 9 * N), at(x, 21), end - begin)
+                    add_products(at(a, N9), b_, at(x, 18), end - begin)
+                    add_products(at(a, N9), at(b_, N9), at(x, 21), end - begin)
                     if i > j:
-                        add_products(a, at(b_, 9 * N), at(x, 3), end - begin)
+                        add_products(a, at(b_, N9), at(x, 3), end - begin)
+
+
+@inner(*(void(E, *[f8] * 6) for E in (F4, F8)))
+def put(e, x, y, z, e0, e1, e2):
+    """Write a column of E: three numbers and, after them, x, y, z times these."""
+    e[0], e[N3], e[N6] = e0, e1, e2
+    e[N9], e[N12], e[N15] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
 
 
 @inner(*(void(F8, F8, F8, F4, E, F8) for E in (F4, F8)))
@@ -385,10 +396,10 @@ def whiten(t, p, c, w, e, rhs):
     Row by row, chunk by chunk, column by column. V W^T of Q is added to ``rhs``.
     """
     c0, c1, c2 = c[0], c[1], c[2]
-    for i in range(6 * LANES):
+    for i in range(N6):
         t[W0 + i] = w[i]
     for i in range(LANES):
-        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+        x, y, z = p[i] - c0, p[N + i] - c1, p[N2 + i] - c2
         a0, a1, a2, b0, b1, b2 = t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i]
         a, b = (
             a0 * t[Q0 + i] + a1 * t[Q1 + i] + a2 * t[Q2 + i],
@@ -397,15 +408,15 @@ def whiten(t, p, c, w, e, rhs):
         m0, m1, m2 = a0 * a + b0 * b, a1 * a + b1 * b, a2 * a + b2 * b
         rhs[i] += m0
         rhs[N + i] += m1
-        rhs[2 * N + i] += m2
-        rhs[3 * N + i] += y * m2 - z * m1
-        rhs[4 * N + i] += z * m0 - x * m2
-        rhs[5 * N + i] += x * m1 - y * m0
+        rhs[N2 + i] += m2
+        rhs[N3 + i] += y * m2 - z * m1
+        rhs[N4 + i] += z * m0 - x * m2
+        rhs[N5 + i] += x * m1 - y * m0
     for first in range(0, LANES, CHUNK):
         for i in range(first, first + CHUNK):
             o0 = 2 * first + i
             o1, o2 = o0 + CHUNK, o0 + 2 * CHUNK
-            x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+            x, y, z = p[i] - c0, p[N + i] - c1, p[N2 + i] - c2
             a0, a1, a2, b0, b1, b2 = (
                 t[W0 + i], t[W1 + i], t[W2 + i], t[W3 + i], t[W4 + i], t[W5 + i],
             )
@@ -415,21 +426,9 @@ def whiten(t, p, c, w, e, rhs):
             v0 = b0 * t[L00 + i]
             v1 = (b1 - t[L10 + i] * v0) * t[L11 + i]
             v2 = (b2 - t[L20 + i] * v0 - t[L21 + i] * v1) * t[L22 + i]
-            e0, e1, e2 = a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0
-            e[o0], e[3 * N + o0], e[6 * N + o0] = e0, e1, e2
-            e[9 * N + o0], e[12 * N + o0], e[15 * N + o0] = (
-                y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0,
-            )
-            e0, e1, e2 = a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1
-            e[o1], e[3 * N + o1], e[6 * N + o1] = e0, e1, e2
-            e[9 * N + o1], e[12 * N + o1], e[15 * N + o1] = (
-                y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0,
-            )
-            e0, e1, e2 = a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2
-            e[o2], e[3 * N + o2], e[6 * N + o2] = e0, e1, e2
-            e[9 * N + o2], e[12 * N + o2], e[15 * N + o2] = (
-                y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0,
-            )
+            put(at(e, o0), x, y, z, a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0)
+            put(at(e, o1), x, y, z, a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1)
+            put(at(e, o2), x, y, z, a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2)
 
 
 @inner(*(void(E, E, F8, i8) for E in (F4, F8)))
@@ -441,8 +440,8 @@ def add_products(a, b, x, n):
     """
     s00 = s01 = s02 = s10 = s11 = s12 = s20 = s21 = s22 = np.float32(0)
     for i in range(n):
-        a0, a1, a2 = a[i], a[3 * N + i], a[6 * N + i]
-        b0, b1, b2 = b[i], b[3 * N + i], b[6 * N + i]
+        a0, a1, a2 = a[i], a[N3 + i], a[N6 + i]
+        b0, b1, b2 = b[i], b[N3 + i], b[N6 + i]
         s00 += a0 * b0
         s01 += a0 * b1
         s02 += a0 * b2
@@ -472,19 +471,19 @@ def step_points(t, c, p, blocks, cell_of_block, cell_pose, jacobian, point, damp
     """
     slope, length = 0.0, 0.0
     for b in range(blocks):
-        h, here, there = at(point, 9 * N * b), at(p, 3 * N * b), at(moved, 3 * N * b)
-        for i in range(3 * LANES):
-            t[Q0 + i] = -h[6 * N + i]
+        h, here, there = at(point, N9 * b), at(p, N3 * b), at(moved, N3 * b)
+        for i in range(N3):
+            t[Q0 + i] = -h[N6 + i]
         for cell in range(cell_of_block[b], cell_of_block[b + 1]):
             k = cell_pose[cell]
-            recall(t, here, at(c, 3 * k), at(jacobian, 6 * N * cell), at(step, 6 * k))
+            recall(t, here, at(c, 3 * k), at(jacobian, N6 * cell), at(step, 6 * k))
         factor_points(t, h, damping)
         solve_points(t)
         for i in range(LANES):
             x, y, z = t[Q0 + i], t[Q1 + i], t[Q2 + i]
-            slope += x * h[6 * N + i] + y * h[7 * N + i] + z * h[8 * N + i]
-            length += x * x * h[i] + y * y * h[2 * N + i] + z * z * h[5 * N + i]
-        for i in range(3 * LANES):
+            slope += x * h[N6 + i] + y * h[N7 + i] + z * h[N8 + i]
+            length += x * x * h[i] + y * y * h[N2 + i] + z * z * h[N5 + i]
+        for i in range(N3):
             there[i] = here[i] + t[Q0 + i]
     return slope, length
 
@@ -495,10 +494,10 @@ def recall(t, p, c, w, step):
     c0, c1, c2 = c[0], c[1], c[2]
     s0, s1, s2, s3, s4, s5 = step[0], step[1], step[2], step[3], step[4], step[5]
     for i in range(LANES):
-        x, y, z = p[i] - c0, p[N + i] - c1, p[2 * N + i] - c2
+        x, y, z = p[i] - c0, p[N + i] - c1, p[N2 + i] - c2
         v0, v1, v2 = s0 + s4 * z - s5 * y, s1 + s5 * x - s3 * z, s2 + s3 * y - s4 * x
         a0, a1, a2, b0, b1, b2 = (
-            w[i], w[N + i], w[2 * N + i], w[3 * N + i], w[4 * N + i], w[5 * N + i],
+            w[i], w[N + i], w[N2 + i], w[N3 + i], w[N4 + i], w[N5 + i],
         )
         a, b = a0 * v0 + a1 * v1 + a2 * v2, b0 * v0 + b1 * v1 + b2 * v2
         t[Q0 + i] += a0 * a + b0 * b
@@ -515,7 +514,7 @@ def stay(
     rotations(q, K, R)
     rotations(q_new, K, R_new)
     for b in range(blocks):
-        here, there = at(p, 3 * N * b), at(p_new, 3 * N * b)
+        here, there = at(p, N3 * b), at(p_new, N3 * b)
         for cell in range(cell_of_block[b], cell_of_block[b + 1]):
             k = cell_pose[cell]
             project(t, here, at(R, 9 * k), at(c, 3 * k))

@@ -369,26 +369,6 @@ def survivors(T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine):
     return keep, alive
 
 
-@entry(void(_rows, _rows, _indices, _indices, _rows, f8, f8, _vector, _indices, _vector))
-def _errors(T, points, pose, landmark, xy, fx, fy, R, count, total):
-    K, T, points, xy, R = len(T), at(T, 0), at(points, 0), at(xy, 0), at(R, 0)
-    turned(T, K, R)
-    for o in range(len(pose)):
-        m, k = landmark[o], pose[o]
-        count[m] += 1
-        error = distance(
-            at(R, 9 * k), at(T, 7 * k), at(points, 3 * m), at(xy, 2 * o), fx, fy
-        )
-        total[m] += error * error
-
-
-def errors(T, points, pose, landmark, xy, fx, fy):
-    """solve.py's ``_errors``: observations (L,), and the sum of their squared residuals."""
-    count, total = np.zeros(len(points), np.int64), np.zeros(len(points))
-    _errors(T, points, pose, landmark, xy, fx, fy, np.empty(9 * len(T)), count, total)
-    return count, total
-
-
 @entry(i8(*[_indices] * 4, _rows, _rows, _mask, _indices, _mask, _indices))
 def _arranged(order, track, stamp, ref_stamp, xy, cov, valid, rows, begun, image):
     total, end, count = len(track), 0, 0
@@ -432,29 +412,26 @@ def arranged(order, track, stamp, ref_stamp, xy, cov, valid):
 
 @inner(i8(F8, F8, F8, i8, f8, I8))
 def agreement(p, view, axes, n, threshold, agree):
-    """How many of n views see a point in front and close to where it is; fills which."""
+    """Write which of n views see a point in front and close to where it is; return how many."""
     count = 0
     for i in range(n):
-        v, R, close = at(view, 5 * i), at(axes, 9 * i), 0
+        v, R = at(view, 5 * i), at(axes, 9 * i)
         x, y, z = p[0] - v[0], p[1] - v[1], p[2] - v[2]
         Z = R[2] * x + R[5] * y + R[8] * z
         u = R[0] * x + R[3] * y + R[6] * z - v[3] * Z
         w = R[1] * x + R[4] * y + R[7] * z - v[4] * Z
-        if Z > 0 and u * u + w * w < (threshold * Z) ** 2:
-            close = 1
-        agree[i] = close
-        count += close
+        agree[count] = i
+        count += (Z > 0) & (u * u + w * w < (threshold * Z) ** 2)
     return count
 
 
 @inner(void(F8, F8, I8, i8, F8))
-def intersect(view, ray, mask, n, found):
-    """triangulation.intersect of the views in the mask, with its three sweeps; NaN, or found."""
-    count, ox, oy, oz = 0, 0.0, 0.0, 0.0
-    for i in range(n):
-        if mask[i]:
-            v = at(view, 5 * i)
-            count, ox, oy, oz = count + 1, ox + v[0], oy + v[1], oz + v[2]
+def intersect(view, ray, which, count, found):
+    """triangulation.intersect of so many views, with its three sweeps, or NaN."""
+    ox, oy, oz = 0.0, 0.0, 0.0
+    for i in range(count):
+        v = at(view, 5 * which[i])
+        ox, oy, oz = ox + v[0], oy + v[1], oz + v[2]
     for j in range(3):
         found[j] = np.nan
     if count < 2:
@@ -463,10 +440,8 @@ def intersect(view, ray, mask, n, found):
     px, py, pz = 0.0, 0.0, 0.0
     for sweep in range(3):
         xx, xy, xz, yy, yz, zz, b0, b1, b2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-        for i in range(n):
-            if not mask[i]:
-                continue
-            v, r, w = at(view, 5 * i), at(ray, 3 * i), 1.0
+        for i in range(count):
+            v, r, w = at(view, 5 * which[i]), at(ray, 3 * which[i]), 1.0
             x, y, z, a, b, c = v[0] - ox, v[1] - oy, v[2] - oz, r[0], r[1], r[2]
             if sweep > 0:
                 w = 1 / max((px - x) ** 2 + (py - y) ** 2 + (pz - z) ** 2, 1e-12)
@@ -491,7 +466,7 @@ def intersect(view, ray, mask, n, found):
 
 
 @entry(void(_rows, _rows, _indices, _indices, _rows, f8, _vector, _indices))
-def _triangulate(T, points, pose, landmark, xy, threshold, room, masks):
+def _triangulate(T, points, pose, landmark, xy, threshold, room, which):
     total, K, end = len(pose), len(T), 0
     T, points, pose, landmark, xy = (
         at(T, 0), at(points, 0), at(pose, 0), at(landmark, 0), at(xy, 0),
@@ -499,7 +474,7 @@ def _triangulate(T, points, pose, landmark, xy, threshold, room, masks):
     view, ray, axes = at(room, 0), at(room, 5 * total), at(room, 8 * total)
     R, best = at(room, 17 * total), at(room, 17 * total + 9 * K)
     point = at(best, 3)
-    agree, trial, chosen = at(masks, 0), at(masks, total), at(masks, 2 * total)
+    agree, trial, pair = at(which, 0), at(which, total), at(which, 2 * total)
     turned(T, K, R)
     while end < total:
         m, n = landmark[end], 0
@@ -521,33 +496,26 @@ def _triangulate(T, points, pose, landmark, xy, threshold, room, masks):
         if n < 2 or known == n:
             continue
         for i in range(n):
-            agree[i] = 1
+            agree[i] = i
         intersect(view, ray, agree, n, best)
         most = agreement(best, view, axes, n, threshold, agree)
         if most < n and n > 2:
             # Pairs of views: each with the next, with the one a third and the one half of the
             # track further.
-            pairs, fraction = -1, 4
-            while fraction > 1:
-                stride = 1 if fraction == 4 else max(n // fraction, 1)
-                fraction -= 1
+            pairs = -1
+            for fraction in range(3):
+                stride = max(n // (4 - fraction), 1) if fraction else 1
                 for i in range(n):
-                    for j in range(n):
-                        trial[j] = 0
-                    trial[i] = trial[(i + stride) % n] = 1
-                    intersect(view, ray, trial, n, point)
+                    pair[0], pair[1] = i, (i + stride) % n
+                    intersect(view, ray, pair, 2, point)
                     count = agreement(point, view, axes, n, threshold, trial)
                     if count > pairs:
                         pairs = count
                         copy(point, at(best, 6), 3)
-                        for j in range(n):
-                            chosen[j] = trial[j]
             if pairs >= most:
-                most = pairs
                 copy(at(best, 6), best, 3)
-                for j in range(n):
-                    agree[j] = chosen[j]
-            intersect(view, ray, agree, n, point)
+            most = agreement(best, view, axes, n, threshold, agree)
+            intersect(view, ray, agree, most, point)
             count = agreement(point, view, axes, n, threshold, trial)
             if count >= most:
                 most = count
@@ -566,6 +534,6 @@ def triangulate(T, points, pose, landmark, xy, threshold):
     counts.
     """
     points, total = points.copy(), len(pose)
-    room, masks = np.empty(17 * total + 9 * len(T) + 9), np.empty(3 * total, np.int64)
-    _triangulate(T, points, pose, landmark, xy, threshold, room, masks)
+    room, which = np.empty(17 * total + 9 * len(T) + 9), np.empty(2 * total + 2, np.int64)
+    _triangulate(T, points, pose, landmark, xy, threshold, room, which)
     return points

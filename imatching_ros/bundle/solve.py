@@ -275,13 +275,9 @@ class _Solver:
         self.points = self.points.clone()
         self.points[again[better]] = found[better]
 
-    def _errors(self, posed: Problem) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _errors(posed: Problem) -> tuple[Tensor, Tensor]:
         """Return each landmark's observations, and their squared residuals' sum, px^2."""
-        if self.views:
-            found = self.views.errors(*map(array, (
-                posed.T_world_camera, posed.points, posed.pose, posed.landmark, posed.xy
-            )), *posed.focal.tolist())  # fmt: skip
-            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
         squared = posed.residual()[0].square().sum(-1)
         total = torch.zeros(len(posed.points), dtype=torch.float64)
         return (
