@@ -1,11 +1,19 @@
 """Build of type ament_python: colcon and pip both start here."""
 
 from glob import glob
+from pathlib import Path
 
 from setuptools import find_packages, setup
 
 NAME = 'imatching_ros'
 ROS = 'ros-kilted-'  # ROS from PyPI, where no ROS is sourced
+
+
+def listed(file):
+    """Return the requirements that a file lists."""
+    lines = (Path(__file__).parent / file).read_text().splitlines()
+    return [line for line in lines if not line.startswith('#')]
+
 
 setup(
     name=NAME,
@@ -23,34 +31,10 @@ setup(
         (f'share/{NAME}/models', glob('models/*.safetensors')),
     ],
     python_requires='>=3.10',
-    install_requires=[
-        'setuptools',
-        'numpy',
-        'numba',
-        'opencv-python-headless',
-        'torch',
-        'pypose',
-        'poselib',
-        'safetensors',
-        'rosbags',
-        'ruamel.yaml',
-        'evo',
-        'matplotlib',
-        'rich',
-    ],
+    install_requires=[*listed('requirements.txt'), 'opencv-python-headless'],
     extras_require={
         'onnx': ['onnx', 'onnxscript'],
-        # pycolmap has no wheel for ARM on Linux; its tests and peers are skipped there
-        'test': [
-            'pytest',
-            'pytest-timeout',
-            'hypothesis',
-            'ruff',
-            'onnx',
-            'onnxscript',
-            'onnxruntime',
-            *(f"{name}; platform_machine == 'x86_64'" for name in ('pyceres', 'pycolmap')),
-        ],  # fmt: skip
+        'test': listed('requirements-test.txt'),
         'ros': [
             f'{ROS}rclpy[fastrtps]',
             *(f'{ROS}{name}-msgs' for name in ('std', 'sensor', 'nav', 'geometry', 'diagnostic')),

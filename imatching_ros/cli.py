@@ -13,14 +13,20 @@ import time
 from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
-from . import __version__
+from . import __version__, kernels
 
 GAP = 5  #: images between the last that trained and the first that is measured
 PICTURE_STEP = 10  #: images between the two of the report's picture
 DEMO_FRAMES, DEMO_SEED = 300, 0
 
-console = Console()
+#: What is printed may be a path with brackets in it, which rich would take for a colour
+console = Console(markup=False, emoji=False, highlight=False)
+
+
+class Nothing(Exception):
+    """A command did all that it could and has nothing to show; its text says why."""
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -46,9 +52,7 @@ def demo(options: argparse.Namespace) -> None:
 
 def replay(options: argparse.Namespace) -> None:
     """Play a recording through the three nodes without loss and write a run folder."""
-    from .data.recording import open_recording
-
-    recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
+    recording = _open(options.bag, options)
     _replay(recording, _run_dir(options.out, 'replay'), options, str(options.bag))
 
 
@@ -65,9 +69,9 @@ def tune(options: argparse.Namespace) -> None:
     )
     import torch
 
-    from .data.video import open_images
     from .evaluation.report import Pictures
     from .learning.learner import LearnerOptions
+    from .learning.tune import TooFewWindowsError
     from .learning.tune import tune as run
     from .matching import weights
 
@@ -78,12 +82,14 @@ def tune(options: argparse.Namespace) -> None:
     start = options.weights or next((p for p in (*interrupted, options.out) if p.is_file()), None)
     start = start or weights.default_path()
     matcher, info = weights.load(start)
-    console.print(f'starting from {start}, version {info.version}', soft_wrap=True)
-    recordings = [
-        open_images(bag, options.image_topic, options.camera_info_topic, options.camera)
-        for bag in options.bag
-    ]
-    splits = [round(len(recording) * options.train_fraction) for recording in recordings]
+    _say(f'starting from {start}, version {info.version}')
+    recordings = [_open(bag, options) for bag in options.bag]
+    kernels.show()
+    with console.status('Looking through the images'):
+        counts = [sum(1 for _ in recording) for recording in recordings]
+    for recording in recordings:
+        _say_notes(recording)
+    splits = [round(count * options.train_fraction) for count in counts]
     run_dir = _run_dir(options.run_dir, 'tune')
     epochs, started = 2, time.perf_counter()
     columns = (
@@ -99,27 +105,32 @@ def tune(options: argparse.Namespace) -> None:
                     bar, completed=step.step, description=f'Learning, loss {step.loss:.3f}'
                 )
             if verdict:
+                kept = 'promoted' if verdict.promoted else 'not promoted'
                 progress.console.print(
-                    f'step {verdict.step}: {_verdict_text(verdict.promoted, verdict.reason)}'
+                    f'step {verdict.step}: {kept}, {verdict.reason}',
+                    style='green' if verdict.promoted else None,
                 )
                 if verdict.promoted:
                     weights.write(options.out, learner.weights())
 
-        learner, history = run(
-            matcher,
-            info,
-            [(r.camera, _First(r, n)) for r, n in zip(recordings, splits, strict=True)],
-            options.steps,
-            epochs=epochs,
-            options=LearnerOptions(seed=options.seed, objective=options.objective),
-            folder=checkpoints,
-            on_frame=lambda done, total: progress.update(frames, completed=done, total=total),
-            on_step=on_step,
-        )
+        try:
+            learner, history = run(
+                matcher,
+                info,
+                [(r.camera, _First(r, n)) for r, n in zip(recordings, splits, strict=True)],
+                options.steps,
+                epochs=epochs,
+                options=LearnerOptions(seed=options.seed, objective=options.objective),
+                folder=checkpoints,
+                on_frame=lambda done, total: progress.update(frames, completed=done, total=total),
+                on_step=on_step,
+            )
+        except TooFewWindowsError as error:
+            raise Nothing(str(error)) from None
     if history.resumed:
-        console.print(f'went on from step {history.resumed} of an interrupted run')
+        _say(f'went on from step {history.resumed} of an interrupted run')
     for note in filter(None, (*history.refused, history.stopped)):
-        console.print(f'[yellow]{note}[/]', soft_wrap=True)
+        _warn(note)
     weights.write(options.out, learner.weights())
     # Not from the files: where --out is gone on from, `start` is overwritten by now
     tuned, _ = weights.loads(learner.weights())
@@ -127,6 +138,7 @@ def tune(options: argparse.Namespace) -> None:
     figures = {
         'input': {
             'frames': sum(map(len, recordings)), 'frames_matched': sum(splits), 'dropped': 0,
+            'true_poses': _true_poses(recordings[0]),
         },
         'matching': {'before': before, 'after': after},
         'learning': {
@@ -151,7 +163,7 @@ def tune(options: argparse.Namespace) -> None:
     )
     _report(run_dir, figures, pictures, f'tune {recordings[0].bag.name}')
     shutil.rmtree(checkpoints, ignore_errors=True)
-    console.print(f'weights, version {learner.version}: {options.out}')
+    _say(f'weights, version {learner.version}: {options.out}')
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -160,19 +172,21 @@ def evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from .bundle.bundle import Bundle
-    from .data.recording import open_recording
     from .evaluation.matching import evaluate_matching, evaluation_pairs
     from .evaluation.report import ACCURACY
     from .evaluation.trajectory import trajectory_accuracy
     from .matching import weights
     from .matching.tracker import Tracker
+    from .pipeline import track_and_solve
 
-    recording = open_recording(options.data, options.image_topic, options.camera_info_topic)
+    recording = _open(options.data, options)
     first = round(len(recording) * options.first)
     pairs = evaluation_pairs(recording, first, len(recording) - 1, per_step=options.pairs)
-    table = Table(
-        title=f'{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs'
-    )
+    if not pairs:
+        raise Nothing(_why_no_pairs(recording, first))
+    kernels.show()
+    title = f'{options.data}, images {first} to {len(recording) - 1}, {len(pairs)} pairs'
+    table = Table(title=Text(title))
     columns = (*ACCURACY.values(), 'ATE, % of path')
     table.add_column('')
     rows = []
@@ -183,8 +197,8 @@ def evaluate(options: argparse.Namespace) -> None:
             Tracker(matcher, info.version, recording.camera),
             Bundle(recording.camera),
         )
-        for stamp, image in recording:
-            bundle.add(tracker.track(stamp, image))
+        for _ in track_and_solve(recording, tracker, bundle):
+            pass
         stamps = sorted(bundle.trajectory)
         poses = (
             torch.stack([bundle.trajectory[stamp] for stamp in stamps])
@@ -193,10 +207,12 @@ def evaluate(options: argparse.Namespace) -> None:
         )
         ate = trajectory_accuracy(stamps, poses, recording.ground_truth).ate_percent
         rows.append([getattr(accuracy, key) for key in ACCURACY] + [ate])
-        table.add_column(f'{Path(path).stem}\nversion {info.version}', justify='right')
+        header = Text(f'{Path(path).stem}\nversion {info.version}')
+        table.add_column(header, justify='right')
     for index, label in enumerate(columns):
         table.add_row(label, *('–' if row[index] is None else f'{row[index]:.2f}' for row in rows))
     console.print(table)
+    _say_notes(recording)
 
 
 def export(options: argparse.Namespace) -> None:
@@ -212,7 +228,6 @@ def export(options: argparse.Namespace) -> None:
 
 
 def _export_onnx(options: argparse.Namespace) -> None:
-    from .data.recording import open_recording
     from .export.onnx import ENCODE, MATCH, write_onnx
     from .matching import weights
 
@@ -222,15 +237,15 @@ def _export_onnx(options: argparse.Namespace) -> None:
             raise ValueError(
                 'the graphs are for images of one size: --size WxH, or a BAG to take it from'
             )
-        camera = open_recording(options.bag, options.image_topic, options.camera_info_topic).camera
+        camera = _open(options.bag, options).camera
         size = camera.width, camera.height
     matcher, info = weights.load(options.weights or weights.default_path())
     with console.status('Exporting, about ten seconds'):
         write_onnx(options.onnx, matcher, info, size)
-    console.print(
+    _say(
         f'ONNX: {ENCODE} and {MATCH} of version {info.version} for images of '
-        f'{size[0]}x{size[1]}, in {options.onnx}', soft_wrap=True,
-    )  # fmt: skip
+        f'{size[0]}x{size[1]}, in {options.onnx}'
+    )
 
 
 def _export_recording(options: argparse.Namespace) -> None:
@@ -238,13 +253,13 @@ def _export_recording(options: argparse.Namespace) -> None:
     from rich.progress import track as progress
 
     from .bundle.bundle import Bundle
-    from .data.recording import open_recording
     from .export.colmap import camera_model, DATABASE, image_name, IMAGES, write_colmap
     from .matching import weights
     from .matching.tracker import Tracker
     from .nodes.run_files import write_map
+    from .pipeline import track_and_solve
 
-    recording = open_recording(options.bag, options.image_topic, options.camera_info_topic)
+    recording = _open(options.bag, options)
     matcher, info = weights.load(options.weights or weights.default_path())
     pictures = options.colmap and options.colmap / IMAGES
     if pictures:  # what cannot be is refused before the work
@@ -252,28 +267,34 @@ def _export_recording(options: argparse.Namespace) -> None:
         if (options.colmap / DATABASE).exists():
             raise FileExistsError(f'{options.colmap / DATABASE} exists; choose another folder')
         pictures.mkdir(parents=True, exist_ok=True)
+    kernels.show()
     tracker, bundle = Tracker(matcher, info.version, recording.camera), Bundle(recording.camera)
     keyframes, landmarks = [], {}
-    for stamp, image in progress(
-        recording, 'Matching and solving', total=len(recording), console=console
-    ):
-        correspondences = tracker.track(stamp, image)
-        estimate = bundle.add(correspondences)
-        if estimate.window is not None:
-            landmarks.update(
-                zip(estimate.window.track.tolist(), estimate.window.points, strict=True)
+    for frame in progress(
+        track_and_solve(recording, tracker, bundle), 'Matching and solving',
+        total=len(recording), console=console,
+    ):  # fmt: skip
+        window = frame.estimate.window
+        if window is not None:
+            landmarks.update(zip(window.track.tolist(), window.points, strict=True))
+        if pictures and not frame.camera.goes_on_from(recording.camera):
+            raise ValueError(
+                f'the camera of {options.bag} changes within the recording, and a COLMAP model '
+                'of it has one: export the parts, or give --camera'
             )
-        if tracker.keyframes[-1:] == [stamp]:
-            keyframes.append(correspondences)
-            if pictures and not cv2.imwrite(str(pictures / image_name(stamp)), image):
-                raise OSError(f'{pictures / image_name(stamp)} could not be written')
-    if options.map:
+        if frame.is_keyframe:
+            keyframes.append(frame.correspondences)
+            file = pictures and pictures / image_name(frame.stamp)
+            if file and not cv2.imwrite(str(file), frame.image):
+                raise OSError(f'{file} could not be written')
+    _say_notes(recording)
+    if options.map and bundle.trajectory:
         write_map(
             options.map,
             {stamp: T.numpy() for stamp, T in bundle.trajectory.items()},
             {track: point.numpy() for track, point in landmarks.items()},
         )
-        console.print(
+        _say(
             f'map: {len(bundle.trajectory)} poses, {len(landmarks)} landmarks in {options.map}'
         )
     if options.colmap:
@@ -281,15 +302,22 @@ def _export_recording(options: argparse.Namespace) -> None:
             options.colmap, recording.camera, keyframes, bundle.trajectory, landmarks,
             bundle.options.prune_px,
         )
-        console.print(
+        _say(
             f'COLMAP: {written.images} images, {written.posed} posed; {written.pairs} pairs, '
             f'{written.verified} '
             f'verified; {written.points} points in {written.observations} observations, '
             f'{written.error_px:.2f} px RMS; '
-            f'in {options.colmap}', soft_wrap=True,
-        )  # fmt: skip
+            f'in {options.colmap}'
+        )
+    if not bundle.trajectory:
+        last = frame.estimate
+        raise Nothing(
+            f'none of the {len(recording)} images of {recording.bag} got a pose '
+            f'({last.reason or last.status}), so there is no map; '
+            'the camera must move sideways past things that have texture'
+        )
     if bundle.maps > 1:
-        console.print(f'[yellow]{bundle.maps} maps were begun; each has a scale of its own[/]')
+        _warn(f'{bundle.maps} maps were begun; each has a scale of its own')
 
 
 def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: str) -> None:
@@ -307,12 +335,13 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
         weights=options.weights,
     )
     for note in result.notes:
-        console.print(f'[yellow]{note}[/]')
+        _warn(note)
     trajectory = trajectory_accuracy(
         result.keyframe_stamps, result.keyframe_poses, recording.ground_truth
     )
     matchers = [weights.load(path)[0] for path in (result.weights_before, result.weights_after)]
     before, after, pictures = _measure(recording, result.train_frames, matchers)
+    _say_notes(recording)
 
     def count(node: str, key: str) -> int | None:
         value = result.figure(node, key)
@@ -327,6 +356,7 @@ def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: s
             'keyframes': count('bundle', 'keyframes'),
             'keyframes_posed': len(result.keyframe_stamps),
             'dropped': result.dropped,
+            'true_poses': _true_poses(recording),
         },
         'trajectory': trajectory,
         'matching': {'before': before, 'after': after},
@@ -409,7 +439,30 @@ def _report(run_dir: Path, figures: dict[str, Any], pictures: Any, title: str) -
         run_dir, figures, pictures, title=title, command=command, versions=versions
     )
     console.print(console_table(figures))
-    console.print(f'report: {path.resolve()}', soft_wrap=True)
+    _say(f'report: {path.resolve()}')
+
+
+def _true_poses(recording: Any) -> int:
+    return 0 if recording.ground_truth is None else len(recording.ground_truth[0])
+
+
+def _why_no_pairs(recording: Any, first: int) -> str:
+    if recording.ground_truth is None:
+        return (
+            f'{recording.bag} has no ground truth, so there is nothing to measure against; '
+            'put groundtruth.txt (TUM) beside it, or record a PoseStamped topic with '
+            '"ground_truth" in its name'
+        )
+    return (
+        f'no two images of {recording.bag}, from number {first} on and 5, 10 or 20 apart, have '
+        'a true pose within a millisecond of their stamps; choose another --first, or check the '
+        "ground truth's stamps"
+    )
+
+
+def _say_notes(recording: Any) -> None:
+    for note in recording.notes():
+        _warn(note)
 
 
 def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: str) -> Any:
@@ -420,8 +473,13 @@ def _event(step: int, promoted: bool, rolled_back: bool, version: int, reason: s
     )
 
 
-def _verdict_text(promoted: bool, reason: str) -> str:
-    return f'[green]promoted[/], {reason}' if promoted else f'not promoted, {reason}'
+def _say(sentence: str, style: str | None = None) -> None:
+    """Print a line whole, whatever the terminal's width: it may be a path to be copied."""
+    console.print(sentence, style=style, soft_wrap=True)
+
+
+def _warn(sentence: str) -> None:
+    _say(sentence, 'yellow')
 
 
 def _median(values: list[float]) -> float | None:
@@ -433,12 +491,21 @@ class _First:
 
     def __init__(self, recording: Any, count: int) -> None:
         self.recording, self.count = recording, count
+        self.camera_of = recording.camera_of
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self):
         return (item for item, _ in zip(self.recording, range(self.count), strict=False))
+
+
+def _open(path: Path, options: argparse.Namespace) -> Any:
+    from .data.video import open_images
+
+    return open_images(
+        path, options.image_topic, options.camera_info_topic, options.camera, options.rectified
+    )
 
 
 def _run_dir(given: Path | None, command: str) -> Path:
@@ -479,6 +546,17 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             '--camera-info-topic', help='where it does not lie beside the image topic'
         )
+        added.add_argument(
+            '--camera', metavar='CAMERA',
+            help='instead of camera_info, after the recording: fx fy cx cy [model] [d ...], '
+                 'pixels, or a calibration yaml of ROS or Kalibr (default: camera_info; of a '
+                 'video or pictures, camera_info.yaml or intrinsics.txt beside them)',
+        )  # fmt: skip
+        added.add_argument(
+            '--rectified', choices=('auto', 'always', 'never'), default='auto',
+            help="whether camera_info's P describes the images, or K and D (default: auto, by "
+                 "the image topic's name)",
+        )  # fmt: skip
 
     def learning(added: argparse.ArgumentParser, seconds: float) -> None:
         added.add_argument(
@@ -527,12 +605,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar='W',
         help='weights file; if it exists, go on from it',
     )
-    added.add_argument(
-        '--camera', type=float, nargs='+', metavar='X',
-        help='of a video or pictures: fx fy cx cy [k1 k2 p1 p2 [k3]], pixels (default: '
-             'camera_info.yaml or '
-        'intrinsics.txt beside it)',
-    )  # fmt: skip
     added.add_argument(
         '--objective', choices=('imatching', 'sgp'), default='imatching',
         help="the bundle's reprojection error, or, to compare with, two-view geometry alone "
@@ -590,9 +662,43 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """
+    Return the arguments with the words that follow ``--camera`` as one.
+
+    These are all numbers, and a word before the last of them: the lens model's name. What follows,
+    perhaps a recording's name, is left alone.
+    """
+    words = list(arguments)
+    if '--camera' not in words:
+        return words
+    start = words.index('--camera') + 1
+    if words[start:start + 1] == [] or words[start].startswith('--'):
+        return words  # argparse says that something is missing
+    numbers = [start + k for k, word in enumerate(words[start:]) if _is_number(word)]
+    end = start
+    while end in numbers or end > start and end + 1 in numbers and words[end][:1] != '-':
+        end += 1
+    end = max(end, start + 1)
+    return [*words[:start - 1], f'--camera={" ".join(words[start:end])}', *words[end:]]
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line. Wrong input ends with one sentence and exit code 2."""
-    options = _parser().parse_args(arguments)
+    """
+    Run the command line.
+
+    Wrong input ends with one sentence and exit code 2, good input from which nothing could be had
+    with one sentence and exit code 1.
+    """
+    options = _parser().parse_args(_joined(sys.argv[1:] if arguments is None else arguments))
     try:
         options.function(options)
     except (ValueError, OSError, RuntimeError) as error:
@@ -600,6 +706,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f'imatching: {error}', file=sys.stderr)
         sys.exit(2)
+    except Nothing as nothing:
+        print(f'imatching: {nothing}', file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -19,6 +19,11 @@ ARGUMENTS = (
     ('camera_info_topic', '', 'Its camera_info; empty: the one beside image_topic.'),
     ('image_transport', 'raw', 'raw or compressed.'),
     (
+        'rectified', '',
+        "Whether the images are rectified: auto (by their topic's name), always or never; empty: "
+        'what the parameter file says.',
+    ),
+    (
         'external_odometry', 'external_odometry',
         'Topic of another odometry (nav_msgs/Odometry), for scale or poses.',
     ),
@@ -31,7 +36,14 @@ ARGUMENTS = (
         'Where torch computes, such as cpu or cuda; empty: what the parameter file says.',
     ),
     ('weights', '', 'Weights file to start with; empty: what the parameter file says.'),
-    ('bag', '', 'A recording to play: rosbag1, rosbag2 or MCAP.'),
+    (
+        'bag', '',
+        'A recording to play: rosbag1, rosbag2, MCAP, a video file or a folder of pictures.',
+    ),
+    (
+        'camera', '',
+        "Instead of the recording's camera_info: 'fx fy cx cy [model] [d ...]' or a yaml file.",
+    ),
     ('rate', '1.0', 'How fast to play it.'),
     ('rviz', 'false', "Start RViz with the package's config/imatching.rviz."),
 )
@@ -75,10 +87,16 @@ def start(context):
     ]  # fmt: skip
     time = {'use_sim_time': truth('use_sim_time')}
     common = {**time, 'autostart': truth('autostart'), 'image_transport': given['image_transport']}
+    if given['rectified'] not in ('', 'auto', 'always', 'never'):
+        raise ValueError(f'rectified:={given["rectified"]} must be auto, always or never')
     if given['device']:
         common['device'] = given['device']
     if given['weights']:
         common['weights'] = file('weights')
+    if given['bag']:
+        common['rectified'] = 'never'  # the player tells the finished camera
+    elif given['rectified']:
+        common['rectified'] = given['rectified']
 
     def node(role, name, parameters, **options):
         return Node(
@@ -106,8 +124,13 @@ def start(context):
             rate = float(given['rate'])
         except ValueError:
             raise ValueError(f'rate:={given["rate"]} must be a number') from None
-        clock = {**time, 'bag': file('bag'), 'rate': rate, 'clock': time['use_sim_time']}
-        nodes.append(node('player', 'player', clock))
+        played = {**time, 'bag': file('bag'), 'rate': rate, 'clock': time['use_sim_time']}
+        # What names the camera's topics names the recording's too: it may hold several cameras
+        played['image_topic'] = '' if image == 'image' else image
+        for name in ('camera_info_topic', 'camera', 'rectified'):
+            if given[name]:
+                played[name] = given[name]
+        nodes.append(node('player', 'player', played))
     if truth('rviz'):
         # The views are absolute in RViz's file, and relative to the namespace here
         views = [(f'/{topic}', topic) for topic in VIEWS] + [('/image', image)]

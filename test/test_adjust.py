@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from imatching_ros import kernels
 from imatching_ros.bundle import adjust as module
 from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled, free_parameters
 from imatching_ros.bundle.prior import marginalise
@@ -350,16 +351,15 @@ def test_without_numba_torch_steps_in_and_says_so(monkeypatch, caplog):
 
     posed, *_ = window()
     want = adjust(posed, AdjustOptions(backend='eager'))
-    monkeypatch.setattr(module.importlib, 'import_module', absent)
-    module.compiled.cache_clear()
-    try:
-        got = [adjust(posed) for _ in range(2)]
-        assert all(torch.equal(one.points, want.points) for one in got)
-        assert len(caplog.records) == 1 and "No module named 'numba'" in caplog.text
-        with pytest.raises(ValueError, match='wants tensors on the CPU and numba'):
-            adjust(posed, AdjustOptions(backend='cpu'))
-    finally:
-        module.compiled.cache_clear()
+    monkeypatch.setattr(kernels.importlib, 'import_module', absent)
+    monkeypatch.setattr(kernels, '_loaded', {})
+    monkeypatch.setattr(kernels, '_state', '')
+    got = [adjust(posed) for _ in range(2)]
+    assert all(torch.equal(one.points, want.points) for one in got)
+    assert len(caplog.records) == 1 and "No module named 'numba'" in caplog.text
+    assert kernels.state() == caplog.records[0].getMessage() and 'plain torch' in kernels.state()
+    with pytest.raises(ValueError, match='wants tensors on the CPU and numba'):
+        adjust(posed, AdjustOptions(backend='cpu'))
 
 
 def ceres_optimum(posed, kernel, iterations=500):

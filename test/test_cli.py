@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,8 @@ from imatching_ros.evaluation.matching import evaluate_matching, evaluation_pair
 from imatching_ros.matching import weights
 import numpy as np
 import pytest
-from test_recording import good, noise, SIZE, START, writing
+from rosbags.highlevel import AnyReader
+from test_recording import good, noise, ROS2, SIZE, START, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ['demo', 'replay', 'tune', 'evaluate', 'export']
@@ -43,12 +45,51 @@ def one_sentence(text):
     return lines[0].removeprefix('imatching: ')
 
 
-def refused(capsys, *arguments):
-    """Return the sentence with which the command refuses."""
+def refused(capsys, *arguments, code=2):
+    """Return the sentence with which the command refuses, or (1) says that it has nothing."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
+    assert stop.value.code == code
     return one_sentence(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ('words', 'camera', 'bag'),
+    [
+        ('BAG --camera 1 2 3 4', '1 2 3 4', 'BAG'),
+        ('--camera 1 2 3 4 BAG', '1 2 3 4', 'BAG'),
+        ('--camera 1 2 3 4 radtan -.1 .2 0 1e-3 BAG', '1 2 3 4 radtan -.1 .2 0 1e-3', 'BAG'),
+        ('--camera 1 2 3 4 -.1 .2 BAG', '1 2 3 4 -.1 .2', 'BAG'),
+        ('--camera 1 2 3 4 --first 0.5 BAG', '1 2 3 4', 'BAG'),
+        ('--camera cam.yaml BAG', 'cam.yaml', 'BAG'),
+        ('BAG --camera cam.yaml --first 0.5', 'cam.yaml', 'BAG'),
+        ('--camera=cam.yaml BAG', 'cam.yaml', 'BAG'),
+        ('BAG', None, 'BAG'),
+    ],
+)
+def test_a_camera_does_not_swallow_the_recording(words, camera, bag):
+    options = cli._parser().parse_args(cli._joined(['evaluate', *words.split()]))
+    assert (options.camera, str(options.data)) == (camera, bag)
+
+
+@pytest.mark.parametrize(
+    ('command', 'more'),
+    [
+        ('replay', []), ('evaluate', []), ('export', ['--map', 'map']),
+        ('tune', ['--out', 'w.safetensors']),
+    ],
+)  # fmt: skip
+def test_every_command_takes_a_camera(tmp_path, capsys, monkeypatch, command, more):
+    """And says what is wrong with it; without one it says how to give it."""
+    monkeypatch.chdir(tmp_path)
+    bag = without_camera_info(tmp_path)
+    assert 'give --camera fx fy cx cy [model]' in refused(capsys, command, bag, *more)
+    for given in ('30 30 160 12', '1 0 16 12'):
+        text = refused(capsys, command, bag, *more, '--camera', *given.split())
+        assert 'the camera given for' in text
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, str(bag), *more, '--camera'])
+    assert stop.value.code == 2
 
 
 # Bad input ---------------------------------------------------------------------------------------
@@ -98,7 +139,7 @@ def uncalibrated(folder):
 def truncated(folder, kind='mcap'):
     path = good(folder, kind, count=40)
     file = path if path.is_file() else next(path.glob('*.mcap'))
-    file.write_bytes(file.read_bytes()[:file.stat().st_size * 2 // 3])
+    file.write_bytes(file.read_bytes()[:file.stat().st_size // 50])  # before the first image
     return file
 
 
@@ -109,7 +150,7 @@ def truncated_rosbag1(folder):
 def of_another_size(folder):
     with writing(folder) as pen:
         for k in range(3):
-            pen.info('/cam/camera_info', START + k, size=(48, 64))
+            pen.info('/cam/camera_info', START + k, size=(30, 40))
             pen.image('/cam/image_raw', START + k, 'mono8', noise(k, *SIZE).tobytes(), SIZE[1])
     return pen.path
 
@@ -118,7 +159,7 @@ def of_unknown_encoding(folder):
     with writing(folder) as pen:
         pen.info('/cam/camera_info', START)
         pen.image(
-            '/cam/image_raw', START, '32FC1', noise(0, SIZE[0], 2 * SIZE[1]).tobytes(), 2 * SIZE[1]
+            '/cam/image_raw', START, '64FC2', noise(0, SIZE[0], 2 * SIZE[1]).tobytes(), 2 * SIZE[1]
         )
     return pen.path
 
@@ -139,8 +180,8 @@ BAD_BAGS = [
 ]
 #: These show only when the images are read.
 BAD_IMAGES = [
-    (of_another_size, 'is 32x24, but .* is for 64x48'),
-    (of_unknown_encoding, "encoding '32FC1'"),
+    (of_another_size, 'is 32x24, but .* is for 40x30'),
+    (of_unknown_encoding, "encoding '64FC2'"),
 ]
 
 
@@ -213,9 +254,37 @@ def test_a_recording_too_short_to_learn_from_is_one_sentence(
 ):
     monkeypatch.chdir(tmp_path)
     sentence = refused(
-        capsys, 'tune', daylight, '--out', 'w.safetensors', '--train-fraction', '0.2'
+        capsys, 'tune', daylight, '--out', 'w.safetensors', '--train-fraction', '0.2', code=1
     )
     assert 'too few to learn from' in sentence and not (tmp_path / 'w.safetensors').exists()
+
+
+def test_what_nothing_can_be_had_from_ends_with_code_1_and_says_why(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    bag = good(tmp_path, 'mcap', count=6)
+    sentence = refused(capsys, 'evaluate', bag, code=1)
+    assert f'{bag} has no ground truth' in sentence and 'groundtruth.txt' in sentence
+    (bag / 'groundtruth.txt').write_text('12.0 0 0 0 0 0 0 1\n13.0 1 0 0 0 0 0 1\n')
+    sentence = refused(capsys, 'evaluate', bag, code=1)
+    assert 'have a true pose within a millisecond' in sentence
+    written = tmp_path / 'map', tmp_path / 'colmap'
+    sentence = refused(capsys, 'export', bag, '--map', written[0], '--colmap', written[1], code=1)
+    assert 'none of the 6 images' in sentence and 'got a pose' in sentence
+    assert not written[0].exists()  # images and matches are there for COLMAP, a map is not
+    assert (written[1] / 'database.db').is_file()
+
+
+def test_paths_are_printed_as_they_are(tmp_path, monkeypatch, capsys, daylight):
+    odd = tmp_path / 'Küche [bold] a:b [/] :smile:'
+    shutil.copytree(daylight, odd / 'bag [left]')
+    monkeypatch.chdir(odd)
+    cli.main(['export', str(odd / 'bag [left]'), '--map', str(odd / 'map [red]')])
+    assert f'landmarks in {odd / "map [red]"}' in capsys.readouterr().out
+    cli.main(['evaluate', str(odd / 'bag [left]'), '--pairs', '1'])
+    out = re.sub(r'\s+', ' ', capsys.readouterr().out)
+    assert 'bag [left], images' in out
 
 
 @pytest.mark.parametrize(
@@ -365,6 +434,76 @@ def test_evaluate_shows_weights_side_by_side(tuned, daylight, capsys, monkeypatc
 
 def test_evaluate_without_ground_truth_invents_nothing(tmp_path, capsys):
     bag = two_cameras(tmp_path)
-    cli.main(['evaluate', str(bag), '--image-topic', '/left/image_raw'])
-    out = capsys.readouterr().out
-    assert '0 pairs' in out.replace('\n', ' ') and out.count('–') == 7
+    sentence = refused(capsys, 'evaluate', bag, '--image-topic', '/left/image_raw', code=1)
+    assert 'has no ground truth' in sentence and '–' not in capsys.readouterr().out
+
+
+# Images that cannot be used ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def spoilt(tmp_path_factory, daylight):
+    """Return the daylight recording with image 17 cut short and a nought for the stamp of 30."""
+    folder, number = tmp_path_factory.mktemp('spoilt') / 'daylight', 0
+    shutil.copytree(daylight, folder, ignore=shutil.ignore_patterns('bag'))
+    with AnyReader([daylight / 'bag'], default_typestore=ROS2) as reader, writing(folder) as pen:
+        for connection, stamp, raw in reader.messages():
+            message = reader.deserialize(raw, connection.msgtype)
+            if connection.msgtype == 'sensor_msgs/msg/Image':
+                if number == 17:
+                    message.data = message.data[:9000]
+                if number == 30:
+                    message.header.stamp.sec = message.header.stamp.nanosec = 0
+                number += 1
+            pen.write(connection.topic, stamp, message)
+    pen.path.rename(folder / 'bag')
+    return folder
+
+
+def said_of(spoilt, text):
+    """Fails unless what was left out is said, once."""
+    text = ' '.join(text.split())
+    assert text.count('2 of 40 images were left out: ') == 1, text
+    assert '1 that cannot be read (the image has 9000 bytes, ' in text
+    assert '1 with a stamp that goes back' in text
+
+
+def test_pairs_are_of_images_that_can_be_used(spoilt, daylight):
+    recording, whole = open_recording(spoilt), open_recording(daylight)
+    stamps = [stamp for stamp, _ in whole]
+    missing = {stamps[17], stamps[30]}
+    pairs = evaluation_pairs(recording, 0, 39, steps=(1,), per_step=40)
+    assert {stamp for p in pairs for stamp in (p.reference, p.target)} <= set(stamps) - missing
+    pairs = evaluation_pairs(recording, 10, 39)
+    assert min(pair.reference for pair in pairs) >= stamps[10]
+    accuracy = evaluate_matching(weights.load(weights.default_path())[0], recording, pairs)
+    assert accuracy.pairs == len(pairs) > 0 and accuracy.mma_5px > 90
+
+
+def test_export_and_evaluate_leave_out_what_cannot_be_used(spoilt, tmp_path, capsys):
+    cli.main(['export', str(spoilt), '--map', str(tmp_path / 'map')])
+    said_of(spoilt, capsys.readouterr().out)
+    stamps = [float(line.split()[0]) for line in open(tmp_path / 'map' / 'trajectory.txt')
+              if line[0] != '#']  # fmt: skip
+    assert len(stamps) > 5 and stamps == sorted(stamps)
+    cli.main(['evaluate', str(spoilt), '--pairs', '2'])
+    said_of(spoilt, capsys.readouterr().out)
+
+
+def test_tune_leaves_out_what_cannot_be_used(spoilt, tmp_path, capsys):
+    cli.main([
+        'tune', str(spoilt), '--out', str(tmp_path / 'w.safetensors'), '--steps', '0',
+        '--run-dir', str(tmp_path / 'run'), '--train-fraction', '1',
+    ])
+    said_of(spoilt, capsys.readouterr().out)
+    figures = json.loads((tmp_path / 'run' / 'report.json').read_text())['input']
+    assert (figures['frames'], figures['frames_matched']) == (40, 38)
+
+
+def test_replay_plays_on_and_writes_its_report(spoilt, tmp_path, capsys):
+    cli.main(['replay', str(spoilt), '--no-learn', '--out', str(tmp_path / 'run')])
+    said_of(spoilt, capsys.readouterr().out)
+    report = json.loads((tmp_path / 'run' / 'report.json').read_text())
+    # the player leaves out the stamp, the matcher the image
+    assert (report['input']['frames'], report['input']['frames_matched']) == (39, 38)
+    assert report['matching']['before']['mma_5px'] > 90

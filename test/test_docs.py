@@ -5,8 +5,10 @@ from pathlib import Path
 import re
 import shlex
 
+import cv2
 from imatching_ros import cli
 from imatching_ros.nodes import parameters
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,23 @@ def test_commands_of_the_documentation_are_understood():
         words = shlex.split(re.sub(r'[\[\]…]', '', line))[1:]
         options = cli._parser().parse_args(words)
         assert options.function.__name__ == words[0]
+
+
+def test_the_readme_matches_two_images(tmp_path, monkeypatch, capsys):
+    code = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
+    blots = np.random.default_rng(0).integers(0, 255, (60, 80), np.uint8)
+    scene = cv2.resize(blots, (480, 360), interpolation=cv2.INTER_CUBIC)
+    H_true = np.array([[0.97, -0.08, 21.0], [0.06, 1.02, -12.0], [1e-5, 2e-5, 1.0]])
+    cv2.imwrite(str(tmp_path / 'a.png'), scene)
+    cv2.imwrite(str(tmp_path / 'b.png'), cv2.warpPerspective(scene, H_true, (480, 360)))
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)  # noqa: S102
+    good, corners = map(int, re.match(r'(\d+) of (\d+) corners', capsys.readouterr().out).groups())
+    assert corners > 200 and good > 0.5 * corners
+    middle = np.array([[[240.0, 180.0], [100.0, 90.0]]])
+    there, truly = (cv2.perspectiveTransform(middle, H) for H in (found['H'], H_true))
+    assert np.abs(there - truly).max() < 0.5
 
 
 def test_arguments_of_the_launch_file_that_the_documentation_names_exist():

@@ -65,10 +65,8 @@ class World:
             image[0, 0] = k  # tells an all-knowing matcher which frame it sees
             yield stamp, image
 
-    def messages(self):
-        for stamp in self.stamps.tolist():
-            yield stamp, 'camera_info', 'sensor_msgs/msg/CameraInfo', None
-            yield stamp, 'image', 'sensor_msgs/msg/Image', None
+    def camera_of(self, stamp: int):
+        return self.camera
 
     def depth(self, stamp: int):
         return self._frames[stamp // FRAME_NS][1] if self.with_depth else None

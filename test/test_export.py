@@ -171,7 +171,9 @@ def test_what_cannot_be_exported_is_one_sentence(exported, daylight, tmp_path, c
 
 def test_a_recording_too_short_for_a_map_exports_its_images(pycolmap, tmp_path):
     room = render_recording(tmp_path / 'room', frames=2, size=(160, 128), depth_every=2)
-    cli.main(['export', str(room), '--colmap', str(tmp_path / 'colmap')])
+    with pytest.raises(SystemExit) as stop:
+        cli.main(['export', str(room), '--colmap', str(tmp_path / 'colmap')])
+    assert stop.value.code == 1
     with pycolmap.Database.open(tmp_path / 'colmap' / 'database.db') as database:
         assert database.num_images() == 1
     model = pycolmap.Reconstruction(tmp_path / 'colmap' / 'sparse')

@@ -217,6 +217,22 @@ def test_fault_images_of_another_size_and_stamps_from_nowhere_reach_nobody(robot
         )
 
 
+def test_fault_one_bad_stamp_loses_no_map(robot):
+    """Nor does one make the learner forget."""
+    robot.play_until_posed()
+    robot.wait(lambda: robot.says('matcher').get('waiting') == '0')
+    maps = robot.says('bundle')['maps']
+    before = {role: int(robot.says(role)['refused']) for role in ('matcher', 'learner')}
+    for stamp in (0, robot.now - 100 * SECOND, robot.now + 10**8 * SECOND):
+        robot.images.publish(image_message(stamp, next(robot.order)))
+        robot.play(2)
+        assert len(messages.correspondences_from_cloud(robot.matched[-1]))
+    for role in before:
+        robot.wait(lambda role=role: int(robot.says(role)['refused']) == before[role] + 3)
+        assert 'unless the next one goes on from it' in robot.says(role)['last_error']
+    assert robot.says('bundle')['maps'] == maps
+
+
 def test_fault_two_publishers_of_one_camera_are_said(robot):
     """Each image comes twice, the second time as it is or of half a second ago."""
     second = robot.node.create_publisher(Image, 'image', lossless())

@@ -10,6 +10,7 @@ from imatching_ros.data.images import (
     decode_compressed,
     decode_image,
     ENCODINGS,
+    Greys,
     PIXELS,
 )
 import numpy as np
@@ -114,6 +115,126 @@ def test_yuv_gives_its_luma(seed, height, width, padding, encoding):
     assert np.array_equal(decode_image(encoding, height, 2 * width, step, data), luma)
 
 
+def spelled(name: str) -> st.SearchStrategy[str]:
+    """Return a name as it is, and in letters of another size."""
+    return st.sampled_from([name, name.upper(), name.lower()])
+
+
+#: As cv_bridge reads them: the type of a sample, and what each of a pixel's samples weighs.
+GENERIC = {
+    '8UC1': ('u1', '1'), '8UC3': ('u1', 'bgr'), '8UC4': ('u1', 'bgra'), '16UC1': ('u2', '1'),
+    '16UC3': ('u2', 'bgr'), '16UC4': ('u2', 'bgra'), 'rgb16': ('u2', 'rgb'),
+    'bgr16': ('u2', 'bgr'), 'rgba16': ('u2', 'rgba'), 'bgra16': ('u2', 'bgra'),
+    'BGR8': ('u1', 'bgr'),
+}  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(seeds, sides, sides, st.integers(0, 7), st.booleans(), st.data())
+def test_generic_encodings_are_those_of_cv_bridge(seed, height, width, padding, big, data):
+    encoding = data.draw(st.sampled_from(sorted(GENERIC)).flatmap(spelled))
+    kind, names = next(v for k, v in GENERIC.items() if k.lower() == encoding.lower())
+    top = np.iinfo(kind).max
+    samples = np.random.default_rng(seed).integers(0, top + 1, (height, width, len(names)))
+    step, packed_rows = packed(samples.astype(kind), padding, big)
+    grey = decode_image(encoding, height, width, step, packed_rows, big)
+    weights = [WEIGHTS.get(name, 1.0) for name in names]
+    expected = (samples * weights).sum(-1) / (top / 255)
+    assert grey.shape == (height, width) and grey.dtype == np.uint8
+    assert np.abs(grey - expected).max() < 1.01
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seeds, st.integers(1, 5), st.integers(1, 5), st.integers(0, 7), st.booleans(),
+    st.sampled_from(['nv12', 'NV21', 'nv16', 'nv24', 'i420']),
+)
+def test_planar_yuv_gives_its_luma(seed, height, width, padding, together, encoding):
+    """Also where the step is that of all planes together, as some drivers have it."""
+    height, width = 2 * height, 2 * width
+    share = {'nv16': 2, 'nv24': 3}.get(encoding, 1.5)
+    step = width if together else width + padding
+    rows = np.random.default_rng(seed).integers(0, 256, (int(height * share), step), np.uint8)
+    given_step = int(share * width) if together else step
+    grey = decode_image(encoding, height, width, given_step, rows.tobytes())
+    assert np.array_equal(grey, rows[:height, :width])
+
+
+def thermal(low, high, seed=0, size=(60, 80)):
+    """Return a smooth scene between two 14-bit values, with a camera's noise."""
+    rng = np.random.default_rng(seed)
+    scene = cv2.GaussianBlur(np.random.default_rng(1).normal(size=size), (0, 0), 6)
+    scene = (scene - scene.min()) / np.ptp(scene)
+    return np.rint(low + scene * (high - low) + rng.normal(0, 2, size)).astype(np.uint16)
+
+
+@pytest.mark.parametrize('low, high', [(7000, 9000), (300, 3900), (0, 4095), (20000, 21000)])
+def test_a_thermal_image_keeps_its_contrast(low, high):
+    image = thermal(low, high)
+    image[5, 5], image[7, 7] = 0, 65535  # dead and hot pixels do not matter
+    grey = Greys()(image)
+    assert len(np.unique(grey)) > 150 and grey.std() > 25
+    order = np.argsort(image.ravel(), kind='stable')
+    assert (np.diff(grey.ravel()[order].astype(int)) >= 0).all()  # brighter stays brighter
+
+
+@pytest.mark.parametrize('kind', ['i2', 'f4'])
+def test_signed_and_float_images_are_stretched_too(kind):
+    image = (thermal(7000, 9000).astype(kind) - 8000) / (100 if kind == 'f4' else 1)
+    image = image.astype(kind)
+    encoding = '16SC1' if kind == 'i2' else '32FC1'
+    step, data = packed(image[..., None], 3, True)
+    grey = decode_image(encoding, *image.shape, step, data, True)
+    assert len(np.unique(grey)) > 150 and grey.std() > 25
+    if kind == 'f4':
+        image[:2] = np.nan
+        step, data = packed(image[..., None], 0, False)
+        holed = decode_image(encoding, *image.shape, step, data)
+        assert np.abs(holed[2:].astype(int) - grey[2:]).max() < 12 and not holed[0].any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 40000), st.integers(300, 14000))
+def test_the_stretch_is_steady_under_noise(low, width):
+    """No image differs from the one before by more than its noise does."""
+    greys = Greys()
+    images = [thermal(low, low + width, seed) for seed in range(12)]
+    decoded = [greys(image).astype(float) for image in images]
+    for before, after in zip(decoded[2:], decoded[3:], strict=False):
+        assert abs(after.mean() - before.mean()) < 0.5
+
+
+def test_something_hot_changes_the_stretch_slowly_and_for_good():
+    greys = Greys()
+    for seed in range(60):
+        cold = greys(thermal(7000, 8000, seed))
+    hot = thermal(7000, 8000)
+    hot[:20] = 12000
+    first = greys(hot)
+    assert np.abs(first[30:].astype(int) - cold[30:]).mean() < 3
+    assert (first[:20] == 255).all()
+    for _ in range(300):
+        last = greys(hot)
+    assert last[:20].max() < 250 and last[30:].mean() < first[30:].mean() - 20
+
+
+def test_a_full_range_keeps_its_values_and_a_dull_one_is_not_blown_up():
+    full = np.random.default_rng(0).integers(0, 65536, (60, 80)).astype(np.uint16)
+    greys = Greys()
+    for _ in range(3):
+        assert np.array_equal(greys(full), np.rint(full / 257).astype(np.uint8))
+    covered = Greys()(np.random.default_rng(0).normal(500, 3, (60, 80)).astype(np.uint16))
+    assert covered.std() < 4
+    eight = full.astype(np.uint8)
+    assert Greys()(eight) is eight
+
+
+def test_the_same_images_give_the_same_greys():
+    images = [thermal(7000 + 50 * k, 9000 + 80 * k, k) for k in range(6)]
+    one, other = Greys(), Greys()
+    assert all(np.array_equal(one(image), other(image)) for image in images)
+
+
 @pytest.mark.parametrize(
     'wrap', [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8)]
 )
@@ -124,7 +245,9 @@ def test_any_buffer_is_read(wrap):
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        (('32FC1', 2, 2, 8, bytes(16)), "encoding '32FC1' is not supported; use one of mono8"),
+        (('64FC2', 2, 2, 8, bytes(99)), "encoding '64FC2' is not supported; use one of mono8"),
+        (('32FC1', 2, 2, 8, b'\xff' * 16), 'holds no finite number'),
+        (('nv12', 2, 2, 2, bytes(5)), 'has 5 bytes, 3 rows of 2 bytes need 6'),
         (('mono8', 0, 2, 2, b''), 'empty'),
         (('mono16', 2, 3, 5, bytes(10)), 'step is 5 bytes, a row of 3 pixels in mono16 has 6'),
         (('rgb8', 2, 2, 6, bytes(11)), 'has 11 bytes, 2 rows of 6 bytes need 12'),
@@ -205,14 +328,60 @@ def test_fault_a_chunk_that_claims_to_be_a_giant_is_not_read():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (10 << 10)
 
 
-@pytest.mark.parametrize('kind', ['.jpg', '.png'])
-def test_a_cut_file_is_refused(kind):
+@pytest.mark.parametrize('share', [0.3, 0.67, 0.9])
+@pytest.mark.parametrize('kind', ['.jpg', '.png', '.tiff', '.webp', '.bmp', '.ppm'])
+def test_a_cut_file_is_refused(kind, share):
     data = cv2.imencode(kind, picture())[1].tobytes()
-    with pytest.raises(ValueError, match='cut short'):
-        decode_compressed(data[:len(data) * 2 // 3])
+    with pytest.raises(ValueError, match='cut short|not a JPEG'):  # what of it says what it is?
+        decode_compressed(data[:int(len(data) * share)])
+
+
+@pytest.mark.parametrize('how', [[], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
+                                 [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]])  # fmt: skip
+def test_a_jpeg_that_lacks_nothing_but_its_end_is_read(how):
+    data = cv2.imencode('.jpg', picture(), how)[1].tobytes()
+    assert data.endswith(b'\xff\xd9')
+    whole = decode_compressed(data)
+    assert np.array_equal(decode_compressed(data[:-2]), whole)
+    assert np.array_equal(decode_compressed(data[:-1]), whole)
+    assert np.array_equal(decode_compressed(data + bytes(100)), whole)
+    # the end of a preview in another segment is not the picture's
+    small = cv2.imencode('.jpg', picture()[:8, :8])[1].tobytes()
+    segment = b'\xff\xe1' + (len(small) + 2).to_bytes(2, 'big') + small
+    assert np.array_equal(decode_compressed(data[:2] + segment + data[2:-2]), whole)
+    for cut in (data, data[:2] + segment + data[2:]):
+        with pytest.raises(ValueError, match='cut short'):
+            decode_compressed(cut[:-200])
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('kind', ['.tiff', '.webp', '.bmp', '.pnm'])
+def test_other_files_decode_to_the_grey_of_their_pixels(kind, channels):
+    image = picture(channels=channels)
+    data = cv2.imencode(kind, image, [cv2.IMWRITE_WEBP_QUALITY, 101])[1].tobytes()
+    assert compressed_size(data) == (48, 64)
+    grey = image if channels == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
+    assert np.array_equal(decode_compressed(data), grey)
+
+
+@pytest.mark.parametrize('kind', ['.png', '.tiff', '.pgm'])
+def test_files_of_16_bits_decode_as_raw_images_of_16_bits(kind):
+    image = picture(np.uint16, 1) // 8 + 7000
+    data = cv2.imencode(kind, image)[1].tobytes()
+    raw = decode_image('mono16', 48, 64, 128, image.astype('<u2').tobytes(), False, Greys())
+    assert np.array_equal(decode_compressed(data, Greys()), raw)
+    assert raw.min() < 40 and raw.max() > 215
+
+
+def test_fault_another_file_that_claims_to_be_a_giant_is_not_decoded():
+    for head in (b'P5 30000 30000 255\n', b'P5 12000 12000 255\n'):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(ValueError, match='claims to be'):
+            decode_compressed(head + bytes(100))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + (10 << 10)
 
 
 @pytest.mark.parametrize('data', [b'', b'no picture at all', b'\xff\xd8\xff\xd9'])
 def test_bytes_that_are_no_picture_are_refused(data):
-    with pytest.raises(ValueError, match='not a JPEG or PNG'):
+    with pytest.raises(ValueError, match='not a JPEG, PNG, TIFF, WebP, BMP or PNM picture'):
         decode_compressed(data)

@@ -12,11 +12,13 @@ import json
 import os
 from pathlib import Path
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 import xml.etree.ElementTree as ElementTree
 
 from imatching_ros.nodes import parameters
@@ -59,38 +61,112 @@ def test_launch_file_has_the_arguments_of_the_interface():
     compile(TREE, str(LAUNCH), 'exec')
     assert list(arguments()) == [
         'namespace', 'params_file', 'image_topic', 'camera_info_topic', 'image_transport',
-        'external_odometry',
-        'use_sim_time', 'autostart', 'learning', 'composed', 'device', 'weights', 'bag', 'rate',
-        'rviz',
+        'rectified', 'external_odometry', 'use_sim_time', 'autostart', 'learning', 'composed',
+        'device', 'weights', 'bag', 'camera', 'rate', 'rviz',
     ]  # fmt: skip
     assert arguments()['autostart'] == arguments()['learning'] == 'true'
 
 
-def test_launch_file_starts_executables_that_are_installed():
-    roles = {'imatching', 'player', *parameters.NODES}
-    assert roles <= texts(ast.Call, 'args') | texts(ast.List, 'elts')
-    assert {f'{role}_node' for role in roles} <= console_scripts()
+@pytest.fixture
+def started(monkeypatch):
+    """
+    Return what the launch file would start, as a function of its arguments.
 
+    launch, launch_ros and ament_index_python have no wheels: stand-ins here collect what they are
+    given.
+    """
 
-def test_launch_file_sets_parameters_that_are_declared():
-    declared = {parameter.name for parameter in parameters.TABLE} | {'use_sim_time'}
-    given = texts(ast.Dict, 'keys') | texts(ast.Subscript, 'slice') & declared
-    assert {
-        'use_sim_time', 'autostart', 'device', 'weights', 'image_transport', 'bag', 'rate',
-        'clock',
-    } <= given
-    assert given <= declared
+    class Collected:
+        def __init__(self, *args, **kwargs):
+            self.args, self.__dict__ = args, {**kwargs, 'args': args}
 
+    class LaunchConfiguration(Collected):
+        def perform(self, context):
+            return context[self.args[0]]
 
-def test_launch_file_remaps_topics_that_the_nodes_have():
-    pairs = [n.elts for n in ast.walk(TREE) if isinstance(n, ast.Tuple) and len(n.elts) == 2]
-    sources = {first.value for first, second in pairs if isinstance(first, ast.Constant)} - {
-        0, 'raw', 'true',
+    stand_ins = {
+        'ament_index_python.packages': {'get_package_share_directory': lambda _: str(ROOT)},
+        'launch': {'LaunchDescription': list},
+        'launch.actions': dict.fromkeys(
+            ('DeclareLaunchArgument', 'EmitEvent', 'OpaqueFunction'), Collected
+        ),
+        'launch.events': {'matches_action': Collected},
+        'launch.events.process': {'ShutdownProcess': Collected},
+        'launch.substitutions': {'LaunchConfiguration': LaunchConfiguration},
+        'launch_ros.actions': {'Node': Collected},
     }
-    assert sources == {'image', 'image/compressed', 'camera_info', 'external_odometry', '/image'}
-    nodes = ''.join(file.read_text() for file in (ROOT / 'imatching_ros' / 'nodes').glob('*.py'))
-    for topic in sources - {'/image'}:
-        assert repr(topic) in nodes
+    for name, contents in stand_ins.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    for parent in ('ament_index_python', 'launch_ros'):
+        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+
+    def start(**given):
+        nodes = runpy.run_path(str(LAUNCH))['start']({**arguments(), **given})
+        return {node.executable.removesuffix('_node'): node for node in nodes}
+
+    return start
+
+
+def test_a_camera_of_a_recording_with_several_is_chosen_by_the_topic_arguments(started, tmp_path):
+    topics = {'image_topic': '/left/image_raw', 'camera_info_topic': '/left/info'}
+    nodes = started(bag=str(tmp_path), rectified='always', **topics)
+    assert set(nodes) == {'matcher', 'bundle', 'learner', 'player'}
+    played = nodes['player'].parameters[1]
+    assert {name: played[name] for name in topics} == topics
+    assert played['bag'] == str(tmp_path) and played['rectified'] == 'always'
+    # the player tells the camera of the rectified image, which nobody must rectify once more
+    assert nodes['matcher'].parameters[1]['rectified'] == 'never'
+    assert ('image', '/left/image_raw') in nodes['matcher'].remappings
+    assert ('image', '/left/image_raw') in nodes['player'].remappings
+    alone = started(bag=str(tmp_path))['player'].parameters[1]
+    assert alone['image_topic'] == '' and not {'camera_info_topic', 'rectified'} & set(alone)
+
+
+def test_what_the_launch_file_cannot_use_is_refused(started):
+    with pytest.raises(ValueError, match='rectified:=sometimes must be auto, always or never'):
+        started(rectified='sometimes')
+
+
+def everything(started, folder):
+    """Return all the nodes that the launch file can start, with all of its arguments given."""
+    weights = folder / 'w.safetensors'
+    weights.touch()
+    given = {'bag': str(folder), 'weights': str(weights), 'device': 'cpu', 'rectified': 'never'}
+    return started(**given, rviz='true'), started(**given, composed='true')
+
+
+def test_launch_file_starts_executables_that_are_installed(started, tmp_path):
+    apart, composed = everything(started, tmp_path)
+    assert set(apart) == {*parameters.NODES, 'player', 'rviz2'}
+    assert set(composed) == {'imatching', 'player'}
+    ours = {*apart, *composed} - {'rviz2'}
+    assert {f'{role}_node' for role in ours} <= console_scripts()
+
+
+def test_launch_file_sets_parameters_that_are_declared(started, tmp_path):
+    for nodes in everything(started, tmp_path):
+        for role, node in nodes.items():
+            if role == 'rviz2':
+                continue
+            known = {'use_sim_time'} | {
+                parameter.name
+                for parameter in parameters.TABLE
+                if role != 'player' or role in parameter.nodes
+            }
+            file, given = node.parameters
+            assert Path(file).name == 'imatching.yaml'
+            assert set(given) - {'nodes'} <= known, role
+
+
+def test_launch_file_remaps_topics_that_the_nodes_have(started):
+    given = {'image_topic': '/cam/image_raw', 'external_odometry': '/vio/odometry'}
+    for node in started(**given).values():
+        assert dict(node.remappings) == {
+            'image': '/cam/image_raw', 'image/compressed': '/cam/image_raw/compressed',
+            'camera_info': '/cam/camera_info', 'external_odometry': '/vio/odometry',
+        }
 
 
 def test_views_show_topics_that_the_nodes_have():

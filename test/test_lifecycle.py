@@ -4,6 +4,7 @@ The life cycle of the nodes.
 Managed from outside, refusing what is wrong, leaving nothing behind.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import signal
@@ -136,7 +137,8 @@ def test_lifecycle_a_managed_node_refuses_configuration_and_lives_on(ros, tmp_pa
         ('/cam/image_raw', 'auto', 130.0), ('/cam/image_rect', 'auto', 99.0),
         ('/image_rect_color', 'auto', 99.0),
         ('/cam/image_rect/compressed', 'auto', 99.0), ('/cam/image_rect', 'never', 130.0),
-        ('/image', 'always', 99.0),
+        ('/image', 'always', 99.0), ('/zed/left/rect/image', 'auto', 99.0),
+        ('/kitti/camera_gray_left/image', 'auto', 99.0), ('/cam/image', 'auto', 130.0),
     ],
 )  # fmt: skip
 def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(
@@ -156,6 +158,56 @@ def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(
     ros.wait(lambda: publisher.publish(info) or node.camera)
     assert (node.camera.fx, node.camera.fy) == (focal, focal)
     ros.executor.remove_node(node)
+    assert node.close()
+    node.destroy_node()
+
+
+def test_lifecycle_a_node_follows_a_camera_and_passes_over_what_is_none(ros):
+    """Zeros first; then it is focused anew, zeros come again, and at last another camera."""
+    said = []
+    node = BundleNode(context=ros.context)
+    node.fault = said.append
+    node.start()
+
+    def tell(camera) -> None:
+        info = CameraInfo(width=CAMERA.width, height=CAMERA.height)
+        if camera is not None:
+            info = messages.camera_to_info(camera, messages.header(0, 'camera'))
+        node._on_camera_info(info)
+        node.worker.request(lambda: None).result(30)
+
+    tell(None)
+    assert node.camera is None and said.pop().startswith('camera_info: the camera is not calib')
+    tell(CAMERA)
+    core = node.core = node.build(node.camera)
+    core.keyframes = 7
+    for fx in (CAMERA.fx + 0.02, CAMERA.fx - 0.5):
+        tell(replace(CAMERA, fx=fx))
+        assert node.core is core and core.camera.fx == node.camera.fx == fx
+    assert said == []
+    tell(None)
+    assert core.camera.fx == node.camera.fx == CAMERA.fx - 0.5 and len(said) == 1
+    tell(CAMERA.scaled(0.5, 0.5))
+    assert said[1:] == ['camera_info changed: starting afresh with the new calibration']
+    assert node.core is core and core.camera == CAMERA.scaled(0.5, 0.5) and core.window is None
+    assert node.close()
+    node.destroy_node()
+
+
+def test_lifecycle_a_node_says_where_nothing_tells_whether_images_are_rectified(ros):
+    node = BundleNode(
+        context=ros.context, cli_args=['--ros-args', '-r', 'image:=/cam/image'],
+    )  # fmt: skip
+    warned = []
+    node.get_logger().warning = warned.append
+    logger = node.get_logger()
+    node.get_logger = lambda: logger
+    node.start()
+    info = messages.camera_to_info(CAMERA, messages.header(0, 'camera'))
+    info.p[0] = info.p[5] = 99.0
+    node._on_camera_info(info)
+    assert node.camera == CAMERA and len(warned) == 1
+    assert 'the images of /cam/image are taken as raw' in warned[0]
     assert node.close()
     node.destroy_node()
 

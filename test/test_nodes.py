@@ -37,6 +37,7 @@ from ros import CAMERA, image_message, picture, Ros, SECOND, START  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud, PointCloud2  # noqa: E402
 from std_msgs.msg import UInt8MultiArray  # noqa: E402
 from std_srvs.srv import SetBool, Trigger  # noqa: E402
+from test_recording import SIZE, writing  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 
@@ -200,7 +201,7 @@ def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
 @pytest.mark.parametrize(
     ('spoil', 'sentence'),
     [
-        (lambda m: setattr(m, 'encoding', '32FC1'), "image encoding '32FC1' is not supported"),
+        (lambda m: setattr(m, 'encoding', '64FC2'), "image encoding '64FC2' is not supported"),
         (lambda m: setattr(m, 'data', bytes(m.data)[:1000]), 'the image has 1000 bytes'),
         (lambda m: setattr(m, 'height', 60), 'the image is 160x60, camera_info says 160x120'),
         (lambda m: setattr(m, 'height', 0), 'the image is 160x0, camera_info says 160x120'),
@@ -253,10 +254,32 @@ def test_fault_bad_weights_are_refused_and_the_matcher_node_keeps_its_own(
 
 def test_fault_clock_that_goes_back_starts_the_matcher_node_afresh(matcher):
     assert len(play(matcher, picture(0.0)))
+    before = int(matcher.says('matcher')['refused'])
     matcher.now = START - 100 * SECOND
+    matcher.images.publish(image_message(matcher.now, picture(1.0)))  # is not believed yet
     assert len(play(matcher, picture(1.0))) == 0
     assert len(play(matcher, picture(2.0)))
     matcher.wait(lambda: 'the clock went back by' in matcher.says('matcher')['last_error'])
+    matcher.wait(lambda: int(matcher.says('matcher')['refused']) == before + 1)
+
+
+def test_fault_one_bad_stamp_does_not_disturb_the_matcher_node(matcher):
+    play(matcher, picture(0.0))
+    before = int(matcher.says('matcher')['refused'])
+    for bad in (0, matcher.now - 100 * SECOND, matcher.now + 100 * SECOND, 2**31 * SECOND - 1):
+        last = matcher.now
+        matcher.images.publish(image_message(bad, picture(0.0)))
+        found = play(matcher, picture(1.0))
+        assert len(found) > 20 and found.ref_stamp.max() <= last
+    says = matcher.wait(
+        lambda: int((s := matcher.says('matcher'))['refused']) == before + 4 and s
+    )
+    assert 'ahead of the one before is ignored, unless the next one goes' in says['last_error']
+    later = matcher.now + 100 * SECOND
+    matcher.images.publish(image_message(later, picture(1.0)))
+    matcher.now = later
+    play(matcher, picture(1.0))  # the second one that says so is believed
+    matcher.wait(lambda: 'the clock went forward by 100' in matcher.says('matcher')['last_error'])
 
 
 def test_matcher_node_services_and_parameters(matcher, first_weights):
@@ -702,3 +725,35 @@ def test_node_parameters_are_whole():
     assert table['image_transport'].refusal('both') == (
         "parameter 'image_transport' is 'both', it must be one of raw, compressed"
     )
+
+
+# The player
+
+
+def test_player_does_not_wait_for_a_clock_that_was_set(tmp_path):
+    """Images come with their camera_info; what cannot be used is left out and said."""
+    stamps = [k * SECOND // 20 for k in range(1, 5)]  # before the clock was set
+    stamps += [START + k * SECOND // 20 for k in range(4)]
+    stamps[2] = 0
+    with writing(tmp_path) as pen:
+        pen.info('/cam/camera_info', START)
+        for k, stamp in enumerate(stamps):
+            pen.image(
+                '/cam/image', START + k, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1],
+                header_stamp=stamp,
+            )
+    told = [stamp for k, stamp in enumerate(stamps) if k != 2]
+    ros = Ros(tmp_path)
+    try:
+        images = ros.listen(Image, 'image', lossless())
+        infos = ros.listen(CameraInfo, 'camera_info', lossless())
+        assert ros.start('player', bag=str(pen.path)).wait(60) == 0, ros.log('player')
+        newest = [messages.to_stamp(told[-1])] * 2
+        ros.wait(lambda: [heard[-1].header.stamp for heard in (images, infos) if heard] == newest)
+        assert [messages.to_ns(image.header.stamp) for image in images] == told
+        assert len(infos) > 1 and infos[-1].k[0] == 30.0
+        log = ros.log('player')
+        assert 'the recording goes on 1699999999.800 s later, which are not waited for' in log
+        assert '1 of 8 images was left out: 1 with a stamp that goes back' in log
+    finally:
+        ros.close()

@@ -6,6 +6,8 @@ from pathlib import Path
 import cv2
 from imatching_ros.data.images import decode_image
 from imatching_ros.data.recording import open_recording, RecordingError
+from imatching_ros.data.sieve import BROKEN, RESIZED
+from imatching_ros.data.stamps import AHEAD, BACK, FAR, SAME
 import numpy as np
 import pytest
 from rosbags import rosbag1, rosbag2
@@ -15,6 +17,7 @@ ROS1, ROS2 = get_typestore(Stores.ROS1_NOETIC), get_typestore(Stores.ROS2_HUMBLE
 FORMATS = ['rosbag1', 'sqlite3', 'mcap']
 SIZE = (24, 32)
 START = 1_650_000_000_123_456_789
+DT = 100_000_000
 SHARED = Path(__file__).parents[2] / 'shared' / 'recordings'
 
 
@@ -47,7 +50,7 @@ class Pen:
 
     def info(
         self, topic: str, stamp: int, fx: float = 30.0, size=SIZE,
-        d=(0.1, -0.05, 0.001, 0.002, 0.0),
+        d=(0.1, -0.05, 0.001, 0.002, 0.0), p=(0.0,) * 12,
     ):
         roi = self.make(
             'sensor_msgs/msg/RegionOfInterest', x_offset=0, y_offset=0, height=0, width=0,
@@ -56,8 +59,8 @@ class Pen:
         k = np.array([fx, 0, 15.5, 0, fx, 11.5, 0, 0, 1])
         self.write(topic, stamp, self.make(
             'sensor_msgs/msg/CameraInfo', header=self.header(stamp), height=size[0], width=size[1],
-            distortion_model='plumb_bob', d=np.array(d), k=k, r=np.eye(3).ravel(), p=np.zeros(12),
-            binning_x=0, binning_y=0, roi=roi,
+            distortion_model='plumb_bob', d=np.array(d), k=k, r=np.eye(3).ravel(),
+            p=np.array(p, float), binning_x=0, binning_y=0, roi=roi,
         ))  # fmt: skip
 
     def image(
@@ -172,35 +175,210 @@ def test_compressed_images_of_every_format_come_back(tmp_path, kind):
 @pytest.mark.parametrize('kind', FORMATS)
 def test_messages_have_the_names_of_ros2(tmp_path, kind):
     recording = open_recording(good(tmp_path, kind))
-    messages = list(recording.messages())
-    assert sorted(role for _, role, _, _ in messages) == ['camera_info'] * 5 + ['image'] * 5
-    for stamp, role, msgtype, message in messages:
-        assert (
-            msgtype
-            == {'image': 'sensor_msgs/msg/Image', 'camera_info': 'sensor_msgs/msg/CameraInfo'}[
-                role
-            ]
-        )
-        assert (
-            ROS2.deserialize_cdr(ROS2.serialize_cdr(message, msgtype), msgtype).header.frame_id
-            == 'camera'
-        )
+    (first, role, camera), *images = recording.messages()
+    assert (first, role, camera) == (START, 'camera', recording.camera)
+    assert [stamp for stamp, _, _ in images] == [START + k for k in range(5)]
+    for stamp, role, message in images:
+        assert role == 'image' and message.__msgtype__ == 'sensor_msgs/msg/Image'
+        data = ROS2.serialize_cdr(message, message.__msgtype__)
+        copy = ROS2.deserialize_cdr(data, message.__msgtype__)
+        assert copy.header.frame_id == 'camera' and copy.encoding == 'mono8'
         assert message.header.stamp.sec * 10**9 + message.header.stamp.nanosec == stamp
-        if role == 'camera_info':
-            assert message.k[0] == 30.0
 
 
-def test_the_header_stamps_go_out_as_they_are(tmp_path):
-    # Recorded at START + k; the headers say: backwards, twice the same, unset.
-    headers = [START + 50, START + 40, START + 40, 0]
+RAW = {'d': (-0.3, 0.1, 0.0, 0.0, 0.0), 'p': [36.0, 0, 16, 0, 0, 36, 12, 0, 0, 0, 1, 0]}
+
+
+def of_topic(folder, image_topic, kind='mcap', **info):
+    """Return a bag with one image on a topic, its camera_info beside it."""
+    folder.mkdir(exist_ok=True)
+    with writing(folder, kind) as pen:
+        pen.info(image_topic.rpartition('/')[0] + '/camera_info', START, **info)
+        pen.image(image_topic, START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
+    return pen.path
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+@pytest.mark.parametrize(
+    ('topic', 'rectified', 'fx'),
+    [
+        ('/cam/image_rect', 'auto', 36.0), ('/cam/image_raw', 'auto', 30.0),
+        ('/kitti/camera_gray_left/image', 'auto', 36.0), ('/cam/rect/image', 'auto', 36.0),
+        ('/cam/image_raw', 'always', 36.0), ('/cam/image_rect', 'never', 30.0),
+    ],
+)  # fmt: skip
+def test_rectified_images_have_the_camera_of_p(tmp_path, kind, topic, rectified, fx):
+    recording = open_recording(of_topic(tmp_path, topic, kind, **RAW), rectified=rectified)
+    assert recording.camera.fx == fx
+    assert recording.camera.distortion_model == ('none' if fx == 36.0 else 'plumb_bob')
+    assert [camera for _, kind, camera in recording.messages() if kind == 'camera'] == [
+        recording.camera
+    ]
+    assert recording.notes() == []
+
+
+def test_p_alone_is_used_and_where_nothing_tells_it_is_said(tmp_path):
+    alone = of_topic(tmp_path, '/cam/image_raw', fx=0.0, **RAW)
+    assert open_recording(alone).camera.fx == 36.0
+    silent = of_topic(tmp_path / 'second', '/cam/image', **RAW)
+    recording = open_recording(silent)
+    (note,) = recording.notes()
+    assert recording.camera.fx == 30.0
+    assert '/cam/image are taken as raw, by K and D' in note and '--rectified always' in note
+    assert open_recording(silent, rectified='never').notes() == []
+    assert open_recording(silent, rectified='always').notes() == []
+
+
+def test_an_odd_camera_is_used_and_said(tmp_path):
+    fx = SIZE[1] / 2 / np.tan(np.radians(2.0))
+    (note,) = open_recording(of_topic(tmp_path, '/cam/image', fx=fx)).notes()
+    assert 'the camera of /cam/image is odd: the field of view is 4 degrees' in note
+
+
+def changing(folder, focal):
+    """Return a bag whose camera_info has one focal length after the other; 0 is uncalibrated."""
+    with writing(folder) as pen:
+        for k, fx in enumerate(focal):
+            pen.info('/cam/camera_info', START + 10 * k, fx=fx, d=(0.0,) * 5)
+            data = noise(k, *SIZE).tobytes()
+            pen.image('/cam/image_raw', START + 10 * k, 'mono8', data, SIZE[1])
+    return pen.path
+
+
+def test_a_camera_that_changes_is_that_of_each_image(tmp_path):
+    recording = open_recording(changing(tmp_path, [0.0, 0.0, 30.0, 30.01, 30.0, 0.0, 60.0]))
+    assert recording.camera.fx == 30.0
+    expected = [30.0, 30.0, 30.0, 30.01, 30.0, 30.0, 60.0]
+    for _ in range(2):  # any number of times
+        seen = [recording.camera_of(stamp).fx for stamp, _ in recording]
+        assert seen == expected
+    assert [recording.camera_of(START + 10 * k).fx for k in range(7)] == expected
+    told = [(stamp, item.fx) for stamp, kind, item in recording.messages() if kind == 'camera']
+    assert told == [(START, 30.0), (START + 30, 30.01), (START + 40, 30.0), (START + 60, 60.0)]
+    (note,) = recording.notes()
+    assert 'changed 1 times by more than 3 px' in note
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+def test_a_camera_that_is_given_needs_no_camera_info(tmp_path, kind):
+    for k, data in enumerate((False, True)):  # raw, compressed
+        (tmp_path / str(k)).mkdir()
+        with writing(tmp_path / str(k), kind) as pen:
+            if data:
+                jpeg = cv2.imencode('.jpg', noise(0, *SIZE))[1].tobytes()
+                pen.compressed('/cam/image/compressed', START, jpeg)
+            else:
+                pen.image('/cam/image', START, 'mono8', noise(0, *SIZE).tobytes(), SIZE[1])
+        for given in ('31 32 16 12 radtan -0.1 0.01 0 0', [31, 32, 16, 12, -0.1, 0.01, 0, 0]):
+            recording = open_recording(pen.path, camera=given)
+            assert len(list(recording)) == 1 and recording.ground_truth is None
+            c = recording.camera
+            assert (c.width, c.height, c.fx, c.fy, c.cx, c.cy) == (*SIZE[::-1], 31, 32, 16, 12)
+            assert (c.distortion_model, c.distortion) == ('plumb_bob', (-0.1, 0.01, 0.0, 0.0))
+            assert [item for _, kind, item in recording.messages() if kind == 'camera'] == [c]
+
+
+def test_a_camera_that_is_given_goes_before_camera_info(tmp_path):
+    recording = open_recording(good(tmp_path), camera='40 40 16 12 fisheye 0.01 0 0 0')
+    assert recording.camera.fx == 40 and recording.camera.distortion_model == 'equidistant'
+    assert {recording.camera_of(stamp) for stamp, _ in recording} == {recording.camera}
+
+
+def test_a_thermal_bag_keeps_its_contrast_and_reads_alike_twice(tmp_path):
     with writing(tmp_path) as pen:
+        pen.info('/cam/camera_info', START)
+        for k in range(4):
+            samples = np.random.default_rng(k).integers(7000, 9000, SIZE).astype('<u2')
+            pen.image('/cam/image', START + k, '16UC1', samples.tobytes(), 2 * SIZE[1])
+    recording = open_recording(pen.path)
+    one, other = list(recording), list(recording)
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True))
+    assert min(np.ptp(image) for _, image in one) > 180
+
+
+def test_a_camera_comes_before_the_first_image_and_where_the_calibration_changes(tmp_path):
+    with writing(tmp_path) as pen:
+        for k, fx in enumerate((0.0, 30.0, 30.0, 31.0, 0.0, 31.0)):
+            pen.info('/cam/camera_info', START + 10 * k, fx=fx)
+            pen.image(
+                '/cam/image', START + 10 * k + 1, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1]
+            )
+    recording = open_recording(pen.path)
+    assert recording.camera.fx == 30.0  # the first that can be used
+    told = [(stamp, role) for stamp, role, _ in recording.messages()]
+    assert told[:2] == [(START + 1, 'camera'), (START + 1, 'image')]
+    assert [s for s, role in told if role == 'camera'] == [START + 1, START + 31]
+    assert [s for s, role in told if role == 'image'] == [START + 10 * k + 1 for k in range(6)]
+    for _ in range(2):
+        assert len(list(recording)) == 6
+        cameras = [recording.camera_of(START + 10 * k + 1).fx for k in range(6)]
+        assert cameras == [30.0, 30.0, 30.0, 31.0, 31.0, 31.0]
+
+
+def stamped(folder: Path, headers, kind='mcap'):
+    """Return a recording of images whose headers say this, recorded every 0.1 s from START."""
+    with writing(folder, kind) as pen:
         pen.info('/cam/camera_info', START)
         for k, header in enumerate(headers):
             pen.image(
-                '/cam/image', START + k, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1],
+                '/cam/image', START + k * DT, 'mono8', noise(k, *SIZE).tobytes(), SIZE[1],
                 header_stamp=header,
             )
-    assert [stamp for stamp, _ in open_recording(pen.path)] == [*headers[:3], START + 3]
+    return open_recording(pen.path)
+
+
+RUNNING = [START + 10**15 + k * DT for k in range(8)]
+FUTURE = START + 4 * 10**17  # 2037
+
+
+@pytest.mark.parametrize(
+    ('headers', 'kept', 'left_out'),
+    [
+        (RUNNING, range(8), {}),
+        # twice the same
+        ([*RUNNING[:3], RUNNING[2], *RUNNING[4:]], [0, 1, 2, 4, 5, 6, 7], {SAME: 1}),
+        # two swapped
+        ([*RUNNING[:3], RUNNING[4], RUNNING[3], *RUNNING[5:]], [0, 1, 2, 4, 5, 6, 7], {AHEAD: 1}),
+        # zero now and then, and at first
+        ([0, 0, *RUNNING[2:5], 0, *RUNNING[6:]], [2, 3, 4, 6, 7], {SAME: 1, FAR: 1, BACK: 1}),
+        # the year 2037 once, and last
+        ([*RUNNING[:4], FUTURE, *RUNNING[5:7], FUTURE], [0, 1, 2, 3, 5, 6], {FAR: 2}),
+        # five seconds ahead, once
+        ([*RUNNING[:4], RUNNING[4] + 50 * DT, *RUNNING[5:]], [0, 1, 2, 3, 5, 6, 7], {AHEAD: 1}),
+        # played in a loop, as far as it goes on
+        ([*RUNNING[:4], *RUNNING[:4]], range(4), {BACK: 3, SAME: 1}),
+        # the clock was set ahead for good
+        ([*(k * DT + 1 for k in range(4)), *RUNNING[4:]], range(8), {}),
+    ],
+    ids=['good', 'same', 'swapped', 'zero', 'future', 'ahead', 'loop', 'set'],
+)
+def test_images_with_stamps_that_do_not_go_on_are_left_out(tmp_path, headers, kept, left_out):
+    recording = stamped(tmp_path, headers)
+    for _ in range(2):  # each is counted once
+        images = list(recording)
+        assert [stamp for stamp, _ in images] == [headers[k] for k in kept]
+        for k, (_, image) in zip(kept, images, strict=True):
+            assert np.array_equal(image, noise(k, *SIZE))
+        told = [stamp for stamp, role, _ in recording.messages() if role == 'image']
+        assert told == [headers[k] for k in kept]
+        assert recording.left_out == left_out and len(recording) == 8
+    count = sum(left_out.values())
+    assert [f'{count} of 8 images w' in note for note in recording.notes()] == [True][:count]
+
+
+@pytest.mark.parametrize('kind', FORMATS)
+@pytest.mark.parametrize('header', [0, START + 7])
+def test_where_the_clock_of_the_headers_stands_still_the_time_of_recording_counts(
+    tmp_path, kind, header
+):
+    recording = stamped(tmp_path, [header] * 4, kind)
+    assert [stamp for stamp, _ in recording] == [START + k * DT for k in range(4)]
+    (note,) = recording.notes()
+    assert 'the clock of the headers of /cam/image does not run' in note
+
+
+def test_a_single_image_is_a_recording(tmp_path):
+    assert [stamp for stamp, _ in stamped(tmp_path, RUNNING[:1])] == RUNNING[:1]
 
 
 @pytest.mark.parametrize('kind', ['sqlite3', 'mcap'])
@@ -283,7 +461,11 @@ def test_several_cameras_must_be_chosen_from(tmp_path):
 def test_no_camera_info_and_none_calibrated(tmp_path):
     with writing(tmp_path) as pen:
         pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
-    assert 'has no camera_info' in sentence(pen.path)
+    text = sentence(pen.path)
+    assert 'has no camera_info' in text and 'give --camera fx fy cx cy [model] [d ...]' in text
+    assert 'not begin with fx fy cx cy' in sentence(pen.path, camera='40 40 16')
+    assert 'nowhere.yaml does not exist' in sentence(pen.path, camera='nowhere.yaml')
+    assert 'cx is 160, on or beyond' in sentence(pen.path, camera='30 30 160 120')
     (tmp_path / 'second').mkdir()
     with writing(tmp_path / 'second') as pen:
         pen.info('/cam/camera_info', START, fx=0.0)
@@ -293,35 +475,58 @@ def test_no_camera_info_and_none_calibrated(tmp_path):
 
 def test_camera_info_of_another_size(tmp_path):
     with writing(tmp_path) as pen:
-        pen.info('/cam/camera_info', START, size=(48, 64))
+        pen.info('/cam/camera_info', START, size=(30, 40))
         pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
-    assert 'is 32x24, but /cam/camera_info is for 64x48' in sentence(pen.path)
+    assert 'is 32x24, but /cam/camera_info is for 40x30' in sentence(pen.path)
 
 
-@pytest.mark.parametrize('share', [0.0, 0.02, 0.5, 0.9, 0.97])
-@pytest.mark.parametrize('kind', FORMATS)
-def test_a_truncated_file(tmp_path, kind, share):
-    path = good(tmp_path, kind, count=60)
-    file = (
-        path if path.is_file() else next(file for file in path.iterdir() if file.suffix != '.yaml')
-    )
-    whole = file.read_bytes()
-    file.write_bytes(whole[:int(share * len(whole))])
-    for given in (path, file):
-        text = sentence(given)
-        assert 'damaged or truncated' in text or 'ends early' in text
-
-
-def test_a_broken_image_in_mid_stream(tmp_path):
-    jpeg = cv2.imencode('.jpg', noise(0, *SIZE))[1].tobytes()
+def test_broken_images_are_left_out_and_counted(tmp_path):
+    jpegs = [cv2.imencode('.jpg', noise(k, *SIZE))[1].tobytes() for k in range(5)]
+    other = cv2.imencode('.jpg', noise(5, 48, 64))[1].tobytes()
+    spoilt = [b'', jpegs[0], jpegs[1], jpegs[2][:len(jpegs[2]) // 2], other, jpegs[4]]
     with writing(tmp_path) as pen:
         pen.info('/cam/camera_info', START)
-        for k, data in enumerate((jpeg, jpeg, jpeg[:len(jpeg) // 2], jpeg)):
+        for k, data in enumerate(spoilt):
             pen.compressed('/cam/image/compressed', START + k, data)
-    stream = iter(open_recording(pen.path))
-    assert [next(stream)[0], next(stream)[0]] == [START, START + 1]
-    with pytest.raises(RecordingError, match='image 2 of /cam/image/compressed .* cut short'):
-        next(stream)
+    recording = open_recording(pen.path)
+    for _ in range(2):
+        assert [stamp - START for stamp, _ in recording] == [1, 2, 5]
+        assert recording.left_out == {BROKEN: 2, RESIZED: 1} and len(recording) == 6
+    (note,) = recording.notes()
+    assert note.startswith(f'{pen.path}: 3 of 6 images were left out: 2 that cannot be read (')
+    assert note.endswith('1 of another size (64x48)')
+
+
+def test_a_recording_of_which_no_image_can_be_used_says_why(tmp_path):
+    with writing(tmp_path) as pen:
+        pen.info('/cam/camera_info', START)
+        for k in range(3):
+            pen.compressed('/cam/image/compressed', START + k, b'nothing')
+    text = sentence(pen.path)
+    assert text.startswith('no image on /cam/image/compressed in ') and '3 of 3 images' in text
+    assert "the compressed image's 7 bytes are not a" in text
+
+
+def test_poses_that_cannot_be_used_are_left_out_of_the_ground_truth(tmp_path):
+    xs = [0.0, 1.0, float('nan'), 3.0, 4.0, 5.0]
+    headers = [START, START + DT, START + 2 * DT, 0, START + DT, START + 5 * DT]
+    with writing(tmp_path) as pen:
+        pen.info('/cam/camera_info', START)
+        pen.image('/cam/image', START, 'mono8', bytes(SIZE[0] * SIZE[1]), SIZE[1])
+        for header, x in zip(headers, xs, strict=True):
+            pen.pose('/ground_truth/pose', header, x)
+    stamps, poses = open_recording(pen.path).ground_truth
+    assert stamps.tolist() == [START, START + DT, START + 5 * DT]
+    assert poses[:, 0].tolist() == [0.0, 1.0, 5.0]
+    (tmp_path / 'b').mkdir()
+    bag = good(tmp_path / 'b').rename(tmp_path / 'b' / 'bag')
+    (tmp_path / 'b' / 'groundtruth.txt').write_text(
+        '1.650000000123456789e+09 1 2 3 0 0 0 1\n1650000001.5 nan 2 3 0 0 0 1\n'
+        '1650000002 1 2 3 0 0 0 0\n1650000003.000000001 4 2 3 0 0 0 1\n'
+    )
+    stamps, poses = open_recording(bag).ground_truth
+    assert stamps.tolist() == [START, 1_650_000_003_000_000_001]
+    assert poses[:, 0].tolist() == [1.0, 4.0]
 
 
 def test_broken_ground_truth_and_depth(tmp_path):

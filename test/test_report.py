@@ -18,7 +18,7 @@ from rich.console import Console
 import torch
 
 KEYS = {
-    'input': {'frames', 'frames_matched', 'keyframes', 'dropped'},
+    'input': {'frames', 'frames_matched', 'keyframes', 'dropped', 'true_poses'},
     'trajectory': {'ate_m', 'path_m', 'ate_percent'},
     'matching': {'before', 'after'},
     'learning': {'steps', 'windows', 'promotions', 'rollbacks', 'seconds', 'model_version'},
@@ -204,6 +204,14 @@ def test_missing_pieces_are_said_to_be_missing(tmp_path):
     assert '<svg' not in text
 
 
+def test_no_ground_truth_is_said_only_where_that_is_so(tmp_path):
+    write_report(tmp_path, {'input': {'frames': 51, 'frames_matched': 51, 'true_poses': 51}})
+    _, _, page = _read(tmp_path)
+    assert 'no ground truth' not in page.text
+    assert 'not available: no two of the images that were measured' in page.text
+    assert 'not available: fewer than three poses with ground truth' in page.text
+
+
 def test_without_depth_the_pose_is_the_headline_and_matches_are_not_judged(tmp_path):
     before = MatchingAccuracy(None, None, None, 10.0, 20.0, 30.0, 12, 0)
     after = MatchingAccuracy(None, None, None, 10.0, 25.0, 30.0, 12, 0)
@@ -242,7 +250,8 @@ def test_figures_are_completed_without_losing_any():
         {'input': {'frames': 3, 'extra': (1, 2)}, 'seed': np.int64(7), 'bad': float('inf')}
     )
     assert figures['input'] == {
-        'frames': 3, 'frames_matched': None, 'keyframes': None, 'dropped': None, 'extra': [1, 2]
+        'frames': 3, 'frames_matched': None, 'keyframes': None, 'dropped': None,
+        'true_poses': None, 'extra': [1, 2],
     }  # fmt: skip
     assert figures['seed'] == 7 and type(figures['seed']) is int and figures['bad'] is None
     json.dumps(figures, allow_nan=False)

@@ -7,12 +7,10 @@ In torch on any device or compiled for the CPU.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from functools import cache
-import importlib
 from itertools import count
-import logging
 from types import ModuleType
 
+from imatching_ros import kernels
 from imatching_ros.bundle.problem import PosePrior, Problem
 from imatching_ros.bundle.robust import Kernel, KERNELS
 from imatching_ros.bundle.system import Estimate, System
@@ -87,38 +85,14 @@ def adjust(
     )
 
 
-@cache
 def compiled() -> ModuleType | None:
-    """
-    Return compiled.py, or None with a notice where numba is not to be had.
-
-    The first time on a machine this compiles it, and compiled_views.py, for some forty seconds:
-    call it when starting up.
-    """
-    try:
-        importlib.import_module('imatching_ros.bundle.compiled_views')
-        return importlib.import_module('imatching_ros.bundle.compiled')
-    # numba absent, at odds with numpy, or nowhere to keep its cache
-    except (ImportError, RuntimeError) as error:
-        logging.getLogger(__name__).warning(
-            'bundle adjustment runs ten times slower, in plain torch: numba cannot be used (%s)',
-            error,
-        )
-        return None
+    """Return compiled.py, ready, or None where numba is not to be had (kernels.py)."""
+    return kernels.load('imatching_ros.bundle.compiled')
 
 
-@cache
 def compiled_views(backend: str) -> ModuleType | None:
-    """
-    Return compiled_views.py, or None where numba is not to be had.
-
-    Nor is it had where ``AdjustOptions.backend`` does without.
-    """
-    return (
-        importlib.import_module('imatching_ros.bundle.compiled_views')
-        if backend != 'eager' and compiled()
-        else None
-    )
+    """Return compiled_views.py likewise, and None where ``AdjustOptions.backend`` does without."""
+    return None if backend == 'eager' else kernels.load('imatching_ros.bundle.compiled_views')
 
 
 def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -> Solution:

@@ -118,6 +118,21 @@ class Bundle:
         self._odometry = ExternalOdometry()
         self._earlier: dict[int, Tensor] = {}
 
+    def recalibrate(self, camera: Camera) -> None:
+        """
+        Go on with a camera that was focused anew; with another one a new map begins.
+
+        It begins at the newest pose, and what was solved before stays in ``trajectory``.
+        """
+        if not camera.goes_on_from(self.camera):
+            if self.window is not None:
+                self._begin_again()
+            self.metric = self.options.poses == 'external'
+            for images in (self._messages, self._pending, self._motions, self._named):
+                images.clear()
+            self._last = None
+        self.camera = camera
+
     def add_odometry(
         self, stamp: int, T_world_camera: Tensor, covariance: Tensor | None = None
     ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imatching_ros.bundle.adjust import arrays, compiled, free_parameters, prior_arrays
+from imatching_ros.bundle.adjust import arrays, compiled, free_parameters
 from imatching_ros.bundle.problem import Problem
 from imatching_ros.bundle.robust import Kernel, KERNELS
 from imatching_ros.bundle.system import System
@@ -36,10 +36,13 @@ def covariance(
         if backend != 'eager' and problem.points.device.type == 'cpu' and compiled():
             S = torch.from_numpy(
                 compiled().reduced_system(
-                    *arrays(problem), KERNELS.index(kernel.name), float(kernel.scale),
-                    *prior_arrays(problem)[:4],
+                    *arrays(problem), KERNELS.index(kernel.name), float(kernel.scale)
                 )
             )
+            if problem.prior is not None:
+                prior, _ = problem.prior.linearise(problem.T_world_camera)
+                rows = (6 * problem.prior.pose[:, None] + torch.arange(6)).flatten()
+                S[rows[:, None], rows] += prior
         else:
             system = System(problem, kernel, free, torch.float64)
             system.linearise(system.evaluate(*system.start()), curved=False)

@@ -10,14 +10,12 @@ from imatching_ros.bundle.adjust import (
     adjust,
     array,
     compiled_views,
-    prior_arrays,
     Solution,
 )
 from imatching_ros.bundle.observations import index_of, observations, survives
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.prior import Prior
 from imatching_ros.bundle.problem import Problem
-from imatching_ros.bundle.robust import KERNELS
 from imatching_ros.bundle.window import Window
 from imatching_ros.geometry import triangulation
 from imatching_ros.geometry.camera import Camera
@@ -155,6 +153,7 @@ class _Solver:
         )
         self.views = compiled_views(options.adjust.backend)
         self.grid = None if self.views else Grid.of(posed)
+        self.rows = [array(column) for column in (posed.pose, posed.landmark, posed.xy)]
         self.start = points
         self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
         self.dropped = torch.zeros(len(points), dtype=torch.bool)
@@ -168,8 +167,6 @@ class _Solver:
         Roughly while the survivors still change, exactly at the end. False where too few landmarks
         survive.
         """
-        if self.views:
-            return self._adjust_compiled(prune_px, once)
         self._triangulate(prune_px)
         keep = self._survivors(prune_px)
         exact = self.options.adjust
@@ -193,21 +190,6 @@ class _Solver:
             tight = tight or settled or turn >= 2
         return False
 
-    def _adjust_compiled(self, prune_px: float, once: bool) -> bool:
-        posed, options, exact = self.posed, self.options, self.options.adjust
-        rows = self.T, self.points, self.dropped, posed.pose, posed.landmark, posed.xy, posed.cov
-        *prior, constant = prior_arrays(posed)
-        done, T, points, kept, *said = self.views.settle(
-            *map(array, rows), *posed.focal.tolist(), prune_px, prune_px / self.focal,
-            math.cos(math.radians(options.min_parallax_deg)), options.min_landmarks, self.rounds,
-            once, self.held is not None, KERNELS.index(exact.kernel.name),
-            float(exact.kernel.scale), exact.max_iterations, exact.relative_decrease,
-            exact.gradient, *prior, float(constant),
-        )  # fmt: skip
-        self.T, self.points, self.kept = map(torch.from_numpy, (T, points, kept))
-        self.solution = Solution(self.T, self.points, *said)
-        return done
-
     def _problem(self) -> Problem:
         return replace(self.posed, T_world_camera=self.T, points=self.points)
 
@@ -223,6 +205,13 @@ class _Solver:
         ``alive``.
         """
         finite = self.points.isfinite().all(-1) & ~self.dropped
+        if self.views:
+            keep, self.alive = self.views.survivors(
+                *map(array, (self.T, self.points, finite)), *self.rows,
+                *self.posed.focal.tolist(), prune_px,
+                math.cos(math.radians(self.options.min_parallax_deg)),
+            )  # fmt: skip
+            return torch.from_numpy(keep)
         keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
         keep &= self._wide(keep.nonzero().squeeze(-1))[self.posed.landmark]
         self.alive = len(torch.unique_consecutive(self.posed.landmark[keep]))
@@ -266,9 +255,14 @@ class _Solver:
 
         Also one whose landmark fails in some keyframe.
         """
+        threshold = prune_px / self.focal
+        if self.views:
+            self.points = torch.from_numpy(
+                self.views.triangulate(array(self.T), array(self.points), *self.rows, threshold)
+            )
+            return
         agree = torch.zeros_like(self.grid.mask)
         finite = self.points.isfinite().all(-1)
-        threshold = prune_px / self.focal
         agree[finite] = triangulation.inliers_of(
             self.points[finite], self.T, self.grid.xy[finite], self.grid.mask[finite], threshold
         )
@@ -281,13 +275,9 @@ class _Solver:
         self.points = self.points.clone()
         self.points[again[better]] = found[better]
 
-    def _errors(self, posed: Problem) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def _errors(posed: Problem) -> tuple[Tensor, Tensor]:
         """Return each landmark's observations, and their squared residuals' sum, px^2."""
-        if self.views:
-            found = self.views.errors(*map(array, (
-                posed.T_world_camera, posed.points, posed.pose, posed.landmark, posed.xy
-            )), *posed.focal.tolist())  # fmt: skip
-            return torch.from_numpy(found[0]), torch.from_numpy(found[1])
         squared = posed.residual()[0].square().sum(-1)
         total = torch.zeros(len(posed.points), dtype=torch.float64)
         return (

@@ -20,8 +20,8 @@ from ..geometry import lie
 from ..geometry.camera import Camera
 from ..geometry.two_view import relative_pose
 from ..matching.detector import detect
+from ..matching.pair import match_pair
 from ..matching.protocol import Matcher
-from ..matching.tracker import round_trip, TrackerOptions
 
 if TYPE_CHECKING:
     from ..data.recording import Recording
@@ -88,18 +88,15 @@ def evaluation_pairs(
     per_step: int = 20,
 ) -> list[Pair]:
     """
-    At most ``per_step`` pairs for each step (frames apart).
+    Return at most ``per_step`` pairs for each step (images apart), spread evenly.
 
-    Evenly spread over frames first to last, inclusive.
-
-    Both images have a true pose and, if the recording has depth at all, depth. Empty without
-    ground truth.
+    They are of the images first to last, inclusive, of those that can be used. Both images of a
+    pair have a true pose and, if the recording has depth at all, depth. Empty without ground
+    truth.
     """
     if recording.ground_truth is None:
         return []
-    stamps = [stamp for stamp, kind, *_ in recording.messages() if kind == 'image'][
-        max(first_index, 0):last_index + 1
-    ]
+    stamps = [stamp for stamp, _ in recording][max(first_index, 0):last_index + 1]
     index, true_index = associate(np.asarray(stamps), recording.ground_truth[0], POSE_TOLERANCE_NS)
     poses = torch.as_tensor(recording.ground_truth[1], dtype=torch.float64)
     # text files round
@@ -134,15 +131,16 @@ def match_pairs(
     for pair in pairs:
         reference, target = images[pair.reference], images[pair.target]
         points = torch.as_tensor(detect(reference, queries), dtype=torch.float32).reshape(-1, 2)
-        uv, kept = _match(matcher, reference, target, points)
+        matched = match_pair(matcher, reference, target, points)
+        uv, kept = matched.uv, matched.kept
+        camera = recording.camera_of(pair.reference)
         true_uv, visible = true_matches(
-            recording.camera, pair, points, recording.depth(pair.reference),
-            recording.depth(pair.target),
+            camera, pair, points, recording.depth(pair.reference), recording.depth(pair.target)
         )
         error = torch.where(visible, (uv - true_uv).norm(dim=-1).nan_to_num(torch.inf), torch.nan)
         rotation, translation = None, None
         if pair.baseline:
-            rotation, translation = pose_errors(recording.camera, pair, points[kept], uv[kept])
+            rotation, translation = pose_errors(camera, pair, points[kept], uv[kept])
         yield PairMatches(
             pair, reference, target, points, uv, true_uv, visible, error, rotation, translation
         )
@@ -245,33 +243,6 @@ def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
     corners = torch.where(certain[:, None], corners, 1.0)
     certain &= corners.amax(-1) <= (1 + DEPTH_TOLERANCE) * corners.amin(-1)
     return 1 / (weights / corners).sum(-1), certain
-
-
-@torch.no_grad()
-def _match(
-    matcher: Matcher, reference: np.ndarray, target: np.ndarray, queries: Tensor
-) -> tuple[Tensor, Tensor]:
-    """
-    Return uv (N, 2) of all queries, and (N,) which of them the tracker would keep.
-
-    In frame, and found back.
-    """
-    if not len(queries):
-        return queries, torch.zeros(0, dtype=torch.bool)
-    device = (
-        next((p.device for p in matcher.parameters()), 'cpu')
-        if isinstance(matcher, torch.nn.Module)
-        else 'cpu'
-    )
-    first, second = (
-        matcher.encode(torch.tensor(image, device=device)[None, None].float() / 255)
-        for image in (reference, target)
-    )
-    matches, distance = round_trip(matcher, first, second, queries[None].to(device))
-    uv = matches.uv[0].cpu().float()
-    height, width = target.shape
-    inside = ((uv >= 0) & (uv <= uv.new_tensor([width - 1, height - 1]))).all(-1)
-    return uv, inside & (distance[0].cpu() < TrackerOptions.round_trip_px)
 
 
 def pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import numpy as np
 from rich import box
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from .matching import PairMatches
 from .pictures import ERROR_CLASSES, error_counts, Event, learning_svg, matches_svg, trajectory_svg
@@ -30,7 +31,7 @@ ACCURACY = {
 }  # fmt: skip
 #: Every figure that report.json holds, whether it can be had or not.
 FIGURES = {
-    'input': ('frames', 'frames_matched', 'keyframes', 'dropped'),
+    'input': ('frames', 'frames_matched', 'keyframes', 'dropped', 'true_poses'),
     'trajectory': ('ate_m', 'path_m', 'ate_percent'),
     'learning': ('steps', 'windows', 'promotions', 'rollbacks', 'seconds', 'model_version'),
     'latency_ms': ('matcher_p50', 'matcher_p95', 'bundle_p50', 'bundle_p95', 'learner_step_p50'),
@@ -41,6 +42,9 @@ NO_TRUTH = 'not available: no ground truth in the recording'
 NO_DEPTH = 'not available: no depth in the recording'
 NO_POSES = (
     'not available: fewer than three poses with ground truth on a path that fixes the alignment'
+)
+NO_PAIRS = (
+    'not available: no two of the images that were measured, 5, 10 or 20 apart, have true poses'
 )
 NO_LEARNING = 'not available: no gradient step in this run'
 
@@ -116,8 +120,8 @@ def console_table(figures: Mapping[str, Any]) -> Group:
     for key, label in ACCURACY.items():
         sign = _sign(before[key], after[key])
         colour = {1: 'green', -1: 'red'}.get(sign, 'dim')
-        change = f'[{colour}]{_change(before[key], after[key])}[/]'
-        matching.add_row(label, _number(before[key]), f'[bold]{_number(after[key])}[/]', change)
+        change = Text(_change(before[key], after[key]), style=colour)
+        matching.add_row(label, _number(before[key]), Text(_number(after[key]), 'bold'), change)
     run = Table(
         box=box.SIMPLE_HEAD, padding=(0, 2), show_header=False, title='Run', title_justify='left'
     )
@@ -130,7 +134,7 @@ def _run_rows(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     frames, path, learning, latency = (
         figures[key] for key in ('input', 'trajectory', 'learning', 'latency_ms')
     )
-    error = NO_TRUTH
+    error = NO_POSES if frames['true_poses'] else NO_TRUTH
     if path['ate_m'] is not None:
         error = (
             f'{_metres(path["ate_m"])} over {_metres(path["path_m"])} '
@@ -218,9 +222,9 @@ def _page(figures: Mapping[str, Any], pictures: Pictures, title: str) -> str:
         (
             f'<header><p class="title">{escape(title)}</p>'
             f'<h1>{escape(headline)}</h1>{_tiles(figures)}</header>',
-            _section('Matching accuracy', _accuracy(figures['matching'])),
+            _section('Matching accuracy', _accuracy(figures)),
             _section('The same pair before and after', _pair(pictures)),
-            _section('Trajectory', _trajectory(figures['trajectory'], pictures.trajectory)),
+            _section('Trajectory', _trajectory(figures, pictures.trajectory)),
             _section('Learning', _learning(figures['learning'], pictures)),
             _section('Latency, throughput, input', _run(figures)),
             _section('How it was made', _origin(figures)),
@@ -275,10 +279,10 @@ def _tiles(figures: Mapping[str, Any]) -> str:
     )
 
 
-def _accuracy(matching: Mapping[str, Any]) -> str:
-    before, after = matching['before'], matching['after']
+def _accuracy(figures: Mapping[str, Any]) -> str:
+    before, after = figures['matching']['before'], figures['matching']['after']
     if all(section[key] is None for section in (before, after) for key in ACCURACY):
-        return _missing(NO_TRUTH)
+        return _missing(NO_PAIRS if figures['input']['true_poses'] else NO_TRUTH)
     rows = []
     for key, label in ACCURACY.items():
         look = {1: 'better', -1: 'worse'}.get(_sign(before[key], after[key]), '')
@@ -334,12 +338,11 @@ def _pair(pictures: Pictures) -> str:
 
 
 def _trajectory(figures: Mapping[str, Any], trajectory: TrajectoryAccuracy | None) -> str:
-    if figures['ate_m'] is None:
-        return _missing(
-            NO_POSES if trajectory is not None and trajectory.path_m is not None else NO_TRUTH
-        )
-    text = f'RMSE {_metres(figures["ate_m"])} over a path of {_metres(figures["path_m"])}'
-    text += f', {_number(figures["ate_percent"], 2)} % of it, after Sim(3) alignment.'
+    error = figures['trajectory']
+    if error['ate_m'] is None:
+        return _missing(NO_POSES if figures['input']['true_poses'] else NO_TRUTH)
+    text = f'RMSE {_metres(error["ate_m"])} over a path of {_metres(error["path_m"])}'
+    text += f', {_number(error["ate_percent"], 2)} % of it, after Sim(3) alignment.'
     picture = (
         _plot(trajectory_svg(trajectory))
         if trajectory is not None and len(trajectory.estimate)

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+import math
+import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Distortion models of sensor_msgs/CameraInfo and the number of coefficients each accepts.
-DISTORTION_MODELS = {
-    'none': (0,), 'plumb_bob': (4, 5), 'rational_polynomial': (8, 12, 14), 'equidistant': (4,),
-}
+from .calibration import DISTORTION_MODELS, focal_lengths, intrinsics, lens
+
+#: A calibration that moves no pixel farther than this is the same camera, focused anew; px.
+FOLLOWED_PX = 3.0
+
+#: What image_transport appends to the name of an image topic.
+TRANSPORTS = (
+    'compressed', 'compressedDepth', 'theora', 'ffmpeg', 'zstd', 'avif', 'draco',
+)
+#: Where kitti2bag writes KITTI's pictures, which are rectified.
+KITTI = re.compile(r'/kitti/camera_(gray|color)_(left|right)/image')
+
+
+def is_rectified(topic: str) -> bool:
+    """
+    Return whether the name of an image topic says that its images are rectified.
+
+    So it is where the last part begins with ``image_rect`` (REP 104, image_proc), where a part is
+    ``rect``, ``rectified`` or ``rectify``, and where kitti2bag writes. A transport at the end of
+    the name counts for nothing.
+    """
+    parts = topic.split('/')
+    if len(parts) > 1 and parts[-1] in TRANSPORTS:
+        parts.pop()
+    return (
+        parts[-1].startswith('image_rect')
+        or bool({'rect', 'rectified', 'rectify'} & set(parts))
+        or KITTI.fullmatch('/'.join(parts)) is not None
+    )
+
+
+def unclear(info: Any, topic: str) -> float | None:
+    """
+    Return how far apart, px, a CameraInfo says raw and rectified images of a topic are.
+
+    None where it does not matter, or the topic's name says which of them they are.
+    """
+    if is_rectified(topic) or 'raw' in topic:
+        return None
+    try:
+        raw, rectified = (Camera.from_camera_info(info, choice) for choice in (False, True))
+    except ValueError:
+        return None
+    apart = raw.moved_px(rectified)
+    return apart if apart > FOLLOWED_PX else None
 
 
 @dataclass(frozen=True)
@@ -32,18 +77,8 @@ class Camera:
     distortion: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ('fx', 'fy'):
-            value = getattr(self, name)
-            if not 0.0 < value < float('inf'):
-                raise ValueError(
-                    f'the camera is not calibrated: {name} is {value:g}, it must be a positive '
-                    'number of pixels; '
-                    'calibrate the camera and publish its camera_info'
-                )
-        if self.width <= 0 or self.height <= 0:
-            raise ValueError(
-                f"the camera's image size is {self.width}x{self.height}, it must be positive"
-            )
+        focal_lengths(self.fx, self.fy)
+        _check_size(self.width, self.height)
         if not all(abs(value) < float('inf') for value in (self.cx, self.cy, *self.distortion)):
             raise ValueError(
                 "the camera's principal point and distortion must be finite; calibrate the "
@@ -67,22 +102,96 @@ class Camera:
             )
 
     @classmethod
-    def from_camera_info(
-        cls, width: int, height: int, K: list[float], D: list[float], model: str
+    def from_intrinsics(
+        cls, width: int, height: int, K: Sequence[float], D: Sequence[float] = (), model: str = '',
+        name: str = 'K',
     ) -> Camera:
         """
-        Return the camera of a sensor_msgs/CameraInfo: K is row-major 3x3, D the coefficients.
+        Return the camera with the row-major 3x3 matrix K and the distortion coefficients D.
 
-        All-zero coefficients and an empty model both mean an image without distortion.
-        Raises ValueError, one sentence, where the calibration is missing or malformed.
+        The model goes by any of its usual names (``calibration.NAMES``). Raises ValueError, one
+        sentence, where the calibration is missing, or is none that a camera can have; ``name`` is
+        what the matrix is called there.
         """
-        D = [float(value) for value in D]
-        distorted = any(value != 0.0 for value in D)
-        return cls(
-            int(width), int(height), float(K[0]), float(K[4]), float(K[2]), float(K[5]),
-            (model or 'plumb_bob') if distorted else 'none',
-            tuple(D) if distorted else (),
-        )  # fmt: skip
+        _check_size(width, height)
+        model, D = lens(model, D)
+        fx, fy, cx, cy = intrinsics(K, width, height, model, name)
+        return cls(int(width), int(height), fx, fy, cx, cy, model, D)
+
+    @classmethod
+    def from_camera_info(cls, info: Any, rectified: bool = False) -> Camera:
+        """
+        Return the camera of the images that a sensor_msgs/CameraInfo belongs to.
+
+        A raw image has the intrinsics of K and the distortion of D, a rectified one those of P and
+        none. Where only P is filled in, images can be nothing but rectified; where it is not, K
+        describes them if there is no distortion. The camera is cut out and binned as the message
+        says. ``info`` is anything with its fields. Raises ValueError, one sentence, where the
+        camera is not calibrated, or none that can be.
+        """
+        K, P = [float(value) for value in info.k], [float(value) for value in info.p]
+        P = [*P[:3], *P[4:7], *P[8:11]]
+        distorted = any(value != 0.0 for value in info.d)
+        if rectified and not any(P):
+            if distorted:
+                raise ValueError(
+                    'the images are rectified but the projection matrix P, which describes them, '
+                    'is all zero; publish the whole calibration, or say rectified: never'
+                )
+            rectified = False
+        if rectified or any(P) and K[0] == K[4] == 0.0:
+            camera = cls.from_intrinsics(info.width, info.height, P, name='P')
+        else:
+            camera = cls.from_intrinsics(
+                info.width, info.height, K, info.d, info.distortion_model
+            )
+        roi = info.roi
+        cut = camera.cropped(roi.x_offset, roi.y_offset, roi.width, roi.height)
+        return cut.binned(info.binning_x or 1, info.binning_y or 1)
+
+    def doubts(self) -> list[str]:
+        """Return what is odd about the camera though it can be, one sentence each."""
+        doubts = []
+        x, y = (self.cx + 0.5) / self.width, (self.cy + 0.5) / self.height
+        if not (0.25 < x < 0.75 and 0.25 < y < 0.75):
+            doubts.append(
+                f'the principal point ({self.cx:g}, {self.cy:g}) is far off the middle of the '
+                f'{self.width}x{self.height} image; is it the calibration of this image size?'
+            )
+        if not 1 / 1.5 <= self.fx / self.fy <= 1.5:
+            doubts.append(
+                f'fx is {self.fx:g} and fy {self.fy:g}, but pixels are nearly square; check the '
+                'calibration'
+            )
+        fisheye = self.distortion_model == 'equidistant'
+        half = max(self.width / self.fx, self.height / self.fy) / 2
+        angle = math.degrees(2 * (half if fisheye else math.atan(half)))
+        if not 5.0 <= angle <= (250.0 if fisheye else 170.0):
+            doubts.append(
+                f'the field of view is {angle:.0f} degrees with fx {self.fx:g} and fy '
+                f'{self.fy:g} for {self.width}x{self.height} pixels; check the calibration'
+            )
+        return doubts
+
+    def moved_px(self, other: Camera) -> float:
+        """
+        Return how far, px, a pixel of this camera at most lies from where the other has its ray.
+
+        Pixels are looked at all over the image and on its edge. Infinite where the images differ
+        in size.
+        """
+        if (self.width, self.height) != (other.width, other.height):
+            return math.inf
+        u = torch.linspace(0, self.width - 1, 9, dtype=torch.float64)
+        v = torch.linspace(0, self.height - 1, 9, dtype=torch.float64)
+        uv = torch.cartesian_prod(u, v)
+        moved = (other.project(self.normalise(uv)) - uv).norm(dim=-1)
+        moved = moved[moved.isfinite()]
+        return float(moved.max()) if len(moved) else math.inf
+
+    def goes_on_from(self, before: Camera) -> bool:
+        """Return whether what was seen with the camera ``before`` still holds with this one."""
+        return self == before or self.moved_px(before) <= FOLLOWED_PX
 
     @property
     def focal(self) -> float:
@@ -265,6 +374,11 @@ class Camera:
             -1,
         ).unflatten(-1, (2, 2))  # fmt: skip
         return value, jacobian
+
+
+def _check_size(width: int, height: int) -> None:
+    if width <= 0 or height <= 0:
+        raise ValueError(f"the camera's image size is {width}x{height}, it must be positive")
 
 
 def _solve2(A: Tensor, b: Tensor) -> Tensor:

@@ -155,6 +155,12 @@ class Learner:
         self._messages.clear()
         self._last_stamps = set()
 
+    def recalibrate(self, camera: Camera) -> None:
+        """Go on with a camera that was focused anew; with another one, as another recording."""
+        if not camera.goes_on_from(self.camera):
+            self.start_recording(camera)
+        self.camera = camera
+
     # What comes in -------------------------------------------------------------------------------
 
     def add_image(self, stamp: int, image: np.ndarray) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +21,7 @@ from ..bundle.bundle import Bundle
 from ..geometry.camera import Camera
 from ..matching import weights
 from ..matching.tracker import Tracker, TrackerOptions
+from ..pipeline import track_and_solve
 
 GAP = 5  #: images between those that train and those that judge
 VALIDATION = 0.15  #: of each recording's images, the last ones, judge
@@ -29,11 +29,19 @@ PATIENCE = 5  #: verdicts in a row without a promotion, after which there is no 
 
 
 class Images(Protocol):
-    """A recording's images: (stamp ns, (H, W) uint8), in order, iterated once in each epoch."""
+    """
+    A recording's images: (stamp ns, (H, W) uint8), in order, iterated once in each epoch.
+
+    Where the camera changes among them they have ``camera_of(stamp)``, as a Recording does.
+    """
 
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]: ...
+
+
+class TooFewWindowsError(ValueError):
+    """The recordings show too little to learn from; the text says why, in one sentence."""
 
 
 #: One recording: its camera, and its images.
@@ -68,16 +76,15 @@ def tune(
     ] = lambda learner, step, verdict: None,
 ) -> tuple[Learner, History]:
     """
-    Fine-tunes on recordings.
-
-    In each epoch all are tracked and solved with the weights in use, then learned from.
+    Fine-tune on recordings: in each epoch all are tracked and solved, then learned from.
 
     Each recording is split by time: its first images train, the last ``VALIDATION`` of them, after
     a gap, are the gate's, where they give a window. It ends after ``steps``, or where the gate has
-    promoted nothing in ``PATIENCE`` verdicts in a row. folder: of checkpoints. Where one is there
-    that the same call has left behind, the run goes on from it, to the same bits; raises
-    ValueError where another call has. Raises ValueError where no recording gave a window to learn
-    from. on_frame: is told after each image how many have been tracked, and how many will be.
+    promoted nothing in ``PATIENCE`` verdicts in a row. folder: of checkpoints; where one is there
+    that the same call has left behind, the run goes on from it, to the same bits. on_frame is told
+    after each image how many have been tracked, and how many will be. Raises ValueError where the
+    checkpoints are another call's, TooFewWindowsError where the recordings gave too few windows to
+    learn from and to judge by.
     """
     options = options or LearnerOptions()
 
@@ -107,13 +114,12 @@ def tune(
                     Tracker(in_use, version, camera, tracker_options),
                     Bundle(camera, learner.bundle),
                 )
-                for stamp, image in islice(images, *part(len(images))):
-                    correspondences = tracker.track(stamp, image)
-                    learner.add_image(stamp, image)
-                    learner.add_correspondences(correspondences)
-                    window = bundle.add(correspondences).window
-                    if window is not None:
-                        learner.add_window(window, held_out)
+                for frame in track_and_solve(images, tracker, bundle, *part(len(images))):
+                    learner.recalibrate(frame.camera)
+                    learner.add_image(frame.stamp, frame.image)
+                    learner.add_correspondences(frame.correspondences)
+                    if frame.estimate.window is not None:
+                        learner.add_window(frame.estimate.window, held_out)
                     seen['done'] += 1
                     on_frame(**seen)
 
@@ -147,7 +153,7 @@ def tune(
                 )
             on_step(learner, step, verdict)
         if target and learner.step_count == 0:
-            raise ValueError(
+            raise TooFewWindowsError(
                 f'the recordings gave {learner.windows} solved windows, too few to learn from '
                 'and to judge by; they '
                 'need more images, more sideways motion, or more texture'

@@ -4,36 +4,38 @@ What expectation.py does with each query, compiled for the CPU, without gradient
 Torch would read and write tensors of all queries times all cells a dozen times over; here one
 query is done after the other, and what it needs stays in the cache. The results are those of
 expectation.py but for rounding. One thread: a call is shorter than it takes to divide it.
-
-Importing this module compiles it, once per machine: numba keeps the result beside the file or in
-the user's cache.
 """
 
 from __future__ import annotations
 
 import math
 
+from imatching_ros.jit import at, entry, F4, f4, FAST, i8, inner, void
+from imatching_ros.matching.expectation import (
+    COARSE,
+    COARSE_RADIUS,
+    FINE,
+    FINE_RADIUS,
+    MEAN_RADIUS,
+    RELIABILITY,
+    SEARCH_RADIUS,
+)  # fmt: skip
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 import numpy as np
 
-# As in expectation.py. They stand here again because numba compiles anew only when this file has
-# changed.
-COARSE, RELIABILITY, FINE = 8, 4, 2
-COARSE_RADIUS, FINE_RADIUS, MEAN_RADIUS, SEARCH_RADIUS = 2, 4, 2, 5
 EDGE = 2 * FINE_RADIUS + 1
+REGION = (2 * SEARCH_RADIUS + 1) ** 2
 LOG2_E = np.float32(1 / math.log(2))
 # Of 2^x between -1/2 and 1/2: Taylor, exact to float32
 C1, C2, C3, C4, C5, C6 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
-HALF, ONE, LOWEST = np.float32(0.5), np.float32(1), np.float32(-120)
-LEAST = np.float32(1e-6)  # mass
+ZERO, HALF, ONE, LOWEST = (np.float32(x) for x in (0, 0.5, 1, -120))
+LEAST, TINY = np.float32(1e-6), np.float32(1e-12)  # mass, length
 
-_fast = {'reassoc', 'contract', 'arcp', 'nsz'}
-_compiled = njit(cache=True, fastmath=_fast, error_model='numpy')
-_f4 = types.float32
-_vector, _rows, _map = _f4[::1], _f4[:, ::1], _f4[:, :, ::1]
-_half_map = types.uint16[:, :, ::1]
+_u2 = types.uint16
+U2 = types.CPointer(_u2)
+_vector, _rows, _map, _half_map = f4[::1], f4[:, ::1], f4[:, :, ::1], _u2[:, :, ::1]
 
 
 @intrinsic
@@ -59,7 +61,7 @@ def power_of_two(context, exponent):
     return types.float32(types.int32), build
 
 
-@_compiled
+@inner(f4(f4))
 def exp(x):
     """Of x <= 0, without a branch or a call, so that loops of it are vectorised."""
     t = max(x * LOG2_E, LOWEST)
@@ -69,188 +71,173 @@ def exp(x):
     return p * power_of_two(n)
 
 
-@njit(cache=True, fastmath=_fast | {'nnan'}, error_model='numpy')
-def largest(s):
-    """Return the largest of s and its index."""
+@inner(i8(F4, i8), fastmath=FAST | {'nnan'})
+def largest(s, n):
+    """Return the index of the largest of n numbers."""
     peak = s[0]
-    for i in range(len(s)):
+    for i in range(n):
         peak = max(peak, s[i])
-    for i in range(len(s)):
+    for i in range(n):
         if s[i] == peak:
-            return peak, i
-    return peak, 0
+            return i
+    return 0
 
 
-@_compiled
-def sum_exp(s, peak):
+@inner(f4(F4, f4, i8))
+def sum_exp(s, peak, n):
     """Sum of exp(s - peak)."""
     total = np.float32(0)
-    for i in range(len(s)):
+    for i in range(n):
         total += exp(s[i] - peak)
     return total
 
 
-# Below, a map is flat, and a descriptor in it begins `at` an index without sign: views of arrays
-# would be counted, and indices with one are asked whether they count from the end.
-
-
-@_compiled
-def begin(row, column, columns, channels):
-    """Return where a cell's descriptor begins in a flat map."""
-    return np.uintp((row * columns + column) * channels)
-
-
-@_compiled
-def dot(d, coarse, at):
-    """Of a descriptor and one of a map."""
+@inner(f4(F4, F4, i8))
+def dot(a, b, n):
     total = np.float32(0)
-    for k in range(len(d)):
-        total += d[k] * coarse[at + np.uintp(k)]
+    for k in range(n):
+        total += a[k] * b[k]
     return total
 
 
-@_compiled
-def cosine(d, fine, at):
-    """Of a descriptor and one of a map of bfloat16, which is made unit."""
+@inner(f4(F4, U2, i8))
+def cosine(d, fine, n):
+    """Of a descriptor and one of bfloat16, which is made unit."""
     total, square = np.float32(0), np.float32(0)
-    for k in range(len(d)):
-        x = from_bfloat16(fine[at + np.uintp(k)])
+    for k in range(n):
+        x = from_bfloat16(fine[k])
         total += d[k] * x
         square += x * x
-    return total / max(np.float32(math.sqrt(square)), np.float32(1e-12))
+    return total / max(np.float32(math.sqrt(square)), TINY)
 
 
-@_compiled
-def add(d, share, fine, at):
-    """Add to a descriptor a share of one of a map of bfloat16, which is made unit."""
+@inner(void(F4, f4, U2, i8))
+def add(d, share, fine, n):
+    """Add to a descriptor a share of one of bfloat16, which is made unit."""
     square = np.float32(0)
-    for k in range(len(d)):
-        x = from_bfloat16(fine[at + np.uintp(k)])
+    for k in range(n):
+        x = from_bfloat16(fine[k])
         square += x * x
-    share /= max(np.float32(math.sqrt(square)), np.float32(1e-12))
-    for k in range(len(d)):
-        d[k] += share * from_bfloat16(fine[at + np.uintp(k)])
+    share /= max(np.float32(math.sqrt(square)), TINY)
+    for k in range(n):
+        d[k] += share * from_bfloat16(fine[k])
 
 
-@_compiled
-def between(x, low, high):
-    """X where it lies between, else the nearer end; what is no number is the lower end."""
-    if not x > low:
-        return np.float32(low)
-    return np.float32(min(x, np.float32(high)))
+@inner(f4(f4, f4))
+def between(x, high):
+    """X where it lies between 0 and this, else the nearer end; what is no number is 0."""
+    if not x > ZERO:
+        return ZERO
+    return min(x, high)
 
 
-@_compiled
+@inner(types.Tuple((i8, i8, f4))(f4, f4, i8))
 def corner(u, stride, size):
     """Return the left one of the two cells around a pixel, the right one, and its share."""
-    x = between((u + HALF) / np.float32(stride) - HALF, np.float32(0), size - 1)
+    x = between((u + HALF) / stride - HALF, size - 1)
     left = int(x)
     return left, min(left + 1, size - 1), x - np.float32(left)
 
 
-@_compiled
-def reliability(log_odds, u, v):
+@inner(f4(F4, i8, i8, f4, f4))
+def reliability(log_odds, h, w, u, v):
     """``ExpectationMatcher.reliability`` of one point."""
-    left, right, x = corner(u, RELIABILITY, log_odds.shape[1])
-    top, bottom, y = corner(v, RELIABILITY, log_odds.shape[0])
-    above = (ONE - x) * log_odds[top, left] + x * log_odds[top, right]
-    below = (ONE - x) * log_odds[bottom, left] + x * log_odds[bottom, right]
-    return (ONE - y) * above + y * below
+    left, right, x = corner(u, RELIABILITY, w)
+    top, bottom, y = corner(v, RELIABILITY, h)
+    above, below = at(log_odds, top * w), at(log_odds, bottom * w)
+    return (ONE - y) * ((ONE - x) * above[left] + x * above[right]) + y * (
+        (ONE - x) * below[left] + x * below[right]
+    )
 
 
-@_compiled
-def scale_to(d, length):
+@inner(void(F4, f4, i8))
+def scale_to(d, length, n):
     """Give d this length."""
-    factor = length / max(np.float32(math.sqrt(dot(d, d, np.uintp(0)))), np.float32(1e-12))
-    for k in range(len(d)):
+    factor = length / max(np.float32(math.sqrt(dot(d, d, n))), TINY)
+    for k in range(n):
         d[k] *= factor
 
 
-@_compiled
-def coarse_descriptor(coarse, h, w, u, v, scale, d):
+@inner(void(F4, i8, i8, i8, f4, f4, f4, F4))
+def coarse_descriptor(coarse, h, w, n, u, v, scale, d):
     """Of a point of the reference, as long as the scale."""
     left, right, x = corner(u, COARSE, w)
     top, bottom, y = corner(v, COARSE, h)
-    a, b = begin(top, left, w, len(d)), begin(top, right, w, len(d))
-    c, e = begin(bottom, left, w, len(d)), begin(bottom, right, w, len(d))
-    for n in range(len(d)):
-        k = np.uintp(n)
-        above = (ONE - x) * coarse[a + k] + x * coarse[b + k]
-        below = (ONE - x) * coarse[c + k] + x * coarse[e + k]
-        d[n] = (ONE - y) * above + y * below
-    scale_to(d, scale)
+    a, b = at(coarse, (top * w + left) * n), at(coarse, (top * w + right) * n)
+    c, e = at(coarse, (bottom * w + left) * n), at(coarse, (bottom * w + right) * n)
+    for k in range(n):
+        above = (ONE - x) * a[k] + x * b[k]
+        below = (ONE - x) * c[k] + x * e[k]
+        d[k] = (ONE - y) * above + y * below
+    scale_to(d, scale, n)
 
 
-@_compiled
-def fine_descriptor(fine, h, w, u, v, scale, d):
+@inner(void(U2, i8, i8, i8, f4, f4, f4, F4))
+def fine_descriptor(fine, h, w, n, u, v, scale, d):
     """Of a point of the reference, as long as the scale."""
     left, right, x = corner(u, FINE, w)
     top, bottom, y = corner(v, FINE, h)
-    d[:] = np.float32(0)
-    add(d, (ONE - x) * (ONE - y), fine, begin(top, left, w, len(d)))
-    add(d, x * (ONE - y), fine, begin(top, right, w, len(d)))
-    add(d, (ONE - x) * y, fine, begin(bottom, left, w, len(d)))
-    add(d, x * y, fine, begin(bottom, right, w, len(d)))
-    scale_to(d, scale)
+    for k in range(n):
+        d[k] = ZERO
+    add(d, (ONE - x) * (ONE - y), at(fine, (top * w + left) * n), n)
+    add(d, x * (ONE - y), at(fine, (top * w + right) * n), n)
+    add(d, (ONE - x) * y, at(fine, (bottom * w + left) * n), n)
+    add(d, x * y, at(fine, (bottom * w + right) * n), n)
+    scale_to(d, scale, n)
 
 
-@_compiled
+@inner(i8(f4, i8, i8, i8))
 def first_cell(x, stride, radius, size):
     """Of a window around a pixel that is moved inwards at the border."""
-    offset = np.float32((stride - 1) / 2)
-    centre = int(np.rint(between((x - offset) / np.float32(stride), np.float32(0), size - 1)))
+    offset = np.float32(stride - 1) / np.float32(2)
+    centre = int(np.rint(between((x - offset) / np.float32(stride), size - 1)))
     return max(min(centre, size - 1 - radius), radius) - radius
 
 
-@njit(
-    types.Tuple((_rows, _rows, _vector, _map))(
-        _map, _half_map, _map, _half_map, _rows, _rows, _rows, _rows, _f4, _f4, _vector, _vector,
+@entry(
+    void(
+        _map, _half_map, _map, _half_map, _rows, _rows, _rows, _rows, f4, f4, _vector, _vector,
+        _rows, _rows, _vector, _rows, _vector,
     ),
-    cache=True, fastmath=_fast, error_model='numpy', nogil=True,
+    fastmath=FAST,
 )  # fmt: skip
-def match(
+def _match(
     coarse_i, fine_i, coarse_j, fine_j, reliability_j, queries, around, similarity, scale_coarse,
-    scale_fine, log_cov, log_odds,
+    scale_fine, log_cov, log_odds, uv, coarse_uv, score, cov, room,
 ):
-    """
-    ``ExpectationMatcher.match`` of queries (N, 2), px in the reference i, in the target j.
-
-    Maps are channels last, fine ones the bits of bfloat16. The region searched lies about
-    ``around`` (N, 2) px; where that is empty, it is the whole image, and ``similarity`` (N, h * w)
-    has been made. Uv, coarse_uv (N, 2), score (N,), cov (N, 2, 2).
-    """
-    N, (h, w), (H, W) = len(queries), coarse_j.shape[:2], fine_j.shape[:2]
-    uv, coarse_uv = np.empty((N, 2), np.float32), np.empty((N, 2), np.float32)
-    score, cov = np.empty(N, np.float32), np.empty((N, 2, 2), np.float32)
-    d_coarse = np.empty(coarse_i.shape[2], np.float32)
-    d_fine = np.empty(fine_i.shape[2], np.float32)
-    (h_i, w_i), (H_i, W_i) = coarse_i.shape[:2], fine_i.shape[:2]
-    flat_coarse_i, flat_coarse_j = coarse_i.reshape(-1), coarse_j.reshape(-1)
-    flat_fine_i, flat_fine_j = fine_i.reshape(-1), fine_j.reshape(-1)
-    scratch = np.empty((2 * SEARCH_RADIUS + 1) ** 2, np.float32)
-    near = np.empty(EDGE * EDGE, np.float32)
+    N, near, n, m = len(queries), len(around), coarse_i.shape[2], fine_i.shape[2]
+    h, w, H, W = coarse_j.shape[0], coarse_j.shape[1], fine_j.shape[0], fine_j.shape[1]
+    h_i, w_i, H_i, W_i = coarse_i.shape[0], coarse_i.shape[1], fine_i.shape[0], fine_i.shape[1]
+    h_r, w_r = reliability_j.shape
+    coarse_i, coarse_j, fine_i, fine_j = (
+        at(coarse_i, 0), at(coarse_j, 0), at(fine_i, 0), at(fine_j, 0),
+    )
+    reliability_j, cov, odds = at(reliability_j, 0), at(cov, 0), at(log_odds, 0)
+    region, window, d = at(room, 0), at(room, REGION), at(room, REGION + EDGE * EDGE)
     a_cov, b_cov = math.exp(log_cov[0]), math.exp(log_cov[1])
-    for n in range(N):
-        u, v = queries[n]
+    for q in range(N):
+        u, v = queries[q, 0], queries[q, 1]
         # Coarse: equation 5 over the window around the mode of the region
-        if len(around):
-            centre_x = first_cell(around[n, 0], COARSE, 0, w)
-            centre_y = first_cell(around[n, 1], COARSE, 0, h)
+        left, right, top, bottom, s = 0, w, 0, h, region
+        if near:
+            centre_x = first_cell(around[q, 0], COARSE, 0, w)
+            centre_y = first_cell(around[q, 1], COARSE, 0, h)
             left, right = max(centre_x - SEARCH_RADIUS, 0), min(centre_x + SEARCH_RADIUS + 1, w)
             top, bottom = max(centre_y - SEARCH_RADIUS, 0), min(centre_y + SEARCH_RADIUS + 1, h)
-            coarse_descriptor(flat_coarse_i, h_i, w_i, u, v, scale_coarse, d_coarse)
-            s, i = scratch[:(right - left) * (bottom - top)], 0
+            coarse_descriptor(coarse_i, h_i, w_i, n, u, v, scale_coarse, d)
+            i = 0
             for y in range(top, bottom):
                 for x in range(left, right):
-                    s[i] = dot(d_coarse, flat_coarse_j, begin(y, x, w, len(d_coarse)))
+                    s[i] = dot(d, at(coarse_j, (y * w + x) * n), n)
                     i += 1
         else:
-            left, right, top, bottom, s = 0, w, 0, h, similarity[n]
+            s = at(similarity, q * h * w)
         width = right - left
-        peak, mode = largest(s)
+        mode = largest(s, width * (bottom - top))
+        peak = s[mode]
         first_x = max(min(left + mode % width, w - 1 - COARSE_RADIUS), COARSE_RADIUS)
         first_y = max(min(top + mode // width, h - 1 - COARSE_RADIUS), COARSE_RADIUS)
-        inside, mean_x, mean_y = np.float32(0), np.float32(0), np.float32(0)
+        inside, mean_x, mean_y = ZERO, ZERO, ZERO
         # What of the window lies in the region
         from_x, to_x = max(first_x - COARSE_RADIUS, left), min(first_x + COARSE_RADIUS + 1, right)
         from_y, to_y = max(first_y - COARSE_RADIUS, top), min(first_y + COARSE_RADIUS + 1, bottom)
@@ -261,25 +248,27 @@ def match(
                 mean_x += weight * np.float32(x)
                 mean_y += weight * np.float32(y)
         coarse_cosine = peak / scale_coarse
-        coarse_uv[n, 0] = mean_x / inside * np.float32(COARSE) + np.float32((COARSE - 1) / 2)
-        coarse_uv[n, 1] = mean_y / inside * np.float32(COARSE) + np.float32((COARSE - 1) / 2)
+        found_u = mean_x / inside * np.float32(COARSE) + np.float32((COARSE - 1) / 2)
+        found_v = mean_y / inside * np.float32(COARSE) + np.float32((COARSE - 1) / 2)
+        coarse_uv[q, 0], coarse_uv[q, 1] = found_u, found_v
 
         # Fine: the same over the cells around the mode of a window
-        fine_descriptor(flat_fine_i, H_i, W_i, u, v, scale_fine, d_fine)
-        left = first_cell(coarse_uv[n, 0], FINE, FINE_RADIUS, W)
-        top = first_cell(coarse_uv[n, 1], FINE, FINE_RADIUS, H)
+        fine_descriptor(fine_i, H_i, W_i, m, u, v, scale_fine, d)
+        left = first_cell(found_u, FINE, FINE_RADIUS, W)
+        top = first_cell(found_v, FINE, FINE_RADIUS, H)
         for y in range(EDGE):
             for x in range(EDGE):
-                at = begin(top + y, left + x, W, len(d_fine))
-                near[y * EDGE + x] = cosine(d_fine, flat_fine_j, at)
-        peak, mode = largest(near)
+                there = at(fine_j, ((top + y) * W + left + x) * m)
+                window[y * EDGE + x] = cosine(d, there, m)
+        mode = largest(window, EDGE * EDGE)
+        peak = window[mode]
         first_x = max(min(mode % EDGE, EDGE - 1 - MEAN_RADIUS), MEAN_RADIUS) - MEAN_RADIUS
         first_y = max(min(mode // EDGE, EDGE - 1 - MEAN_RADIUS), MEAN_RADIUS) - MEAN_RADIUS
-        inside, mean_x, mean_y = np.float32(0), np.float32(0), np.float32(0)
-        xx, xy, yy = np.float32(0), np.float32(0), np.float32(0)
+        inside, mean_x, mean_y, xx, xy, yy = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
         for j in range(2 * MEAN_RADIUS + 1):
+            row = at(window, (first_y + j) * EDGE + first_x)
             for i in range(2 * MEAN_RADIUS + 1):
-                weight = exp(near[(first_y + j) * EDGE + first_x + i] - peak)
+                weight = exp(row[i] - peak)
                 # From the window's middle: small numbers, so that little is lost below
                 x, y = np.float32(i - MEAN_RADIUS), np.float32(j - MEAN_RADIUS)
                 inside += weight
@@ -288,20 +277,42 @@ def match(
                 xx += weight * x * x
                 xy += weight * x * y
                 yy += weight * y * y
-        mass = inside / sum_exp(near, peak)
+        mass = inside / sum_exp(window, peak, EDGE * EDGE)
         mean_x, mean_y = mean_x / inside, mean_y / inside
         offset = np.float32((FINE - 1) / 2)
         found_u = (np.float32(left + first_x + MEAN_RADIUS) + mean_x) * np.float32(FINE) + offset
         found_v = (np.float32(top + first_y + MEAN_RADIUS) + mean_y) * np.float32(FINE) + offset
-        uv[n, 0], uv[n, 1] = found_u, found_v
-        a = a_cov * FINE**2
-        cov[n, 0, 0] = max(xx / inside - mean_x * mean_x, np.float32(0)) * a + b_cov
-        cov[n, 0, 1] = cov[n, 1, 0] = (xy / inside - mean_x * mean_y) * a
-        cov[n, 1, 1] = max(yy / inside - mean_y * mean_y, np.float32(0)) * a + b_cov
-        odds = (
-            log_odds[0] * reliability(reliability_j, found_u, found_v)
-            + log_odds[1] * math.log(max(mass, LEAST)) + log_odds[2] * coarse_cosine
-            + log_odds[3] * peak / scale_fine + log_odds[4]
+        uv[q, 0], uv[q, 1] = found_u, found_v
+        a, c = a_cov * np.float32(FINE * FINE), at(cov, 4 * q)
+        c[0] = max(xx / inside - mean_x * mean_x, ZERO) * a + b_cov
+        c[1] = (xy / inside - mean_x * mean_y) * a
+        c[2] = c[1]
+        c[3] = max(yy / inside - mean_y * mean_y, ZERO) * a + b_cov
+        evidence = (
+            odds[0] * reliability(reliability_j, h_r, w_r, found_u, found_v)
+            + odds[1] * math.log(max(mass, LEAST)) + odds[2] * coarse_cosine
+            + odds[3] * peak / scale_fine + odds[4]
         )
-        score[n] = ONE / (ONE + math.exp(-odds))
-    return uv, coarse_uv, score, cov
+        score[q] = ONE / (ONE + math.exp(-evidence))
+
+
+def match(
+    coarse_i, fine_i, coarse_j, fine_j, reliability_j, queries, around, similarity, scale_coarse,
+    scale_fine, log_cov, log_odds,
+):
+    """
+    ``ExpectationMatcher.match`` of queries (N, 2), px in the reference i, in the target j.
+
+    Maps are channels last, fine ones the bits of bfloat16. The region searched lies about
+    ``around`` (N, 2) px; where that is empty, it is the whole image, and ``similarity`` (N, h * w)
+    has been made. Returns uv, coarse_uv (N, 2), score (N,), cov (N, 2, 2).
+    """
+    shapes = [(len(queries), *rest) for rest in ((2,), (2,), (), (4,))]
+    uv, coarse_uv, score, cov = (np.empty(shape, np.float32) for shape in shapes)
+    channels = max(coarse_i.shape[2], fine_i.shape[2])
+    _match(
+        coarse_i, fine_i, coarse_j, fine_j, reliability_j, queries, around, similarity,
+        scale_coarse, scale_fine, log_cov, log_odds, uv, coarse_uv, score, cov,
+        np.empty(REGION + EDGE * EDGE + channels, np.float32),
+    )  # fmt: skip
+    return uv, coarse_uv, score, cov.reshape(-1, 2, 2)

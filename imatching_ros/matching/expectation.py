@@ -8,11 +8,10 @@ good matches from bad ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
-import importlib
-import logging
+from functools import lru_cache
 from types import ModuleType
 
+from imatching_ros import kernels
 import numpy as np
 import torch
 from torch import nn, Tensor
@@ -349,32 +348,22 @@ def half_precision(device: torch.device, learning: bool) -> torch.dtype | None:
     """
     Return the type in which a device multiplies faster than in float32, None where none is.
 
-    For ``learning`` not float16, in which small gradients vanish.
+    For ``learning`` it is not float16, in which small gradients vanish. A processor is taken for
+    what torch uses of it (``ATEN_CPU_CAPABILITY=avx2``: bfloat16 would be emulated, and slower).
     """
     if device.type == 'cuda':
         if not learning:
             return torch.float16
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else None
-    # Since torch 2.2; emulated bfloat16 would be slower
-    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)
-    return torch.bfloat16 if device.type == 'cpu' and supported() else None
-
-
-@cache
-def compiled() -> ModuleType | None:
-    """
-    Return compiled.py, or None with a notice where numba is not to be had.
-
-    The first time on a machine this compiles it, for some ten seconds: call it when starting up.
-    """
-    try:
-        return importlib.import_module('imatching_ros.matching.compiled')
-    # numba absent, at odds with numpy, or nowhere to keep its cache
-    except (ImportError, RuntimeError) as error:
-        logging.getLogger(__name__).warning(
-            'matching runs ten times slower, in plain torch: numba cannot be used (%s)', error
-        )
+    if device.type != 'cpu' or torch.backends.cpu.get_cpu_capability() != 'AVX512':
         return None
+    supported = getattr(torch.cpu, '_is_avx512_bf16_supported', lambda: False)  # since torch 2.2
+    return torch.bfloat16 if supported() else None
+
+
+def compiled() -> ModuleType | None:
+    """Return compiled.py, ready, or None where numba is not to be had (kernels.py)."""
+    return kernels.load('imatching_ros.matching.compiled')
 
 
 def _is_for_compiled(reference: Features, target: Features, queries: Tensor) -> bool:

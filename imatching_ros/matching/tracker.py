@@ -146,6 +146,12 @@ class Tracker:
         """Forget all keyframes; the next image is the first. Ids go on, none is given twice."""
         self._keyframes.clear()
 
+    def recalibrate(self, camera: Camera) -> None:
+        """Go on with a camera focused anew; of another camera the next image is the first."""
+        if not camera.goes_on_from(self.camera):
+            self.reset()
+        self.camera = camera
+
     @torch.no_grad()
     def swap(self, matcher: Matcher, version: int) -> None:
         """Go on with other weights: the tracks live on, the keyframes' features are made anew."""

@@ -18,12 +18,13 @@ from sensor_msgs.msg import PointCloud2
 import torch
 
 from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, LEAP_NS, lossless
+from .core_node import ACTIVE, CoreNode, lossless
 from .process import run
 from .run_files import write_map
 from ..bundle.bundle import Bundle, LOST
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
+from ..data.stamps import LEAP_NS
 from ..geometry.camera import Camera
 
 try:
@@ -38,6 +39,7 @@ class BundleNode(CoreNode):
     """Runs the lower level on each image's correspondences."""
 
     role, feed = 'bundle', 'correspondences'
+    judged = True  # by the matcher
 
     def forget(self) -> None:
         super().forget()
@@ -167,9 +169,10 @@ class BundleNode(CoreNode):
                 self.core = self.build(self.camera)
             stamp, *pose = messages.camera_odometry(message, extrinsics)
             # all later ones would be too old
-            if self._last_stamp is not None and stamp > self._last_stamp + LEAP_NS:
+            last = self._stamps.last
+            if last is not None and stamp > last + LEAP_NS:
                 raise ValueError(
-                    f'it is {(stamp - self._last_stamp) / 1e9:.3f} s ahead of the images; '
+                    f'it is {(stamp - last) / 1e9:.3f} s ahead of the images; '
                     'check clocks'
                 )
             self.core.add_odometry(stamp, *pose)

@@ -44,15 +44,14 @@ from . import messages, parameters
 from .diagnostics import ERROR, Health, OK, WARN
 from .worker import Worker
 from .. import kernels
-from ..geometry.camera import Camera
+from ..data.images import Greys
+from ..data.stamps import LEAP_NS, RESTART, RESTART_NS, SAME, Stamps
+from ..geometry.camera import Camera, is_rectified, unclear
 from ..matching import weights
 
 UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = 'unconfigured', 'inactive', 'active', 'finalized'
 SENTENCE = 400  #: characters of what is said, at most
 REPEAT_S = 5.0  #: the same sentence goes to the log this seldom
-#: a stamp this far behind the last one is a recording that starts again
-RESTART_NS = 1_000_000_000
-LEAP_NS = 10_000_000_000  #: a stamp this far ahead of the last one is said
 SILENCE_S = 2.0  #: without input for this long, an active node says so
 BUSY_S = 20.0  #: one piece of work that takes this long is said
 PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of work in hand
@@ -125,6 +124,7 @@ class CoreNode(LifecycleNode):
     #: parameters
     role: str
     feed: str  #: the topic without which it has nothing to do
+    judged = False  #: whether who sends its inputs has judged their stamps
 
     def __init__(
         self, load: Callable[[Path, str], Any] = load_weights, **node_options: Any
@@ -214,25 +214,30 @@ class CoreNode(LifecycleNode):
         """Start afresh with the next input; runs in the core's thread."""
         if self.core is not None:
             self.core.reset()
-        self._last_stamp = None
+        self._stamps = Stamps(self.judged)
         return 'starts afresh with the next image'
 
     def restart(self) -> None:
         """Time went back: what is remembered of later times goes; runs in the core's thread."""
         self.reset()
 
-    def recalibrate(self) -> None:
+    def recalibrate(self, camera: Camera) -> None:
         """Take a changed camera; runs in the core's thread."""
-        self.core, self._last_stamp = None, None
+        if not camera.goes_on_from(self.camera):
+            self._stamps = Stamps(self.judged)
+        self.camera = camera
+        if self.core is not None:
+            self.core.recalibrate(camera)
 
     def forget(self) -> None:
         """Nothing is known yet, or any more."""
         self.camera: Camera | None = None
+        self._greys = Greys()
         self.core: Any = None
         self.worker = None
         self._results: dict[str, LifecyclePublisher] = {}  # by topic
         self.prepared = False  #: whether what it computes with is compiled
-        self._last_stamp: int | None = None
+        self._stamps = Stamps(self.judged)
         self._calibration: CameraInfo | None = None
         self._last_heard = 0.0
 
@@ -358,32 +363,39 @@ class CoreNode(LifecycleNode):
                 f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
                 'publish the camera_info that belongs to the image'
             )
-        image = messages.image_from_message(message)
+        image = messages.image_from_message(message, self._greys)
         self.follow(messages.to_ns(message.header.stamp))
         return image
 
     def follow(self, stamp: int) -> None:
         """
-        Keep time: ValueError for a duplicate or late stamp.
+        Keep time by the rule of ``data.stamps``.
 
-        Start afresh where a recording begins again.
+        ValueError for a stamp that does not go on; start afresh where the stamps begin again,
+        which takes a second message to believe.
         """
-        last = self._last_stamp
-        if last is not None and stamp <= last:
-            if last - stamp < RESTART_NS:
-                what = 'the same stamp as' if stamp == last else 'an older stamp than'
-                raise ValueError(
-                    f'a message with {what} the one before is ignored; check for a second '
-                    'publisher'
-                )
+        last = self._stamps.last
+        reason = self._stamps.judge(stamp)
+        if reason == RESTART:
             self.fault(f'the clock went back by {(last - stamp) / 1e9:.3f} s: starting afresh')
             self.restart()
+            self._stamps.restart(stamp)
+        elif reason and abs(stamp - last) < RESTART_NS:
+            what = 'the same stamp as' if reason == SAME else 'an older stamp than'
+            raise ValueError(
+                f'a message with {what} the one before is ignored; check for a second publisher'
+            )
+        elif reason:
+            raise ValueError(
+                f'a message with a stamp {abs(stamp - last) / 1e9:.3f} s '
+                f'{"ahead of" if stamp > last else "behind"} the one before is ignored, unless '
+                'the next one goes on from it; check the clocks'
+            )
         elif last is not None and stamp - last > LEAP_NS:
             self.fault(
                 f'the clock went forward by {(stamp - last) / 1e9:.3f} s from one message to '
                 'the next'
             )
-        self._last_stamp = stamp
 
     def fault(self, sentence: str) -> None:
         """Say it in diagnostics, and in the log unless it was just said there."""
@@ -539,25 +551,40 @@ class CoreNode(LifecycleNode):
             return
         self._calibration = message
         try:
-            camera = messages.camera_from_info(message, self._rectified())
+            camera = Camera.from_camera_info(message, self._rectified())
         except ValueError as error:
             self.fault(f'camera_info: {error}')
             return
-        before, self.camera = self.camera, camera
-        if before not in (None, camera):
+        before = self.camera
+        if before is None:
+            self.camera = camera
+            self._doubt(camera, message)
+            return
+        if not camera.goes_on_from(before):
             self.fault('camera_info changed: starting afresh with the new calibration')
-            self.worker.post(self.recalibrate)
+            self._doubt(camera, message)
+        if camera != before:
+            self.worker.post(lambda: self.recalibrate(camera))
+
+    def _doubt(self, camera: Camera, info: CameraInfo) -> None:
+        """Say what is odd about the camera, and where nothing tells which one it is."""
+        for doubt in camera.doubts():
+            self.get_logger().warning(f'camera_info: {doubt}')
+        if self.value('rectified') == 'auto' and not self._rectified():
+            topic = self.resolve_topic_name('image')
+            if (apart := unclear(info, topic)) is not None:
+                self.get_logger().warning(
+                    f"the images of {topic} are taken as raw, by camera_info's K and D; by P "
+                    f'pixels lie up to {apart:.0f} px elsewhere: if they are rectified, set the '
+                    'parameter rectified to always, else to never'
+                )
 
     def _rectified(self) -> bool:
         if (given := self.value('rectified')) != 'auto':
             return given == 'always'
-        # Whether the camera_info's P or K describes an image, the image's name alone tells (REP
-        # 104, image_proc)
-        names = (self.resolve_topic_name(topic) for topic in ('image', 'image/compressed'))
-        return any(
-            name.removesuffix('/compressed').rpartition('/')[2].startswith('image_rect')
-            for name in names
-        )
+        # Whether the camera_info's P or K describes an image, the image's name alone tells
+        names = ('image', 'image/compressed')
+        return any(is_rectified(self.resolve_topic_name(name)) for name in names)
 
     def _on_clock_jump(self, jump: Any) -> None:
         seconds = jump.delta.nanoseconds / 1e9

@@ -23,6 +23,7 @@ from .core_node import ACTIVE, CoreNode, latched
 from .diagnostics import OK, percentiles, Share, WARN
 from .process import run
 from ..bundle.options import BundleOptions
+from ..data.stamps import Stamps
 from ..geometry.camera import Camera
 from ..learning import checkpoints
 from ..learning.learner import Learner, LearnerOptions, StepResult, Verdict
@@ -125,11 +126,9 @@ class LearnerNode(CoreNode):
     def restart(self) -> None:
         """Forget what is remembered of the images; what was learned stays."""
         self._parts.clear()
-        self._last_stamp = None
+        self._stamps = Stamps()
         if self.core is not None:
             self.core.start_recording(self.camera)
-
-    recalibrate = restart
 
     def rollback(self) -> str:
         """Back to the version before the last promoted one."""

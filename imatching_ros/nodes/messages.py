@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import array
 from collections.abc import Mapping, Sequence
-import contextlib
 import math
 from typing import Any
 
@@ -25,14 +24,13 @@ from sensor_msgs.msg import (
     PointCloud,
     PointCloud2,
     PointField,
-    RegionOfInterest,
 )
 from std_msgs.msg import Header, UInt8MultiArray
 import torch
 
 from ..bundle.prior import Prior
 from ..bundle.window import Window
-from ..data.images import compressed_size, decode_compressed, decode_image, ENCODINGS
+from ..data.images import compressed_size, decode_compressed, decode_image, Greys
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..geometry.frames import carried
@@ -59,34 +57,6 @@ _FIELD_TYPES = {
     'f8': PointField.FLOAT64,
 }  # fmt: skip
 _DTYPES = {number: name for name, number in _FIELD_TYPES.items()}
-
-
-try:
-    from cv_bridge import CvBridge
-except Exception:  # absent, or built for another numpy
-    CvBridge = None
-
-
-def _bridge() -> Any:
-    """
-    cv_bridge where it is installed and sound.
-
-    A port of that name on PyPI corrupts 16-bit images.
-    """
-    if CvBridge is None:
-        return None
-    ramp = np.minimum(np.arange(256) * 257 + 100, 65535).astype(np.uint16).reshape(16, 16)
-    message = Image(
-        encoding='mono16', height=16, width=16, step=32, data=array.array('B', ramp.tobytes())
-    )
-    with contextlib.suppress(Exception):
-        bridge = CvBridge()
-        if np.array_equal(bridge.imgmsg_to_cv2(message, 'mono8'), np.arange(256).reshape(16, 16)):
-            return bridge
-    return None
-
-
-_BRIDGE = _bridge()
 
 
 # Stamps
@@ -472,29 +442,6 @@ def _points(rows: np.ndarray) -> np.ndarray:
 # Images and cameras
 
 
-def camera_from_info(message: CameraInfo, rectified: bool = False) -> Camera:
-    """
-    Return the camera of the image as it is published, cut out and binned as the message says.
-
-    A rectified image has the intrinsics of P and no distortion, a raw one those of K and D. Raises
-    ValueError where the camera is not calibrated.
-    """
-    roi = message.roi
-    if rectified:
-        p = message.p
-        camera = Camera.from_camera_info(
-            message.width, message.height, [*p[:3], *p[4:7], *p[8:11]], [], ''
-        )
-    else:
-        camera = Camera.from_camera_info(
-            message.width, message.height, list(message.k), list(message.d),
-            message.distortion_model,
-        )
-    return camera.cropped(roi.x_offset, roi.y_offset, roi.width, roi.height).binned(
-        message.binning_x or 1, message.binning_y or 1
-    )
-
-
 def camera_to_info(camera: Camera, head: Header) -> CameraInfo:
     """Return the inverse; an image without distortion says plumb_bob with zero coefficients."""
     K = [camera.fx, 0.0, camera.cx, 0.0, camera.fy, camera.cy, 0.0, 0.0, 1.0]
@@ -523,60 +470,35 @@ def image_size(message: Image | CompressedImage) -> tuple[int, int]:
     return message.height, message.width
 
 
-def image_from_message(message: Image | CompressedImage) -> np.ndarray:
-    """Grey (H, W) uint8 of an Image or a CompressedImage; ValueError where it cannot be read."""
+def image_from_message(message: Image | CompressedImage, greys: Greys | None = None) -> np.ndarray:
+    """
+    Return the grey (H, W) uint8 of an Image or a CompressedImage.
+
+    ``greys`` is as for ``decode_image``: one for all images of a camera. ValueError where it
+    cannot be read.
+    """
     if isinstance(message, CompressedImage):
-        return decode_compressed(bytes(message.data))
-    size, channels, _ = ENCODINGS.get(message.encoding, (1, 1, None))
-    # it takes a row for whole pixels, and shears an image whose padding is not
-    if _BRIDGE is not None and message.step % (size * channels) == 0:
-        # what it cannot read, or what is malformed, is for the decoder to say
-        with contextlib.suppress(Exception):
-            return np.ascontiguousarray(_BRIDGE.imgmsg_to_cv2(message, 'mono8'))
+        return decode_compressed(message.data, greys)
     return decode_image(
-        message.encoding, message.height, message.width, message.step, bytes(message.data),
-        bool(message.is_bigendian),
+        message.encoding, message.height, message.width, message.step, message.data,
+        bool(message.is_bigendian), greys,
     )
 
 
-def from_recording(message: Any, stamp: int) -> Image | CompressedImage | CameraInfo:
-    """
-    Return an image or camera_info that ``rosbags`` read as the message to publish.
-
-    ``stamp`` is its time in ns.
-    """
-    head = header(stamp, message.header.frame_id)
-    kind = message.__msgtype__
-    if kind == 'sensor_msgs/msg/CompressedImage':
-        return CompressedImage(
-            header=head, format=message.format, data=array.array('B', message.data.tobytes())
-        )
-    if kind == 'sensor_msgs/msg/Image':
-        return Image(
-            header=head,
-            height=message.height,
-            width=message.width,
-            encoding=message.encoding,
-            is_bigendian=message.is_bigendian,
-            step=message.step,
-            data=array.array('B', message.data.tobytes()),
-        )
-    return CameraInfo(
+def from_recording(message: Any, stamp: int) -> Image | CompressedImage:
+    """Return an image that a recording holds as the message to publish; ``stamp`` in ns."""
+    head, data = header(stamp, message.header.frame_id), array.array('B', message.data.tobytes())
+    if message.__msgtype__ == 'sensor_msgs/msg/CompressedImage':
+        return CompressedImage(header=head, format=message.format, data=data)
+    return Image(
         header=head,
         height=message.height,
         width=message.width,
-        distortion_model=message.distortion_model,
-        d=message.d.tolist(),
-        k=message.k.tolist(),
-        r=message.r.tolist(),
-        p=message.p.tolist(),
-        binning_x=message.binning_x,
-        binning_y=message.binning_y,
-        roi=RegionOfInterest(
-            x_offset=message.roi.x_offset, y_offset=message.roi.y_offset,
-            width=message.roi.width, height=message.roi.height, do_rectify=message.roi.do_rectify,
-        ),
-    )  # fmt: skip
+        encoding=message.encoding,
+        is_bigendian=message.is_bigendian,
+        step=message.step,
+        data=data,
+    )
 
 
 def image_to_message(image: np.ndarray, head: Header) -> Image:

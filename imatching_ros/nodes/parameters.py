@@ -117,10 +117,12 @@ TABLE: tuple[Parameter, ...] = (
     Parameter('threads', _ALL, 1,
               'Threads of one torch operation, for the whole process; 0 leaves the choice to '
               'torch.', 0, 256, read_only=True),
-    Parameter('rectified', _ALL, 'auto',
+    Parameter('rectified', (*_ALL, 'player'), 'auto',
               "always: images are rectified, so camera_info's P describes them; never: they are "
               "raw, so K and D do; auto: rectified where the last part of the image topic's name "
-              'begins with image_rect.', choices=('auto', 'always', 'never'), read_only=True),
+              'begins with image_rect, or a part is rect, rectified or rectify, or it is one of '
+              "kitti2bag's.",
+              choices=('auto', 'always', 'never'), read_only=True),
     # Weights
     Parameter('weights', ('matcher', 'learner'), '',
               'Weights file to start with; empty: the shipped ones. ~/reload_weights reads it '
@@ -203,11 +205,16 @@ TABLE: tuple[Parameter, ...] = (
     Parameter('enabled', _L, True,
               'Learn; false: watch only, weights stay as they are. ~/enable sets it too.'),
     # The player
-    Parameter('bag', ('player',), '', 'Recording to play: rosbag1, rosbag2 or MCAP.',
+    Parameter('bag', ('player',), '',
+              'Recording to play: rosbag1, rosbag2, MCAP, a video file or a folder of pictures.',
               read_only=True),
+    Parameter('camera', ('player',), '',
+              "Instead of the recording's camera_info: fx fy cx cy [model] [d ...], pixels, or a "
+              'calibration yaml.', read_only=True),
     Parameter('rate', ('player',), 1.0, "How fast to play, times the recording's own pace.", 0.001,
               1000.0, read_only=True),
-    Parameter('image_topic', ('player',), '', 'Image topic in the recording; empty: its only one.',
+    Parameter('image_topic', ('player',), '',
+              'Image topic in the recording; empty, or one that it does not have: its only one.',
               read_only=True),
     Parameter('camera_info_topic', ('player',), '',
               'camera_info topic in the recording; empty: the one beside the images.',

@@ -19,7 +19,9 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
 from . import messages, parameters
 from .process import run_ros
-from ..data.recording import open_recording, Recording
+from ..data.recording import RecordingError
+from ..data.stamps import LEAP_NS
+from ..data.video import open_images
 
 
 class PlayerNode(Node):
@@ -36,18 +38,21 @@ class PlayerNode(Node):
         bag = self.get_parameter('bag').value
         if not bag:
             raise ValueError("no recording is given; set the parameter 'bag'")
-        self.recording: Recording = open_recording(
-            Path(bag), self.get_parameter('image_topic').value or None,
-            self.get_parameter('camera_info_topic').value or None,
-        )  # fmt: skip
+        *topics, camera, rectified = (
+            self.get_parameter(name).value or None
+            for name in ('image_topic', 'camera_info_topic', 'camera', 'rectified')
+        )
+        try:
+            self.recording = open_images(Path(bag), *topics, camera, rectified)
+        except RecordingError:
+            # A launch file names the topic to play onto: of one camera that may be another
+            self.recording = open_images(Path(bag), None, None, camera, rectified)
         compressed = self.recording.transport == 'compressed'
         topic = 'image/compressed' if compressed else 'image'
-        self._publishers_of = {
-            'image': self.create_publisher(
-                CompressedImage if compressed else Image, topic, QoSProfile(depth=10)
-            ),
-            'camera_info': self.create_publisher(CameraInfo, 'camera_info', QoSProfile(depth=10)),
-        }
+        self._images = self.create_publisher(
+            CompressedImage if compressed else Image, topic, QoSProfile(depth=10)
+        )
+        self._camera_info = self.create_publisher(CameraInfo, 'camera_info', QoSProfile(depth=10))
         self._time = (
             self.create_publisher(Clock, '/clock', 10)
             if self.get_parameter('clock').value
@@ -57,30 +62,42 @@ class PlayerNode(Node):
     def play(self) -> None:
         """Block until the recording has ended, or ROS is shut down."""
         patience = time.monotonic() + 30.0
-        while not self._publishers_of['image'].get_subscription_count():
+        while not self._images.get_subscription_count():
             rclpy.spin_once(self, timeout_sec=0.1)
             if time.monotonic() > patience:
-                topic = self._publishers_of['image'].topic_name
+                topic = self._images.topic_name
                 transport = self.recording.transport
                 self.get_logger().warning(
                     f'nobody listens on {topic}; start the nodes with image_transport:={transport}'
                 )
                 break
         rate = self.get_parameter('rate').value
-        begun, first, images = time.monotonic(), None, 0
-        for stamp, kind, _, message in self.recording.messages():
-            first = stamp if first is None else first
-            while (
-                left := begun + (stamp - first) * 1e-9 / rate - time.monotonic()
-            ) > 0 and rclpy.ok():
+        due, before, images = time.monotonic(), None, 0
+        for stamp, kind, message in self.recording.messages():
+            if kind == 'camera':
+                camera = message
+                continue
+            step = stamp - before if before is not None else 0
+            if step > LEAP_NS:
+                self.get_logger().warning(
+                    f'the recording goes on {step * 1e-9:.3f} s later, which are not waited for'
+                )
+                step = 0
+            before, due = stamp, due + step * 1e-9 / rate
+            while (left := due - time.monotonic()) > 0 and rclpy.ok():
                 rclpy.spin_once(self, timeout_sec=min(left, 0.1))
             if not rclpy.ok():
                 return
             if self._time is not None:
                 self._time.publish(Clock(clock=messages.to_stamp(stamp)))
-            self._publishers_of[kind].publish(messages.from_recording(message, stamp))
-            images += kind == 'image'
+            # as a driver does: whoever comes late needs it too
+            head = messages.header(stamp, message.header.frame_id)
+            self._camera_info.publish(messages.camera_to_info(camera, head))
+            self._images.publish(messages.from_recording(message, stamp))
+            images += 1
         self.get_logger().info(f'the recording has ended: {images} images')
+        for note in self.recording.notes():
+            self.get_logger().warning(note)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import time
-from typing import Any
 
 from .observer import Observer
 from ..data.recording import Recording
@@ -23,7 +22,7 @@ class Feed:
     ) -> None:
         """``queue_sizes``: by role, how many messages may wait in a node before it drops some."""
         self._observer, self._queue_sizes = observer, queue_sizes
-        self._messages = _entries(recording)
+        self._messages = iter(recording.messages())
         self.sent = 0
         self.seconds = 0.0
 
@@ -62,11 +61,3 @@ class Feed:
             most[role] == 0 or most[role] + further[role] <= self._queue_sizes[role]
             for role in waiting
         )
-
-
-def _entries(recording: Recording) -> Iterator[tuple[int, str, Any]]:
-    """Yield (stamp, "camera", Camera) and (stamp, "image", message) of a recording."""
-    yield 0, 'camera', recording.camera
-    for stamp, kind, _, message in recording.messages():
-        if kind == 'image':
-            yield stamp, kind, message
