@@ -6,7 +6,9 @@ Managed from outside, refusing what is wrong, leaving nothing behind.
 
 from dataclasses import replace
 from functools import partial
+import os
 from pathlib import Path
+import re
 import signal
 import time
 
@@ -20,10 +22,10 @@ from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.nodes import bundle, matcher, messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
-from imatching_ros.nodes.core_node import lossless  # noqa: E402
+from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode  # noqa: E402
 from imatching_ros.nodes.matcher import draw, MatcherNode  # noqa: E402
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue  # noqa: E402
+from rcl_interfaces.msg import Log, Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import SetParameters  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from ros import CAMERA, image_message, picture, Ros, SECOND, START  # noqa: E402
@@ -273,6 +275,44 @@ INTERFACE = {
         '~/rollback': 'Trigger',
     },
 }  # fmt: skip
+
+
+def test_a_node_says_what_it_waits_for_until_it_can_work(ros, tmp_path):
+    """The first time on a processor: no kernel has been compiled yet."""
+    ros.settings['NUMBA_CACHE_DIR'] = str(tmp_path / 'kernels')
+    ros.start('bundle')
+    pattern = r'compiling for this processor, once: \d+ of \d+'
+    says = ros.wait(
+        lambda: (s := ros.says('bundle')) and re.fullmatch(pattern, s['message']) and s
+    )
+    assert (says['lifecycle'], says['ready'], says['level']) == ('active', 'false', 1)
+    ros.wait(lambda: ros.says('bundle')['ready'] == 'true')
+    assert 'compiling' not in ros.says('bundle')['message']
+    log = ros.log('bundle')
+    assert 0 < log.index('once: 1 of ') < log.index('ready')
+    ros.end('bundle')
+    ros.start('bundle')
+    ros.wait(lambda: ros.says('bundle').get('ready') == 'true')
+    assert 'compiling' not in ros.log('bundle')
+
+
+def test_fault_a_node_says_that_it_must_do_without_kernels(ros, tmp_path):
+    """Matching and bundle then run in plain torch."""
+    (tmp_path / 'numba.py').write_text("raise ImportError('numba is not for this python')")
+    ros.settings['PYTHONPATH'] = os.pathsep.join([str(tmp_path), ros.settings['PYTHONPATH']])
+    ros.start('matcher', image_qos='keep_all', processing_mode='all', queries=20)
+    images = ros.node.create_publisher(Image, 'image', lossless())
+    infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
+    matched = ros.listen(PointCloud2, 'correspondences', lossless())
+    rosout = ros.listen(Log, '/rosout', latched(100))
+    ros.connect(images)
+    ros.connect(infos)
+    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
+    images.publish(image_message(START, picture()))
+    ros.wait(lambda: matched)
+    ros.wait(lambda: 'numba is not for this python' in ros.says('matcher').get('message', ''))
+    assert ros.says('matcher')['ready'] == 'true' and ros.says('matcher')['level'] == 1
+    ros.wait(lambda: any('numba is not for this python' in said.msg for said in rosout))
 
 
 @pytest.mark.parametrize('kind', INTERFACE, ids=lambda kind: kind.role)

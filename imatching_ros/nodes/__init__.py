@@ -1,5 +1,5 @@
 """
-The three ROS nodes and all that is ROS: messages, parameters, diagnostics, replay.
+The three ROS nodes and all that is ROS: messages, parameters, diagnostics.
 
 No mathematics.
 """

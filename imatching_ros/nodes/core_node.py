@@ -604,9 +604,8 @@ class CoreNode(LifecycleNode):
         if self.state != ACTIVE:
             return (ERROR, f'{self.state}: {self.refusal}') if self.refusal else (OK, self.state)
         level, text = self.health.level(self.trouble())
-        if level == OK and (concern := self.concern() or kernels.state()):
-            return WARN, concern
-        return level, text
+        concerns = '; '.join(filter(None, (self.concern(), kernels.state())))
+        return (WARN, concerns) if level == OK and concerns else (level, text)
 
     def _beat(self) -> None:
         """Once a second the node says how it is, whatever its core is at."""
@@ -624,7 +623,8 @@ class CoreNode(LifecycleNode):
             **self.health.values(),
             'waiting': worker.waiting() if worker else 0,
             'busy_s': worker.busy() if worker else 0.0,
-            'stuck_s': worker.stuck if worker else 0.0,
+            # before, it may wait for another process that compiles
+            'stuck_s': worker.stuck if worker and self.prepared else 0.0,
             **{
                 f'{topic}_listeners': publisher.get_subscription_count()
                 for topic, publisher in self._results.items()

@@ -139,8 +139,8 @@ def replay(
             feed.play(len(recording) - train_frames)
         observer.drain(feed.sent)
         if not observer.matched:
-            reason = nodes.running['matcher'].says['last_error'] or 'the recording has none'
-            raise ReplayError(f'no image could be matched: {reason}')
+            reasons = [nodes.running['matcher'].says['last_error'], *recording.notes()]
+            raise ReplayError(f'no image could be matched: {"; ".join(filter(None, reasons))}')
         observer.collect()
         observer.save_map()
     return _result(observer, feed, run_dir, before, train_frames)
