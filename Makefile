@@ -21,6 +21,7 @@ SOURCES := setup.py setup.cfg requirements.txt requirements-test.txt constraints
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test,ros]"
+	$(BIN)/python -m imatching_ros.kernels
 	touch $@
 
 # COLCON_IGNORE keeps colcon out of an environment that lies in a workspace.
@@ -31,6 +32,7 @@ $(VENV)/.ros-installed: $(SOURCES) ros_constraints.py
 	$(BIN)/python -m pip install -q -c $(VENV)/constraints.txt -r requirements.txt -r requirements-test.txt
 	$(BIN)/python -c "import cv2" || $(BIN)/python -m pip install -q -c $(VENV)/constraints.txt opencv-python-headless
 	$(BIN)/python -m pip install -q --no-deps -e .
+	$(BIN)/python -m imatching_ros.kernels
 	touch $@
 
 demo: setup
