@@ -30,6 +30,7 @@ Report = Callable[[int, int, str], None]
 _lock = threading.RLock()
 _loaded: dict[str, ModuleType | None] = {}
 _state = 'the kernels are not loaded yet'
+_warned: set[str] = set()
 
 
 def state() -> str:
@@ -125,7 +126,8 @@ def _say(sentence: str) -> None:
 
 
 def _conclude(sentence: str) -> None:
-    if sentence and sentence != _state:
+    if sentence and sentence not in _warned:
+        _warned.add(sentence)
         logging.getLogger(__name__).warning(sentence)
     _say(sentence)
 

@@ -354,6 +354,7 @@ def test_without_numba_torch_steps_in_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(kernels.importlib, 'import_module', absent)
     monkeypatch.setattr(kernels, '_loaded', {})
     monkeypatch.setattr(kernels, '_state', '')
+    monkeypatch.setattr(kernels, '_warned', set())
     got = [adjust(posed) for _ in range(2)]
     assert all(torch.equal(one.points, want.points) for one in got)
     assert len(caplog.records) == 1 and "No module named 'numba'" in caplog.text
