@@ -70,12 +70,19 @@ def show() -> None:
         TextColumn(COMPILING + ': {task.completed} of {task.total}'), BarColumn(),
         TimeElapsedColumn(), TextColumn('{task.description}'),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        def report(done: int, total: int, name: str) -> None:
-            task = bar.tasks[0].id if bar.tasks else bar.add_task('')
-            bar.update(task, completed=done, total=total, description=name)
+    bar = Progress(*columns, console=Console(stderr=True))
 
+    def report(done: int, total: int, name: str) -> None:
+        if not bar.tasks:
+            bar.add_task('')
+            bar.start()
+        bar.update(bar.tasks[0].id, completed=done, total=total, description=name)
+
+    try:
         prepare(report)
+    finally:
+        if bar.tasks:
+            bar.stop()
 
 
 def _load(names: tuple[str, ...], progress: Report | None) -> None:
