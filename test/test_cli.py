@@ -207,6 +207,7 @@ def test_a_bad_bag_is_one_sentence_in_every_command(tmp_path, monkeypatch, capsy
 def test_a_bad_image_is_one_sentence(tmp_path, monkeypatch, capsys, make, says):
     monkeypatch.chdir(tmp_path)
     bag = make(tmp_path)
+    (bag / 'groundtruth.txt').write_text('12.0 0 0 0 0 0 0 1\n13.0 1 0 0 0 0 0 1\n')
     for arguments in (
         ['tune', bag, '--out', 'w.safetensors', '--train-fraction', '1'],
         ['evaluate', bag],
