@@ -6,7 +6,8 @@ What a first start costs, before anything is kept on disk, and what every other 
 Each row is a fresh process that makes all kernels ready: first in an empty cache folder, then in
 the one that the first has filled, and last where no folder can be written. Seconds are of the
 process's processor time and of the clock, from before numba is imported, without what the package
-imports beside it. ``NUMBA_CPU_NAME=haswell`` compiles as for a processor without AVX-512.
+imports beside it. With ``NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES=`` it compiles as for a
+processor without AVX-512.
 """
 
 from __future__ import annotations

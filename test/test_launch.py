@@ -220,7 +220,7 @@ def installed(tmp_path_factory):
     """
     Return the installed package's launch file.
 
-    Its solver is compiled, which keeps a node busy once per installation.
+    Its kernels are compiled, which keeps a node busy once per installation.
     """
     pytest.importorskip(
         'launch_ros', reason='launch_ros is not installed (a ROS 2 installation has it)'
@@ -233,10 +233,10 @@ def installed(tmp_path_factory):
         pytest.skip(
             'the package is not in an ament prefix: colcon build, and source install/setup.bash'
         )
-    warm = 'from imatching_ros.bundle.adjust import compiled; compiled()'
     subprocess.run(
-        [sys.executable, '-c', warm], cwd=tmp_path_factory.mktemp('elsewhere'), check=True
-    )
+        [sys.executable, '-m', 'imatching_ros.kernels'], check=True,
+        cwd=tmp_path_factory.mktemp('elsewhere'),
+    )  # fmt: skip
     return share / 'launch' / 'imatching.launch.py'
 
 
