@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from . import __version__, kernels
+from . import __version__, files, kernels
 
 GAP = 5  #: images between the last that trained and the first that is measured
 PICTURE_STEP = 10  #: images between the two of the report's picture
@@ -111,7 +111,7 @@ def tune(options: argparse.Namespace) -> None:
                     style='green' if verdict.promoted else None,
                 )
                 if verdict.promoted:
-                    weights.write(options.out, learner.weights())
+                    files.write(options.out, learner.weights())
 
         try:
             learner, history = run(
@@ -131,7 +131,7 @@ def tune(options: argparse.Namespace) -> None:
         _say(f'went on from step {history.resumed} of an interrupted run')
     for note in filter(None, (*history.refused, history.stopped)):
         _warn(note)
-    weights.write(options.out, learner.weights())
+    files.write(options.out, learner.weights())
     # Not from the files: where --out is gone on from, `start` is overwritten by now
     tuned, _ = weights.loads(learner.weights())
     before, after, pictures = _measure(recordings[0], splits[0], [matcher, tuned])
@@ -256,7 +256,6 @@ def _export_recording(options: argparse.Namespace) -> None:
     from .export.colmap import camera_model, DATABASE, image_name, IMAGES, write_colmap
     from .matching import weights
     from .matching.tracker import Tracker
-    from .nodes.run_files import write_map
     from .pipeline import track_and_solve
 
     recording = _open(options.bag, options)
@@ -289,7 +288,7 @@ def _export_recording(options: argparse.Namespace) -> None:
                 raise OSError(f'{file} could not be written')
     _say_notes(recording)
     if options.map and bundle.trajectory:
-        write_map(
+        files.write_map(
             options.map,
             {stamp: T.numpy() for stamp, T in bundle.trajectory.items()},
             {track: point.numpy() for track, point in landmarks.items()},

@@ -9,8 +9,8 @@ by itself. In COLMAP the upper left corner of the image is (0, 0) and the first 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass
-import os
 from pathlib import Path
 import sqlite3
 
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import replacing, write
 from ..geometry import lie
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..geometry.two_view import relative_pose
-from ..matching.weights import write
 
 DATABASE, IMAGES, MODEL = 'database.db', 'images', 'sparse'
 PAIR = 2**31 - 1  #: COLMAP numbers a pair of images PAIR * first + second
@@ -84,9 +84,7 @@ def write_colmap(
     prune_px: float,
 ) -> Exported:
     """
-    Write ``database.db`` and the model ``sparse/`` beside ``images/``.
-
-    That holds each keyframe as a file already.
+    Write ``database.db`` and the model ``sparse/`` beside the keyframes' pictures in ``images/``.
 
     ``keyframes`` are the correspondences of each keyframe, in the order of their stamps;
     ``T_world_camera`` their poses (7,) by stamp, those that have one; ``landmarks`` points (3,) by
@@ -103,39 +101,19 @@ def write_colmap(
     geometries = [
         geometry for i, j, matches in pairs if (geometry := _two_view(camera, i, j, matches))
     ]
-    part = database.with_suffix('.part')
-    part.unlink(missing_ok=True)
-    with sqlite3.connect(part) as connection:
-        connection.executescript(SCHEMA)
-        connection.execute('INSERT INTO cameras VALUES (1, ?, ?, ?, ?, 1)', (
-            model[1], camera.width, camera.height, np.array(model[2], np.float64).tobytes()
-        ))  # fmt: skip
-        for image in images.values():
-            connection.execute('INSERT INTO images VALUES (?, ?, 1)', (image.number, image.name))
-            uv = (image.uv.numpy() + CENTRE).astype(np.float32)
-            connection.execute(
-                'INSERT INTO keypoints VALUES (?, ?, 2, ?)', (image.number, len(uv), uv.tobytes())
-            )
-        for i, j, matches in pairs:
-            connection.execute(
-                'INSERT INTO matches VALUES (?, ?, 2, ?)',
-                (_pair(i, j), len(matches), matches.tobytes()),
-            )
-        connection.executemany(
-            'INSERT INTO two_view_geometries VALUES (?, ?, 2, ?, ?, NULL, ?, NULL, ?, ?)',
-            geometries,
-        )
-    connection.close()
-    os.replace(part, database)
+    _write_database(database, camera, model, images, pairs, geometries)
     points = _points(camera, images, T_world_camera, landmarks, prune_px)
     _write_model(folder, camera, model, images, T_world_camera, points)
     errors = np.concatenate([point.errors for point in points]) if points else np.empty(0)
     return Exported(
-        images=len(images), posed=sum(stamp in T_world_camera for stamp in images),
+        images=len(images),
+        posed=sum(stamp in T_world_camera for stamp in images),
         pairs=len(pairs),
-        verified=len(geometries), points=len(points), observations=len(errors),
+        verified=len(geometries),
+        points=len(points),
+        observations=len(errors),
         error_px=float(np.sqrt(np.mean(errors**2))) if len(errors) else float('nan'),
-    )  # fmt: skip
+    )
 
 
 def camera_model(camera: Camera) -> tuple[str, int, list[float]]:
@@ -157,6 +135,35 @@ def camera_model(camera: Camera) -> tuple[str, int, list[float]]:
     if not any(d[4:]):
         return 'OPENCV', 4, pinhole + d[:4]
     return 'FULL_OPENCV', 6, pinhole + (d + [0.0] * 4)[:8]
+
+
+def _write_database(
+    database: Path, camera: Camera, model: tuple[str, int, list[float]],
+    images: Mapping[int, _Image], pairs: Sequence[tuple[_Image, _Image, np.ndarray]],
+    geometries: Sequence[tuple],
+) -> None:
+    """Write the camera, the images' key points, the matches and the two-view geometries."""
+    _, number, parameters = model
+    row = number, camera.width, camera.height, np.array(parameters, np.float64).tobytes()
+    with replacing(database) as part, contextlib.closing(sqlite3.connect(part)) as connection:
+        connection.executescript(SCHEMA)
+        connection.execute('INSERT INTO cameras VALUES (1, ?, ?, ?, ?, 1)', row)
+        for image in images.values():
+            connection.execute('INSERT INTO images VALUES (?, ?, 1)', (image.number, image.name))
+            uv = (image.uv.numpy() + CENTRE).astype(np.float32)
+            connection.execute(
+                'INSERT INTO keypoints VALUES (?, ?, 2, ?)', (image.number, len(uv), uv.tobytes())
+            )
+        for i, j, matches in pairs:
+            connection.execute(
+                'INSERT INTO matches VALUES (?, ?, 2, ?)',
+                (_pair(i, j), len(matches), matches.tobytes()),
+            )
+        connection.executemany(
+            'INSERT INTO two_view_geometries VALUES (?, ?, 2, ?, ?, NULL, ?, NULL, ?, ?)',
+            geometries,
+        )
+        connection.commit()
 
 
 def _images(keyframes: Sequence[Correspondences]) -> dict[int, _Image]:

@@ -10,8 +10,9 @@ import warnings
 import torch
 from torch import nn, Tensor
 
+from .. import files
 from ..matching.expectation import ExpectationMatcher, Features
-from ..matching.weights import WeightsInfo, write
+from ..matching.weights import WeightsInfo
 
 ENCODE, MATCH = 'encode.onnx', 'match.onnx'
 OPSET = 18  # TensorRT 10 reads it
@@ -91,7 +92,7 @@ def write_onnx(
         program.model.metadata_props.update(said)
         graph = program.model.graph
         graph.inputs[:] = [value for value in graph.inputs if value.uses()]
-        write(folder / name, program.model_proto.SerializeToString())
+        files.write(folder / name, program.model_proto.SerializeToString())
 
 
 def _export(
