@@ -69,7 +69,7 @@ def tune(options: argparse.Namespace) -> None:
     )
     import torch
 
-    from .evaluation.report import Pictures
+    from .evaluation.pictures import Pictures
     from .learning.learner import LearnerOptions
     from .learning.tune import TooFewWindowsError
     from .learning.tune import tune as run
@@ -172,8 +172,8 @@ def evaluate(options: argparse.Namespace) -> None:
     import torch
 
     from .bundle.bundle import Bundle
+    from .evaluation.figures import ACCURACY
     from .evaluation.matching import evaluate_matching, evaluation_pairs
-    from .evaluation.report import ACCURACY
     from .evaluation.trajectory import trajectory_accuracy
     from .matching import weights
     from .matching.tracker import Tracker
@@ -320,7 +320,7 @@ def _export_recording(options: argparse.Namespace) -> None:
 
 
 def _replay(recording: Any, run_dir: Path, options: argparse.Namespace, title: str) -> None:
-    from .evaluation.report import Pictures
+    from .evaluation.pictures import Pictures
     from .evaluation.trajectory import trajectory_accuracy
     from .matching import weights
     from .replay import replay as play
@@ -398,7 +398,7 @@ def _measure(recording: Any, train_frames: int, matchers: Sequence[Any]) -> tupl
     None where it cannot be had.
     """
     from .evaluation.matching import accuracy, evaluation_pairs, match_pairs
-    from .evaluation.report import Pictures
+    from .evaluation.pictures import Pictures
 
     first = train_frames + GAP if train_frames else 0
     pairs = evaluation_pairs(recording, first, len(recording) - 1)
