@@ -75,6 +75,22 @@ def image_name(stamp: int) -> str:
     return f'{stamp}.png'
 
 
+def begin(folder: Path, camera: Camera) -> None:
+    """
+    Make room for the pictures in ``folder``.
+
+    Raises before the work what ``write_colmap`` would after it: ValueError where COLMAP has no
+    model for the camera, FileExistsError where there is a database already.
+    """
+    _accepted(folder, camera)
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+
+
+def write_picture(folder: Path, stamp: int, image: np.ndarray) -> None:
+    """Write a keyframe's image, (H, W) uint8, into ``images/``."""
+    write(folder / IMAGES / image_name(stamp), cv2.imencode('.png', image)[1].tobytes())
+
+
 def write_colmap(
     folder: Path,
     camera: Camera,
@@ -92,10 +108,7 @@ def write_colmap(
     landmark if two images or more observe it so. Raises ValueError where COLMAP has no model for
     the camera, FileExistsError where ``folder`` holds a database already.
     """
-    model = camera_model(camera)
-    database = folder / DATABASE
-    if database.exists():
-        raise FileExistsError(f'{database} exists; choose another folder')
+    model, database = _accepted(folder, camera)
     images = _images(keyframes)
     pairs = list(_pairs(keyframes, images))
     geometries = [
@@ -114,6 +127,14 @@ def write_colmap(
         observations=len(errors),
         error_px=float(np.sqrt(np.mean(errors**2))) if len(errors) else float('nan'),
     )
+
+
+def _accepted(folder: Path, camera: Camera) -> tuple[tuple[str, int, list[float]], Path]:
+    """Return the camera's model and where the database will be."""
+    model, database = camera_model(camera), folder / DATABASE
+    if database.exists():
+        raise FileExistsError(f'{database} exists; choose another folder')
+    return model, database
 
 
 def camera_model(camera: Camera) -> tuple[str, int, list[float]]:
