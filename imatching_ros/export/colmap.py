@@ -138,11 +138,7 @@ def _accepted(folder: Path, camera: Camera) -> tuple[tuple[str, int, list[float]
 
 
 def camera_model(camera: Camera) -> tuple[str, int, list[float]]:
-    """
-    Return COLMAP's name, number and parameters of the camera.
-
-    Raises ValueError where it has no such model.
-    """
+    """Return COLMAP's name, number and parameters of a camera; ValueError where it has none."""
     pinhole = [camera.fx, camera.fy, camera.cx + CENTRE, camera.cy + CENTRE]
     d = list(camera.distortion)
     if camera.distortion_model == 'none':
@@ -189,7 +185,7 @@ def _write_database(
 
 def _images(keyframes: Sequence[Correspondences]) -> dict[int, _Image]:
     """
-    Each keyframe's points, one for each track, by stamp.
+    Return each keyframe's key points, one for each track, by stamp.
 
     Where a later keyframe was matched against this one, its reference points are this one's
     keypoints; the other tracks are where the most certain of its own rows has them.
@@ -205,29 +201,25 @@ def _images(keyframes: Sequence[Correspondences]) -> dict[int, _Image]:
         for stamp, track, uv in references:
             if stamp in found:
                 found[stamp][track] = uv
-    return {
-        stamp: _Image(
-            number, image_name(stamp), {track: place for place, track in enumerate(points)},
-            torch.stack(list(points.values())).double() if points
-            else torch.empty(0, 2, dtype=torch.float64),
-        )
-        for number, (stamp, points) in enumerate(found.items(), 1)
-    }  # fmt: skip
+    images = {}
+    for number, (stamp, points) in enumerate(found.items(), 1):
+        place = {track: index for index, track in enumerate(points)}
+        uv = torch.stack(list(points.values())) if points else torch.empty(0, 2)
+        images[stamp] = _Image(number, image_name(stamp), place, uv.double())
+    return images
 
 
 def _pairs(
     keyframes: Sequence[Correspondences], images: Mapping[int, _Image]
 ) -> Iterator[tuple[_Image, _Image, np.ndarray]]:
-    """Older image, newer image, and their matches (M, 2) uint32, indices of keypoints."""
+    """Yield older image, newer image, and their matches (M, 2) uint32, indices of key points."""
     for message in keyframes:
         for stamp in torch.unique(message.ref_stamp).tolist():
             if stamp in images:
                 i, j = images[stamp], images[message.stamp]
                 tracks = message.track[message.ref_stamp == stamp].tolist()
-                yield (
-                    i, j,
-                    np.array([(i.place[track], j.place[track]) for track in tracks], np.uint32),
-                )
+                places = [(i.place[track], j.place[track]) for track in tracks]
+                yield i, j, np.array(places, np.uint32)
 
 
 def _pair(i: _Image, j: _Image) -> int:
@@ -247,11 +239,8 @@ def _two_view(camera: Camera, i: _Image, j: _Image, matches: np.ndarray) -> tupl
     R, t = lie.matrix(T).split((3, 1), -1)
     E = torch.linalg.cross(t.expand(3, 3), R, dim=0)
     kept = matches[inliers.numpy()]
-    return (
-        _pair(i, j), len(kept), kept.tobytes(), CALIBRATED,
-        E.contiguous().numpy().tobytes(), T[[6, 3, 4, 5]].numpy().tobytes(),
-        T[:3].contiguous().numpy().tobytes(),
-    )  # fmt: skip
+    geometry = (tensor.contiguous().numpy().tobytes() for tensor in (E, T[[6, 3, 4, 5]], T[:3]))
+    return _pair(i, j), len(kept), kept.tobytes(), CALIBRATED, *geometry
 
 
 @dataclass(frozen=True)
@@ -269,7 +258,7 @@ def _points(
     landmarks: Mapping[int, Tensor],
     prune_px: float,
 ) -> list[_Point]:
-    """Return the landmarks that two images or more observe."""
+    """Return the landmarks that two images or more observe within ``prune_px``."""
     seen: dict[int, list[tuple[int, int, float]]] = {}
     for stamp, image in images.items():
         tracks = [track for track in image.place if track in landmarks]
@@ -303,7 +292,7 @@ def _write_model(
     T_world_camera: Mapping[int, Tensor],
     points: Sequence[_Point],
 ) -> None:
-    """cameras.txt, images.txt and points3D.txt."""
+    """Write the model: cameras.txt, images.txt and points3D.txt."""
     name, _, parameters = model
     lines = ['# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]']
     lines.append(
@@ -353,4 +342,4 @@ def _write_model(
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    write(path, ('\n'.join(lines) + '\n').encode())
+    write(path, '\n'.join([*lines, '']))

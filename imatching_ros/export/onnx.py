@@ -87,7 +87,7 @@ def write_onnx(
     said = {
         'family': info.family, 'version': str(info.version), 'sha256': info.sha256,
         'width': str(width), 'height': str(height),
-    }  # fmt: skip
+    }
     for name, program in graphs.items():
         program.model.metadata_props.update(said)
         graph = program.model.graph
