@@ -9,6 +9,7 @@ work, some ten times slower. ``python -m imatching_ros.kernels`` does it where o
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import importlib
 import logging
 import os
@@ -30,7 +31,6 @@ Report = Callable[[int, int, str], None]
 _lock = threading.RLock()
 _loaded: dict[str, ModuleType | None] = {}
 _state = 'the kernels are not loaded yet'
-_warned: set[str] = set()
 
 
 def state() -> str:
@@ -66,23 +66,19 @@ def load(name: str) -> ModuleType | None:
 
 def show() -> None:
     """Prepare with a progress line on the terminal, where there is something to compile."""
-    columns = (
-        TextColumn(COMPILING + ': {task.completed} of {task.total}'), BarColumn(),
-        TimeElapsedColumn(), TextColumn('{task.description}'),
-    )  # fmt: skip
-    bar = Progress(*columns, console=Console(stderr=True))
+    text = TextColumn(COMPILING + ': {task.completed} of {task.total}')
+    columns = text, BarColumn(), TimeElapsedColumn(), TextColumn('{task.description}')
+    with contextlib.ExitStack() as stack:
+        # begun with the first kernel: a bar without any still leaves an empty line
+        bar = Progress(*columns, console=Console(stderr=True))
 
-    def report(done: int, total: int, name: str) -> None:
-        if not bar.tasks:
-            bar.add_task('')
-            bar.start()
-        bar.update(bar.tasks[0].id, completed=done, total=total, description=name)
+        def report(done: int, total: int, name: str) -> None:
+            if not bar.tasks:
+                stack.enter_context(bar)
+                bar.add_task('')
+            bar.update(bar.tasks[0].id, completed=done, total=total, description=name)
 
-    try:
         prepare(report)
-    finally:
-        if bar.tasks:
-            bar.stop()
 
 
 def _load(names: tuple[str, ...], progress: Report | None) -> None:
@@ -133,8 +129,7 @@ def _say(sentence: str) -> None:
 
 
 def _conclude(sentence: str) -> None:
-    if sentence and sentence not in _warned:
-        _warned.add(sentence)
+    if sentence and sentence != _state:
         logging.getLogger(__name__).warning(sentence)
     _say(sentence)
 

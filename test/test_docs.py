@@ -75,8 +75,7 @@ def test_commands_of_the_documentation_are_understood():
     assert len(lines) > 4
     for line in lines:
         words = shlex.split(re.sub(r'[\[\]…]', '', line))[1:]
-        options = cli._parser().parse_args(words)
-        assert options.function.__name__ == words[0]
+        assert cli.parse(words).command == words[0]
 
 
 def test_the_readme_matches_two_images(tmp_path, monkeypatch, capsys):

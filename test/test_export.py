@@ -7,7 +7,7 @@ COLMAP's own reader opens, triangulates and adjusts what is exported.
 import importlib.util
 from pathlib import Path
 
-from imatching_ros import cli
+from imatching_ros import cli, files
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording
 from imatching_ros.evaluation.matching import evaluation_pairs, true_matches
@@ -16,7 +16,6 @@ from imatching_ros.export.colmap import camera_model, write_colmap
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect
-from imatching_ros.nodes.run_files import read_trajectory
 import numpy as np
 import pytest
 import torch
@@ -127,7 +126,7 @@ def test_colmap_triangulates_and_adjusts_what_was_exported(pycolmap, exported, d
 
 
 def test_the_map_is_the_models_trajectory(pycolmap, exported):
-    stamps, poses = read_trajectory(exported / 'map')
+    stamps, poses = files.read_tum(exported / 'map' / files.TRAJECTORY)
     model = pycolmap.Reconstruction(exported / 'colmap' / 'sparse')
     centres = {
         int(image.name.split('.')[0]): image.projection_center() for image in model.images.values()

@@ -11,7 +11,6 @@ import os
 import struct
 import subprocess
 import sys
-import threading
 
 import cv2
 from hypothesis import given, settings
@@ -910,28 +909,6 @@ def test_a_write_that_is_broken_off_leaves_the_old_file(tmp_path, shipped, monke
                 weights.save(path, shipped[0], 2, 1)
         assert path.read_bytes() == before and weights.load(path)[1].version == 1
         assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_reader_never_sees_half_a_file(tmp_path):
-    path = tmp_path / 'w'
-    files = [bytes([k]) * size for k, size in ((1, 3_000_000), (2, 10), (3, 1_000_000))]
-    weights.write(path, files[0])
-    done = threading.Event()
-
-    def keep_writing():
-        for k in range(60):
-            weights.write(path, files[k % 3])
-        done.set()
-
-    writer = threading.Thread(target=keep_writing)
-    writer.start()
-    seen = set()
-    while not done.is_set():
-        data = path.read_bytes()
-        assert data in files
-        seen.add(len(data))
-    writer.join()
-    assert len(seen) > 1
 
 
 def test_fault_tracker_of_a_wide_lens_gives_no_row_that_its_model_cannot_place(shipped, day):

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 
+from imatching_ros import files
 from imatching_ros.matching import weights
 from imatching_ros.matching.expectation import ExpectationMatcher
 from judge import accuracy, calibrate, calibration_error
@@ -197,7 +198,7 @@ def keep(
         }
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {'step': str(step), 'job': json.dumps(job)}
-    weights.write(path, safetensors.torch.save(tensors, metadata))
+    files.write(path, safetensors.torch.save(tensors, metadata))
 
 
 def resume(

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 import contextlib
 from dataclasses import dataclass, field
-from decimal import Decimal, DecimalException
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from imatching_ros.data.images import compressed_size, decode_compressed, decode
 from imatching_ros.data.sieve import BROKEN, LOST, Sieve
 from imatching_ros.data.stamps import goes_on
 from imatching_ros.data.storage import Channel, RecordingError
+from imatching_ros.files import read_tum
 from imatching_ros.geometry.camera import Camera, FOLLOWED_PX, unclear
 import numpy as np
 import torch
@@ -156,11 +156,14 @@ class Recording:
                 stamps.append(stamp)
                 rows.append((p.x, p.y, p.z, q.x, q.y, q.z, q.w))
         elif (file := self.folder / 'groundtruth.txt').is_file():
-            stamps, rows = _read_tum(file)
+            try:
+                stamps, rows = read_tum(file)
+            except ValueError as error:
+                raise RecordingError(str(error)) from None
         else:
             return None
-        times = torch.tensor(stamps, dtype=torch.int64)
-        poses = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
+        times = torch.as_tensor(stamps, dtype=torch.int64)
+        poses = torch.as_tensor(rows, dtype=torch.float64).reshape(-1, 7)
         good = poses.isfinite().all(-1) & (poses[:, 3:].norm(dim=-1) > 0)
         return (times[good], poses[good]) if good.any() else None
 
@@ -404,26 +407,6 @@ def _choose_info(bag: Bag, wanted: str | None, image_topic: str) -> str:
             f'choose one with --camera-info-topic: {listed}'
         )
     return infos[0]
-
-
-def _read_tum(file: Path) -> tuple[list[int], list[list[float]]]:
-    stamps, rows = [], []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        words = line.split()
-        if not words or words[0].startswith('#'):
-            continue
-        try:
-            # As a float, a stamp of today has lost its last 200 nanoseconds.
-            stamps.append(int(Decimal(words[0]) * 10**9))
-            row = [float(word) for word in words[1:]]
-            if len(row) != 7:
-                raise ValueError
-        except (ValueError, DecimalException):
-            raise RecordingError(
-                f"{file}, line {number}: 'seconds tx ty tz qx qy qz qw' is expected"
-            ) from None
-        rows.append(row)
-    return stamps, rows
 
 
 def _first_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ import tempfile
 
 import cv2
 from imatching_ros.data import textures
+from imatching_ros.files import write_tum
 from imatching_ros.geometry import lie
 from imatching_ros.geometry.camera import Camera
 import numpy as np
@@ -526,12 +527,8 @@ def render_recording(
                     )
                 if progress:
                     progress(k + 1, frames)
-        rows = [
-            f'{stamp // 10**9}.{stamp % 10**9:09d} ' + ' '.join(f'{value:.12g}' for value in pose)
-            for stamp, pose in zip(stamps.tolist(), poses.tolist(), strict=True)
-        ]
-        rows.insert(0, '# timestamp tx ty tz qx qy qz qw (camera_optical in world)')
-        (partial / 'groundtruth.txt').write_text('\n'.join(rows) + '\n')
+        truth = partial / 'groundtruth.txt'
+        write_tum(truth, stamps.tolist(), poses.tolist(), of='camera_optical in world')
         K = [[camera.fx, 0, camera.cx], [0, camera.fy, camera.cy], [0, 0, 1]]
         np.savetxt(
             partial / 'intrinsics.txt',

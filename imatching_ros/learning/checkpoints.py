@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 import safetensors.torch
 
 from .learner import Learner
+from ..files import write
 from ..matching import weights
 
 FORMAT = 1
@@ -40,11 +41,11 @@ def save(folder: str | Path, learner: Learner, keep: int = 3, **notes: Any) -> P
         path = folder / version_name(info.version)
         digest = hashlib.sha256(data).hexdigest()
         if not path.is_file() or _digest(path) != digest:
-            weights.write(path, data)
+            write(path, data)
         files.append({'file': path.name, 'sha256': digest})
     state = folder / f'state_{number:08d}.safetensors'
     data = safetensors.torch.save(tensors)
-    weights.write(state, data)
+    write(state, data)
     info = learner.history()[-1][1]
     manifest = {
         'format': FORMAT, 'version': info.version, 'parent': info.parent, 'family': info.family,
@@ -54,7 +55,7 @@ def save(folder: str | Path, learner: Learner, keep: int = 3, **notes: Any) -> P
         'learner': facts, 'notes': notes,
     }  # fmt: skip
     path = folder / f'checkpoint_{number:08d}.json'
-    weights.write(path, json.dumps(manifest, indent=1).encode())
+    write(path, json.dumps(manifest, indent=1).encode())
     _sync(folder)
     _rotate(folder, keep)
     return path

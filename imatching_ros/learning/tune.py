@@ -17,6 +17,7 @@ from torch import nn
 from . import checkpoints
 from .gate import Verdict
 from .learner import Learner, LearnerOptions, StepResult
+from .. import files
 from ..bundle.bundle import Bundle
 from ..geometry.camera import Camera
 from ..matching import weights
@@ -147,7 +148,7 @@ def tune(
                 idle = 0 if verdict.promoted else idle + 1
             if folder is not None and step and learner.settled:
                 if not (folder / _epoch_name(epoch)).is_file():
-                    weights.write(folder / _epoch_name(epoch), begins_with)
+                    files.write(folder / _epoch_name(epoch), begins_with)
                 checkpoints.save(
                     folder, learner, job=job, epoch=epoch, idle=idle, history=asdict(history)
                 )

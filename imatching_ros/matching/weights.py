@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .expectation import ExpectationMatcher
+from .. import files
 
 #: The registry: family name in the metadata to the class that loads it.
 FAMILIES: dict[str, type[nn.Module]] = {ExpectationMatcher.family: ExpectationMatcher}
@@ -141,25 +142,10 @@ def load(path: str | Path) -> tuple[nn.Module, WeightsInfo]:
     return loads(path.read_bytes(), str(path))
 
 
-def write(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(path: str | Path, matcher: nn.Module, version: int, parent: int) -> WeightsInfo:
     """Write a weights file atomically."""
     data, info = dumps(matcher, version, parent)
-    write(path, data)
+    files.write(path, data)
     return info
 
 

@@ -22,6 +22,7 @@ from . import messages, parameters
 from .core_node import ACTIVE, CoreNode, latched
 from .diagnostics import OK, percentiles, Share, WARN
 from .process import run
+from .. import files
 from ..bundle.options import BundleOptions
 from ..data.stamps import Stamps
 from ..geometry.camera import Camera
@@ -239,7 +240,7 @@ class LearnerNode(CoreNode):
         if self.value('weights_dir'):
             path = self._folder() / checkpoints.version_name(version)
             try:
-                weights.write(path, data)
+                files.write(path, data)
             except OSError as error:
                 self.fault(f'{path} could not be written: {error}')
         if self.state == ACTIVE:
