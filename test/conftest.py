@@ -1,8 +1,4 @@
-"""
-What the tests of several rooms share.
-
-Recordings that are rendered once, and the shipped matcher.
-"""
+"""What the tests of several rooms share: rendered recordings, and the shipped matcher."""
 
 import copy
 from dataclasses import replace
@@ -14,17 +10,25 @@ import pytest
 import torch
 
 SIZE = (320, 240)
+#: The inner loop, `pytest -m quick`: no process is started, no network trained
+QUICK = (
+    'adjoint', 'camera', 'compiled_views', 'evaluation', 'files', 'geometry', 'images',
+    'messages', 'prior', 'recording', 'report', 'stamps', 'video',
+)
 # small tensors: on a busy machine, threads that wait for one another cost most of the time
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    """Mark the tests of the inner loop."""
+    for item in items:
+        if item.path.stem.removeprefix('test_') in QUICK:
+            item.add_marker('quick')
+
+
 @pytest.fixture(scope='session')
 def shipped():
-    """
-    Return the shipped matcher and what its file says of itself.
-
-    It is shared: copy it before changing it.
-    """
+    """Return the shipped matcher, which is to be copied before it is changed, and its info."""
     return weights.load(weights.default_path())
 
 
@@ -48,11 +52,7 @@ def daylight(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def dusk(tmp_path_factory):
-    """
-    Return the folder of a room seen for four seconds by a bad camera in dim light.
-
-    There is something to learn.
-    """
+    """Return the folder of a room seen for four seconds by a bad camera: much is to be learned."""
     return render_recording(
         tmp_path_factory.mktemp('rendered') / 'dusk',
         seed=1,

@@ -459,7 +459,9 @@ def test_a_chunk_that_is_damaged_costs_its_images(tmp_path):
     assert f'{file} is damaged: 1 of its chunks cannot be read' in ' '.join(recording.notes())
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 @pytest.mark.parametrize('kind', FORMATS)
 def test_damaged_bytes_give_images_or_a_sentence(tmp_path, kind, data):

@@ -1,8 +1,4 @@
-"""
-What other programs read.
-
-COLMAP's own reader opens, triangulates and adjusts what is exported.
-"""
+"""What other programs read: COLMAP itself opens, triangulates and adjusts what is exported."""
 
 import importlib.util
 from pathlib import Path
@@ -43,11 +39,7 @@ def pycolmap():
 
 @pytest.fixture(scope='module')
 def exported(daylight, tmp_path_factory):
-    """
-    Return the folder that `imatching export` wrote of the daylight recording.
-
-    Colmap/ and map/.
-    """
+    """Return the folder with colmap/ and map/ that `imatching export` wrote of a recording."""
     folder = tmp_path_factory.mktemp('exported')
     cli.main(
         ['export', str(daylight), '--colmap', str(folder / 'colmap'), '--map', str(folder / 'map')]
@@ -181,11 +173,7 @@ def test_a_recording_too_short_for_a_map_exports_its_images(pycolmap, tmp_path):
 
 @pytest.fixture
 def rtabmap(daylight):
-    """
-    RTAB-Map's part played by hand.
-
-    The adapter as it imports it, and the detections of two images with the truth.
-    """
+    """Return the adapter as RTAB-Map imports it, detections of two images, and the truth."""
     path = Path(cli.__file__).parent / 'export' / 'rtabmap_imatching.py'
     specification = importlib.util.spec_from_file_location('rtabmap_imatching', path)
     adapter = importlib.util.module_from_spec(specification)
@@ -202,11 +190,7 @@ def rtabmap(daylight):
 
 
 def right(adapter, seen, truth, visible, kept=(slice(None), slice(None))):
-    """
-    Return the share of pairs that are right, and their number.
-
-    RTAB-Map may have left some of the key points out.
-    """
+    """Return the share of pairs that are right, and their number, of the key points kept."""
     (one, rows_one), (two, rows_two) = (
         (kpts[keep], rows[keep]) for (kpts, rows), keep in zip(seen, kept, strict=True)
     )

@@ -104,6 +104,10 @@ def test_the_player_gets_the_recording_and_the_clock(started, tmp_path, monkeypa
         'use_sim_time': True, 'clock': True, 'bag': str(tmp_path / 'room'), 'rate': 0.5,
         'image_topic': '', 'camera': '1 2 3 4',
     }
+    assert started(bag='room')['player'].parameters[1] == {
+        'use_sim_time': False, 'clock': False, 'bag': str(tmp_path / 'room'), 'rate': 1.0,
+        'image_topic': '',
+    }
     weights = tmp_path / 'w.safetensors'
     weights.touch()
     assert started(weights='w.safetensors')['learner'].parameters[1]['weights'] == str(weights)
@@ -120,6 +124,7 @@ def test_a_camera_of_a_recording_with_several_is_chosen_by_the_topic_arguments(s
     assert nodes['matcher'].parameters[1]['rectified'] == 'never'
     assert ('image', '/left/image_raw') in nodes['matcher'].remappings
     assert ('image', '/left/image_raw') in nodes['player'].remappings
+    assert all(('camera_info', '/left/info') in node.remappings for node in nodes.values())
     alone = started(bag=str(tmp_path))['player'].parameters[1]
     assert alone['image_topic'] == '' and not {'camera_info_topic', 'rectified'} & set(alone)
 
