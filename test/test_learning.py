@@ -37,7 +37,7 @@ from imatching_ros.learning.memory import Memory
 from imatching_ros.learning.probe import known_warp_loss, make_probe, probe_error
 from imatching_ros.learning.tune import tune
 from imatching_ros.matching import weights
-from imatching_ros.matching.expectation import ExpectationMatcher
+from imatching_ros.matching.families.expectation import ExpectationMatcher
 from imatching_ros.matching.protocol import Matches
 from imatching_ros.matching.tracker import Tracker, TrackerOptions
 from imatching_ros.matching.warps import apply_homography

@@ -20,16 +20,12 @@ from hypothesis.extra.numpy import arrays
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import BORDER, detect, SPACING
-from imatching_ros.matching.expectation import (
-    COARSE,
+from imatching_ros.matching.encoder import COARSE, Features, FINE, MULTIPLE, RELIABILITY
+from imatching_ros.matching.families.expectation import (
     compiled,
     ExpectationMatcher,
-    Features,
-    FINE,
     FINE_RADIUS,
     MEAN_RADIUS,
-    MULTIPLE,
-    RELIABILITY,
     SEARCH_RADIUS,
 )
 from imatching_ros.matching.protocol import FAILED
@@ -120,7 +116,7 @@ def test_a_batch_gives_what_its_images_give_one_by_one(matcher, day, exact):
 
 def test_half_precision_is_what_torch_uses_of_the_processor():
     ask = (
-        'import torch; from imatching_ros.matching.expectation import half_precision;'
+        'import torch; from imatching_ros.matching.encoder import half_precision;'
         "print(half_precision(torch.device('cpu'), False))"
     )
     for capability in ('avx2', 'default'):
@@ -303,7 +299,7 @@ def test_a_place_expected_makes_a_search_shorter_not_worse(matcher, day):
 
 
 def test_the_region_is_what_is_searched(matcher, day, monkeypatch):
-    monkeypatch.setattr('imatching_ros.matching.expectation.FAILED', 0.0)
+    monkeypatch.setattr('imatching_ros.matching.families.expectation.FAILED', 0.0)
     features = encoded(matcher, day[1][0][1])
     queries = torch.tensor([[[100.0, 100.0]]]).expand(1, 5, 2)
     near, far = (100.0 + COARSE * (SEARCH_RADIUS + k) for k in (-1, 2))
@@ -792,6 +788,17 @@ def test_weights_come_back_as_they_were_written(tmp_path, shipped, day):
 def test_shipped_weights_say_what_they_are(shipped):
     assert shipped[1].version == 0 and shipped[1].family == 'expectation'
     assert weights.default_path().stat().st_size < 10e6
+    # Without a configuration, as all files were once written: the family's defaults build it
+    assert weights.dumps(*shipped[:1], 0, 0)[0] == weights.default_path().read_bytes()
+
+
+def test_weights_say_how_their_family_builds_them():
+    training = ExpectationMatcher(batch_norm=True).eval()
+    data, info = weights.dumps(training, 1, 0)
+    matcher, read = weights.loads(data)
+    assert read == info and matcher.configuration == {'batch_norm': True}
+    assert same_weights(matcher, training) and not same_weights(matcher, training.folded())
+    assert training.folded().configuration == {}
 
 
 def test_missing_weights_are_named(tmp_path):
@@ -823,7 +830,7 @@ def not_finite(matcher):
 def smaller(matcher):
     """Return a network of this family by name only."""
     stranger = torch.nn.Linear(3, 3)
-    stranger.family = 'expectation'
+    stranger.family, stranger.configuration = 'expectation', {}
     return weights.dumps(stranger, 1, 0)[0]
 
 
@@ -855,6 +862,18 @@ BAD = {
     'version in words': (
         lambda m, data: rewritten(data, version='two'),
         'lack version, parent or sha256',
+    ),
+    'no configuration': (
+        lambda m, data: rewritten(data, configuration='{'),
+        'configuration { is none of the expectation family',
+    ),
+    "another's configuration": (
+        lambda m, data: rewritten(data, configuration='{"layers": 9}'),
+        'configuration {"layers": 9} is none of the expectation family',
+    ),
+    "another network's configuration": (
+        lambda m, data: rewritten(data, configuration='{"batch_norm": true}'),
+        'do not fit the expectation network',
     ),
     'wrong sha': (lambda m, data: rewritten(data, sha256='0' * 64), 'do not have the sha256'),
     'one bit': (lambda m, data: flipped(data), 'do not have the sha256'),

@@ -52,7 +52,7 @@ def ros(tmp_path_factory):
 @pytest.fixture(scope='module')
 def first_weights(tmp_path_factory):
     torch.manual_seed(0)
-    from imatching_ros.matching.expectation import ExpectationMatcher
+    from imatching_ros.matching.families.expectation import ExpectationMatcher
 
     path = tmp_path_factory.mktemp('weights') / 'first.safetensors'
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import math
 
-from imatching_ros.matching.expectation import ExpectationMatcher
+from imatching_ros.matching.families.expectation import ExpectationMatcher
 from losses import encoded
 from pairs import Pair
 import torch

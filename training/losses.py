@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from imatching_ros.matching.expectation import (
-    COARSE,
-    ExpectationMatcher,
-    Features,
-    FINE,
-    FINE_RADIUS,
-)
+from imatching_ros.matching.encoder import COARSE, Features, FINE
+from imatching_ros.matching.families.expectation import ExpectationMatcher, FINE_RADIUS
 from pairs import Pair
 import torch
 from torch import Tensor

@@ -22,7 +22,7 @@ import sys
 import time
 
 from imatching_ros.matching import weights
-from imatching_ros.matching.expectation import ExpectationMatcher
+from imatching_ros.matching.families.expectation import ExpectationMatcher
 from judge import accuracy, calibrate, calibration_error
 from losses import losses, WEIGHTS
 from pairs import loader, Pair, Pairs

@@ -10,7 +10,8 @@ import warnings
 import torch
 from torch import nn, Tensor
 
-from ..matching.expectation import ExpectationMatcher, Features
+from ..matching.encoder import Features
+from ..matching.families.expectation import ExpectationMatcher
 from ..matching.weights import WeightsInfo, write
 
 ENCODE, MATCH = 'encode.onnx', 'match.onnx'
