@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import cv2
-from imatching_ros.data import textures
+from imatching_ros.data.synthetic import textures
 from imatching_ros.matching import weights
 import numpy as np
 import pytest

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from imatching_ros.geometry.camera import Camera, is_rectified
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
+
+from ..geometry.camera import Camera, is_rectified
 
 #: What `--camera` takes: numbers with an optional model's name, or a calibration file.
 Given = str | Path | Sequence[float | str]

@@ -16,16 +16,17 @@ from textwrap import shorten
 from typing import Any
 
 import cv2
-from imatching_ros.data.bags import Bag, BAG_FILES, is_part, Message
-from imatching_ros.data.cameras import Given, given_camera, HOW, rectified_images
-from imatching_ros.data.images import compressed_size, decode_compressed, decode_image, Greys
-from imatching_ros.data.sieve import BROKEN, LOST, Sieve
-from imatching_ros.data.stamps import goes_on
-from imatching_ros.data.storage import Channel, RecordingError
-from imatching_ros.geometry.camera import Camera, FOLLOWED_PX, unclear
 import numpy as np
 import torch
 from torch import Tensor
+
+from .bags import Bag, BAG_FILES, is_part, Message
+from .cameras import Given, given_camera, HOW, rectified_images
+from .images import compressed_size, decode_compressed, decode_image, Greys
+from .sieve import BROKEN, LOST, Sieve
+from .stamps import goes_on
+from .storage import Channel, RecordingError
+from ..geometry.camera import Camera, FOLLOWED_PX, unclear
 
 __all__ = ['BAG_FILES', 'open_recording', 'Recording', 'RecordingError']
 

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
-from imatching_ros.geometry.camera import Camera
 import numpy as np
 
 from .stamps import BACK, RESTART, Stamps
 from .storage import RecordingError
+from ..geometry.camera import Camera
 
 #: Why an image is left out, beside its stamp; each completes "3 images were left out: 2 …".
 BROKEN = 'that cannot be read'

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from imatching_ros.geometry import lie
 import torch
 from torch import Tensor
+
+from . import lie
 
 _AT_ONCE = 256  #: tracks whose pairs of views are tried at once
 

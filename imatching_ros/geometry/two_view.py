@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 import cv2
-from imatching_ros.geometry import lie
 import numpy as np
 import poselib
 import torch
 from torch import Tensor
+
+from . import lie
 
 _RELATIVE_MINIMUM = 8  #: five points give a model, eight begin to confirm it
 _ABSOLUTE_MINIMUM = 6
