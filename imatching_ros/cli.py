@@ -70,7 +70,7 @@ def tune(options: argparse.Namespace) -> None:
     import torch
 
     from .evaluation.report import Pictures
-    from .learning.learner import LearnerOptions
+    from .learning.options import LearnerOptions
     from .learning.tune import TooFewWindowsError
     from .learning.tune import tune as run
     from .matching import weights

@@ -1,8 +1,4 @@
-"""
-The upper level on rendered recordings.
-
-Its gradient, what it learns from, and what the gate lets through.
-"""
+"""The upper level on rendered recordings: its gradient, what it learns, what its gate does."""
 
 import copy
 from dataclasses import replace
@@ -17,10 +13,10 @@ from imatching_ros.data.recording import open_recording
 from imatching_ros.evaluation.matching import evaluate_matching, evaluation_pairs
 from imatching_ros.geometry import lie
 from imatching_ros.geometry.camera import Camera
-from imatching_ros.learning import gate, sgp
+from imatching_ros.learning import gate, objectives, sgp
 from imatching_ros.learning import learner as learner_module
 from imatching_ros.learning import lesson as lesson_module
-from imatching_ros.learning.learner import Learner, LearnerOptions
+from imatching_ros.learning.learner import Learner
 from imatching_ros.learning.lesson import (
     encode,
     Lesson,
@@ -34,6 +30,7 @@ from imatching_ros.learning.lesson import (
     survivors_of,
 )
 from imatching_ros.learning.memory import Memory
+from imatching_ros.learning.options import LearnerOptions
 from imatching_ros.learning.probe import known_warp_loss, make_probe, probe_error
 from imatching_ros.learning.tune import tune
 from imatching_ros.matching import weights
@@ -51,7 +48,7 @@ TIGHT = AdjustOptions(max_iterations=200, relative_decrease=1e-12, gradient=1e-7
 
 
 def recorded(matcher, camera, images, options=None):
-    """(stamp, image, correspondences, window or None) of each image."""
+    """Return (stamp, image, correspondences, window or None) of each image."""
     tracker, bundle = Tracker(matcher, 0, camera, options), Bundle(camera)
     events = []
     for stamp, image in images:
@@ -115,7 +112,7 @@ class Upper:
         lesson = replace(lesson, messages=[
             replace(m, uv=m.uv.double(), cov=m.cov.double(), score=m.score.double())
             for m in lesson.messages
-        ])  # fmt: skip
+        ])
         lesson = rematch(self.matcher, lesson)
         camera = lesson.camera
         lesson = replace(
@@ -146,15 +143,19 @@ class Upper:
         return posed.cost(kernel or self.kernel).item()
 
     def difference(self, moved, step, **how):
-        """Central difference of the cost; ``moved(x)`` are the matches x along some direction."""
+        """
+        Return the central difference of the cost along a direction.
+
+        ``moved(x)`` are the matches x along it.
+        """
         with torch.no_grad():
             return (self.cost(moved(step), **how) - self.cost(moved(-step), **how)) / (2 * step)
 
     def along(self, direction):
         """
-        Return matches of the network whose parameters are moved along a direction.
+        Return the matches of the network with its parameters moved along a direction.
 
-        One tensor per parameter.
+        The direction has one tensor for each parameter.
         """
 
         def moved(x):
@@ -166,7 +167,7 @@ class Upper:
         return moved
 
     def gradient(self, kernel=None):
-        """Equation 7 with respect to the parameters."""
+        """Return the gradient of equation 7 with respect to the parameters."""
         fine, _, _ = objective(
             self.lesson, self.survivors, self.lesson.pairs, self.matches(), kernel or self.kernel
         )
@@ -182,12 +183,12 @@ def unit(direction):
 
 
 def random_direction(matcher, seed):
-    """Each parameter moves about as much as it is large."""
+    """Return a direction in which each parameter moves about as much as it is large."""
     g = torch.Generator().manual_seed(seed)
     return unit([
         p.detach().abs().mean() * torch.randn(p.shape, generator=g, dtype=p.dtype)
         for p in matcher.parameters()
-    ])  # fmt: skip
+    ])
 
 
 def inner(a, b):
@@ -412,7 +413,7 @@ def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
 
 def test_sparing_memory_changes_no_gradient(shipped, night, events, monkeypatch):
     learner = taught(shipped, night, events)
-    lesson, probe, bundle = learner._train[0], learner._anchors[0], learner.bundle
+    lesson, probe, bundle = learner.inputs.lessons[0], learner.inputs.anchors[0], learner.bundle
     lesson = resolve(rematch(shipped[0], lesson), bundle)
     survivors = survivors_of(lesson, bundle.prune_px)
 
@@ -462,7 +463,7 @@ def test_the_truth_of_a_probe_is_where_the_scene_went(day):
         flags = cv2.OPTFLOW_USE_INITIAL_FLOW
         found, ok, _ = cv2.calcOpticalFlowPyrLK(one, back, queries, queries.copy(),
                                                 winSize=(15, 15), maxLevel=0,
-                                                flags=flags)  # fmt: skip
+                                                flags=flags)
         return np.median((found - queries)[ok.ravel() == 1], 0)
 
     assert np.abs(offset(H)).max() < 0.1
@@ -487,7 +488,7 @@ def test_the_noise_of_a_probe_stays_with_the_pixels():
     pattern = rng.normal(0, 8, (240, 320)).astype(np.float32)
     images = [np.clip(np.roll(scene, 20 * k, 1) + pattern + rng.normal(0, 3, scene.shape), 0,
                       255).astype(np.uint8)
-              for k in range(6)]  # fmt: skip
+              for k in range(6)]
     probe = make_probe(images[0], images, 1)
     first, second = (image[0].float().numpy() for image in probe.images)
     high = second - cv2.GaussianBlur(second, (0, 0), 5.0)
@@ -513,7 +514,7 @@ def test_windows_become_lessons_and_one_is_held_out(shipped, night, events):
 
 
 def sum_of_lessons(learner):
-    return len(learner._train) + len(learner._held_out)
+    return len(learner.inputs.lessons) + len(learner.inputs.held_out)
 
 
 def test_a_window_without_its_images_is_not_remembered(shipped, night, events):
@@ -540,12 +541,13 @@ def test_what_is_disabled_takes_nothing_in(shipped, night, events):
 
 def test_buffers_are_bounded(shipped, night, events):
     learner = taught(shipped, night, events, images=9, new_keyframes=1)
-    assert len(learner._images) == len(learner._messages) == 9
-    assert list(learner._images) == [e[0] for e in events[-9:]]  # the newest
+    assert len(learner.inputs.images) == len(learner.inputs.messages) == 9
+    assert list(learner.inputs.images) == [e[0] for e in events[-9:]]  # the newest
     # Windows whose oldest image is gone are not lessons, the rest are few.
     assert learner.windows < sum(e[3] is not None for e in events)
     learner = taught(shipped, night, events, lessons=2, held_out=2, judged=3, new_keyframes=1)
-    assert learner.windows > 5 and len(learner._train) == 2 and 1 <= len(learner._held_out) <= 3
+    assert learner.windows > 5
+    assert len(learner.inputs.lessons) == 2 and 1 <= len(learner.inputs.held_out) <= 3
 
 
 def test_the_callers_image_may_change_afterwards(shipped, night, events):
@@ -563,11 +565,7 @@ def test_the_callers_image_may_change_afterwards(shipped, night, events):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """
-    Return the stamps of the images that steps train on and that the gate measures on.
-
-    They come as they happen.
-    """
+    """Return the stamps that steps train on and that the gate measures on, as they happen."""
     used = {'trained': set(), 'measured': set()}
 
     def watched(module, name):
@@ -582,7 +580,7 @@ def seen(monkeypatch):
 
         monkeypatch.setattr(module, 'match', match)
 
-    watched(learner_module, 'trained')
+    watched(objectives, 'trained')
     watched(gate, 'measured')
     return used
 
@@ -605,7 +603,7 @@ def test_what_is_measured_never_trains(shipped, night, events, seen):
     trained = [
         torch.tensor(image) for stamp, image, *_ in events if stamp in seen['trained']
     ]
-    probes = [probe for held in learner._held_out for probe in held.probes]
+    probes = [probe for held in learner.inputs.held_out for probe in held.probes]
     assert probes
     for probe, image in itertools.product(probes, trained):
         assert not torch.equal(probe.images[0, 0], image)
@@ -615,14 +613,14 @@ def test_a_gradient_that_is_not_finite_is_skipped(shipped, night, events):
     learner = taught(shipped, night, events)
     assert learner.step().step == 1
     skipped = learner.skipped
-    parameter = learner._candidate.log_scale_fine
-    before = copy.deepcopy(learner._candidate.state_dict())
+    parameter = learner.candidate.matcher.log_scale_fine
+    before = copy.deepcopy(learner.candidate.matcher.state_dict())
     hook = parameter.register_hook(lambda gradient: gradient * torch.nan)
     assert learner.step() is None and learner.skipped == skipped + 1 and learner.step_count == 1
-    assert same(learner._candidate.state_dict(), before)
+    assert same(learner.candidate.matcher.state_dict(), before)
     hook.remove()
     assert learner.step().step == 2
-    after = learner._candidate.state_dict()
+    after = learner.candidate.matcher.state_dict()
     assert not same(after, before) and all(value.isfinite().all() for value in after.values())
 
 
@@ -666,13 +664,13 @@ def test_a_spoilt_candidate_is_refused_and_goes_back(shipped, night, events):
         assert learner.step() is not None
         verdicts.append(learner.verdict())
         if len(verdicts) == 2:
-            assert not same(learner._candidate.state_dict(), shipped[0].state_dict())
+            assert not same(learner.candidate.matcher.state_dict(), shipped[0].state_dict())
     assert [v.promoted for v in verdicts] == [False] * 3
     assert [v.rolled_back for v in verdicts] == [False, False, True]
     assert 'worse' in verdicts[0].reason and 'goes back' in verdicts[2].reason
     assert verdicts[-1].figures['probe_1px'] < verdicts[-1].figures['probe_1px_before'] - 10
     assert (learner.version, learner.rollbacks, learner.promotions) == (0, 1, 0)
-    assert same(learner._candidate.state_dict(), shipped[0].state_dict())
+    assert same(learner.candidate.matcher.state_dict(), shipped[0].state_dict())
     assert same(state(learner.weights()), shipped[0].state_dict())
 
 
@@ -686,7 +684,7 @@ def test_a_candidate_under_which_every_window_falls_apart_starts_again(shipped, 
         if learner.rollbacks:
             break
     assert learner.rollbacks == 1 and learner.ready
-    assert same(learner._candidate.state_dict(), shipped[0].state_dict())
+    assert same(learner.candidate.matcher.state_dict(), shipped[0].state_dict())
     result = learner.step()
     assert result is not None and result.loss < 2
 
@@ -723,8 +721,8 @@ def test_rollback_and_reset_restore_bit_by_bit_and_the_version_grows(worn, night
 
 
 def measured(learner, data):
-    """Mean epipolar error of some weights on the learner's held-out windows."""
-    return float(learner._gather(weights.loads(data)[0]).epipolar.mean())
+    """Return the mean epipolar error of some weights on the learner's held-out windows."""
+    return float(learner.gather(weights.loads(data)[0]).epipolar.mean())
 
 
 def test_rollback_without_a_past_is_the_beginning(shipped, night):
@@ -818,7 +816,7 @@ class Identity(torch.nn.Module):
 
 def test_what_matches_everything_to_itself_is_refused(shipped, night, events):
     learner = taught(shipped, night, events)
-    mark, reason, figures = gate.judge(learner._gather(Identity()), learner._gather(shipped[0]))
+    mark, reason, figures = gate.judge(learner.gather(Identity()), learner.gather(shipped[0]))
     assert mark == -1 and 'known warps are matched worse' in reason
     assert figures['probe_1px'] < 5 and figures['epipolar_1px'] < figures['epipolar_1px_before']
 
@@ -853,7 +851,7 @@ def test_epipolar_distance_is_in_pixels():
 def test_the_teacher_finds_the_true_poses_and_believes_no_noise(shipped, dusk, sgp_learner):
     recording = open_recording(dusk)
     stamps, poses = recording.ground_truth
-    lesson = sgp_learner._train[0]
+    lesson = sgp_learner.inputs.lessons[0]
     labels = sgp.teach(shipped[0], lesson, lesson.pairs)
     assert len(labels.T) >= len(lesson.pairs) / 2
     rotation, direction = [], []
@@ -879,13 +877,13 @@ def test_the_teacher_finds_the_true_poses_and_believes_no_noise(shipped, dusk, s
 
 
 def test_the_student_comes_closer_to_the_teacher(sgp_learner):
-    lesson = sgp_learner._train[0]
-    labels = sgp.teach(sgp_learner._candidate, lesson, lesson.pairs)
+    lesson = sgp_learner.inputs.lessons[0]
+    labels = sgp.teach(sgp_learner.candidate.matcher, lesson, lesson.pairs)
     pairs = labels.labelled(lesson.pairs)[:2]
-    optimiser = torch.optim.Adam(sgp_learner._candidate.parameters(), lr=2e-4)
+    optimiser = torch.optim.Adam(sgp_learner.candidate.matcher.parameters(), lr=2e-4)
     losses = []
     for _ in range(6):
-        loss, rows = sgp.student_loss(sgp_learner._candidate, lesson, labels, pairs)
+        loss, rows = sgp.student_loss(sgp_learner.candidate.matcher, lesson, labels, pairs)
         losses.append(loss.item() / rows)
         optimiser.zero_grad()
         (loss / rows).backward()
@@ -896,12 +894,12 @@ def test_the_student_comes_closer_to_the_teacher(sgp_learner):
 def test_it_is_an_objective_of_the_same_trainer(shipped, night, events, sgp_learner):
     other = taught(shipped, night, events)
     assert sgp_learner.windows == other.windows and sgp_learner.weights() == other.weights()
-    for one, two in zip(sgp_learner._train, other._train, strict=True):
+    for one, two in zip(sgp_learner.inputs.lessons, other.inputs.lessons, strict=True):
         assert all(map(torch.equal, one.images, two.images))
-    before = sgp_learner._candidate.log_scale_fine.item()
+    before = sgp_learner.candidate.matcher.log_scale_fine.item()
     step = sgp_learner.step()
     assert step.step == 1 and step.rows > 100 and np.isfinite(step.loss)
-    assert sgp_learner._candidate.log_scale_fine.item() != before
+    assert sgp_learner.candidate.matcher.log_scale_fine.item() != before
     verdict = sgp_learner.verdict(now=True)
     assert {'epipolar_px', 'probe_px'} <= verdict.figures.keys()
 
@@ -926,11 +924,11 @@ def test_memory_is_of_all_times():
 
 def test_windows_of_old_weights_are_dropped_and_counted(shipped, night, events):
     learner = Learner(*shipped, night[0], LearnerOptions(max_age=1))
-    learner._use(shipped[0], parent=0)
+    learner.use(shipped[0], parent=0)
     assert teach(learner, events).windows > 0 and learner.stale == 0  # one version old
     learner = Learner(*shipped, night[0], LearnerOptions(max_age=1))
     for version in range(2):
-        learner._use(shipped[0], parent=version)
+        learner.use(shipped[0], parent=version)
     windows = sum(e[3] is not None for e in events)
     assert teach(learner, events).windows == 0 and 3 <= learner.stale <= windows
 
@@ -940,13 +938,13 @@ def test_duty_is_the_share_of_time_that_steps_take(shipped, night, events, monke
     assert learner.rest() == 0
     now = [100.0]
     monkeypatch.setattr(learner_module.time, 'monotonic', lambda: now[0])
-    real = learner_module.match
+    real = objectives.match
 
     def slow(*arguments):
         now[0] += 2.0
         return real(*arguments)
 
-    monkeypatch.setattr(learner_module, 'match', slow)
+    monkeypatch.setattr(objectives, 'match', slow)
     assert learner.step().seconds == pytest.approx(2.0)
     assert learner.rest() == pytest.approx(6.0)  # two of eight seconds are a quarter
     now[0] += 5.0
@@ -1032,7 +1030,7 @@ def test_tuning_twice_gives_the_same_bits(shipped, night):
         for _ in range(2)
     )
     assert one.weights() == two.weights() and one.step_count == 3 and len(first.verdicts) == 1
-    assert same(one._candidate.state_dict(), two._candidate.state_dict())
+    assert same(one.candidate.matcher.state_dict(), two.candidate.matcher.state_dict())
     assert [(s.step, s.loss, s.rows) for s in first.steps] == [
         (s.step, s.loss, s.rows) for s in second.steps
     ]
