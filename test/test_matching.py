@@ -1,8 +1,4 @@
-"""
-The matcher, the detector, the tracker and the weights file.
-
-On rendered images and with the shipped weights.
-"""
+"""The matcher, the detector, the tracker and the weights file, on rendered images."""
 
 import copy
 from dataclasses import replace
@@ -123,7 +119,7 @@ def test_half_precision_is_what_torch_uses_of_the_processor():
         run = subprocess.run(
             [sys.executable, '-c', ask], env=os.environ | {'ATEN_CPU_CAPABILITY': capability},
             check=True, capture_output=True, text=True,
-        )  # fmt: skip
+        )
         assert run.stdout.strip() == 'None', capability
 
 
@@ -501,11 +497,7 @@ def test_dim_and_empty_images(day):
 
 @pytest.fixture(scope='module')
 def tracked(shipped, day):
-    """
-    Correspondences of the daylight recording, and of which keyframes.
-
-    These are the ones that each image was matched with.
-    """
+    """Return correspondences of the daylight recording, and each image's keyframes."""
     return track(shipped[0], *day)
 
 

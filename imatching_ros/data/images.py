@@ -43,12 +43,12 @@ ENCODINGS = {
 PACKED = {
     'yuv422': 1, 'uyvy': 1, 'vyuy': 1, 'yuv422_uyvy': 1,
     'yuv422_yuy2': 0, 'yuyv': 0, 'yuy2': 0, 'yvyu': 0,
-}  # fmt: skip
+}
 #: Planar, the luma first: rows of all planes together for each row of the image.
 PLANAR = {
     'nv12': 1.5, 'nv21': 1.5, 'i420': 1.5, 'yuv420': 1.5, 'yv12': 1.5,
     'nv16': 2.0, 'nv61': 2.0, 'nv24': 3.0, 'nv42': 3.0,
-}  # fmt: skip
+}
 _KNOWN = {name.lower(): name for name in (*ENCODINGS, *PACKED, *PLANAR)}
 
 PIXELS = 1 << 27  #: of the largest compressed picture that is decoded: a short file may claim more

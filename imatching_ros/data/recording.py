@@ -134,11 +134,11 @@ class Recording:
     @cached_property
     def ground_truth(self) -> tuple[Tensor, Tensor] | None:
         """
-        Stamps (N,) int64, ns, and T_world_camera (N, 7) float64, or None.
+        Stamps (N,) int64, ns, and T_world_camera (N, 7) float64, or None where there are none.
 
-        From the bag's topic of PoseStamped that has "ground" and "truth" in its name, else from
-        `groundtruth.txt` (TUM: seconds tx ty tz qx qy qz qw). Poses that are not finite are left
-        out, and those of a topic whose stamps do not go on.
+        They are from the bag's topic of PoseStamped that has "ground" and "truth" in its name,
+        else from ``groundtruth.txt`` (TUM: seconds tx ty tz qx qy qz qw). Poses that are not
+        finite are left out, and those of a topic whose stamps do not go on.
         """
         topics = sorted(
             channel.topic for channel in _filled(self._bag, POSE)
@@ -169,8 +169,8 @@ class Recording:
         """
         Return the depth of the image of this stamp, or None where it has none.
 
-        (H, W) float32 along the optical axis, metres, 0 where unknown; from
-        `depth/<stamp in ns>.npz` (array `depth`), `.npy`, or 16-bit `.png` in millimetres. Raises
+        It is (H, W) float32 along the optical axis, metres, 0 where unknown; from ``depth/<stamp
+        in ns>.npz`` (array ``depth``), ``.npy``, or 16-bit ``.png`` in millimetres. Raises
         RecordingError where that file is broken or of another size.
         """
         base = self.folder / 'depth' / str(int(stamp))
@@ -321,7 +321,7 @@ def _given_camera(bag: Bag, images: list[Channel], given: Given, rectified: bool
             height, width = (
                 compressed_size(image.data) if images[0].kind == COMPRESSED
                 else (image.height, image.width)
-            )  # fmt: skip
+            )
         except ValueError as error:  # a broken picture
             refusal = refusal or error
             continue

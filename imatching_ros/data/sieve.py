@@ -19,7 +19,7 @@ LOST = 'in a damaged part of the file'
 
 
 class Sieve:
-    """Each image that is left out is counted once, however often the recording is read."""
+    """What leaves images out, and counts each once, however often the recording is read."""
 
     def __init__(self) -> None:
         self._reasons: dict[int, str] = {}  # by the image's number in the recording

@@ -142,7 +142,7 @@ def loads(data: bytes, source: str = 'the weights') -> tuple[nn.Module, WeightsI
 
 def load(path: str | Path) -> tuple[nn.Module, WeightsInfo]:
     """
-    Return the matcher in a weights file.
+    Return the matcher in a weights file, and what the file says of itself.
 
     Raises FileNotFoundError or ValueError, one sentence each.
     """
