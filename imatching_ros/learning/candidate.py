@@ -17,17 +17,22 @@ class Candidate:
     """A copy of a matcher with its optimiser, and its average over the steps, which is judged."""
 
     def __init__(self, matcher: nn.Module, options: LearnerOptions, device: torch.device) -> None:
-        self.options = options
         self.matcher = copy.deepcopy(matcher).to(device)
         self.optimiser = torch.optim.Adam(self.matcher.parameters(), lr=options.rate)
         averaging = get_ema_multi_avg_fn(options.average)
         self.average = AveragedModel(self.matcher, multi_avg_fn=averaging)
 
-    def descend(self, loss: Tensor) -> bool:
-        """Take a step down the gradient of a loss; false where it is not finite: none is taken."""
+    def descend(self, loss: Tensor, rate: float, clip: float) -> bool:
+        """
+        Take a step down the gradient of a loss, at a learning rate, its norm ``clip`` at most.
+
+        Returns whether the gradient was finite; where it was not, no step is taken.
+        """
+        for group in self.optimiser.param_groups:
+            group['lr'] = rate
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.matcher.parameters(), self.options.clip)
+        norm = nn.utils.clip_grad_norm_(self.matcher.parameters(), clip)
         if not bool(norm.isfinite()):
             return False
         self.optimiser.step()

@@ -164,7 +164,7 @@ class Learner:
         if self.options.anchor > 0:
             anchor = draw.choice(self.inputs.anchors)
             loss = loss + self.options.anchor * known_warp_loss(candidate.matcher, anchor)
-        if not candidate.descend(loss):
+        if not candidate.descend(loss, self.options.rate, self.options.clip):
             self.skipped += 1
             return None
         self.step_count += 1
