@@ -83,10 +83,11 @@ def scene(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Make a training's rests short."""
+    """Make a training's rests short, and what judges it small."""
     monkeypatch.setattr(pretrain, 'KEEP_EVERY', 8)
     monkeypatch.setattr(pretrain, 'JUDGED', 1)
     monkeypatch.setattr(pretrain, 'CALIBRATED', 2)
+    monkeypatch.setattr(pretrain, 'SCENE_SIZE', (320, 240))
 
 
 def command(out, *rest):
