@@ -1,11 +1,8 @@
-"""
-What the tests of several rooms share.
-
-Recordings that are rendered once, and the shipped matcher.
-"""
+"""What the tests of several rooms share: recordings rendered once, and the shipped matcher."""
 
 import copy
 from dataclasses import replace
+import os
 
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording, Sensor
@@ -18,6 +15,14 @@ import torch
 SIZE = (320, 240)
 # small tensors: on a busy machine, threads that wait for one another cost most of the time
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def busy_disk():
+    """Let no test wait for the disk: none of them ends with a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope='session')

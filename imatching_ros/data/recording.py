@@ -91,7 +91,7 @@ class Recording:
         """
         Yield (stamp ns, "image" or "camera", message) in the bag's order.
 
-        An image is a message of `rosbags` with ROS 2's field names, also where the bag is of ROS
+        An image is a message of ``rosbags`` with ROS 2's field names, also where the bag is of ROS
         1, and its stamp goes on from the one before. A camera is a Camera: one before the first
         image, another whenever the calibration has changed.
         """
@@ -238,12 +238,12 @@ def open_recording(
     camera: Given | None = None, rectified: str = 'auto',
 ) -> Recording:
     """
-    Open a bag's file, a folder of the files of one recording, or one that holds these in `bag/`.
+    Open a bag's file, a folder of the files of one recording, or one that holds these in ``bag/``.
 
-    Where the bag has one image topic it is taken, else `image_topic` must choose.
-    `camera_info_topic` is by default the one beside the image topic (``/camera/image_raw`` has
-    ``/camera/camera_info``), else the bag's only one; where `camera` is given
-    (``cameras.given_camera``) none is needed. `rectified`: "always", "never", or "auto", which
+    Where the bag has one image topic it is taken, else ``image_topic`` must choose.
+    ``camera_info_topic`` is by default the one beside the image topic (``/camera/image_raw`` has
+    ``/camera/camera_info``), else the bag's only one; where ``camera`` is given
+    (``cameras.given_camera``) none is needed. ``rectified``: "always", "never", or "auto", which
     reads it from the image topic's name. Raises RecordingError, one sentence: no such path, no bag
     there, nothing in it that can be read, no images, several image topics and none chosen, no
     camera_info, an uncalibrated camera.
