@@ -1,11 +1,14 @@
-"""What the tests of several rooms share: rendered recordings, and the shipped matcher."""
+"""What the tests of several rooms share: recordings rendered once, and the shipped matcher."""
 
 import copy
 from dataclasses import replace
+import os
 
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording, Sensor
+from imatching_ros.learning import gate, objectives
 from imatching_ros.matching import weights
+from lessons import recorded, TRAINED
 import pytest
 import torch
 
@@ -24,6 +27,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix('test_') in QUICK:
             item.add_marker('quick')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def busy_disk():
+    """Let no test wait for the disk: none of them ends with a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, 'fsync', lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope='session')
@@ -75,3 +86,31 @@ def night(dusk):
     """Return the camera and the images (stamp, (H, W) uint8) of the recording in dim light."""
     recording = open_recording(dusk)
     return recording.camera, list(recording)
+
+
+@pytest.fixture(scope='session')
+def events(shipped, night):
+    """Return what the nodes would say of the first part of the recording in dim light."""
+    return recorded(shipped[0], night[0], night[1][:TRAINED])
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Return the stamps that steps train on and that the gate measures on, as they happen."""
+    used = {'trained': set(), 'measured': set()}
+
+    def watched(module, name):
+        real = module.match
+
+        def match(matcher, lesson, pairs, *more):
+            stamps = lesson.window.stamps.tolist()
+            used[name] |= {
+                stamps[index] for pair in pairs for index in (pair.reference, pair.target)
+            }
+            return real(matcher, lesson, pairs, *more)
+
+        monkeypatch.setattr(module, 'match', match)
+
+    watched(objectives, 'trained')
+    watched(gate, 'measured')
+    return used

@@ -31,7 +31,8 @@ from ..data.recording import Recording
 from ..evaluation.pictures import Event, Pictures
 from ..learning import tune
 from ..learning.gate import Verdict
-from ..learning.learner import Learner, LearnerOptions, StepResult
+from ..learning.learner import Learner, StepResult
+from ..learning.options import LearnerOptions
 from ..matching import weights
 
 EPOCHS = 2

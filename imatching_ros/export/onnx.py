@@ -11,7 +11,8 @@ import torch
 from torch import nn, Tensor
 
 from .. import files
-from ..matching.expectation import ExpectationMatcher, Features
+from ..matching.encoder import Features
+from ..matching.families.expectation import ExpectationMatcher
 from ..matching.weights import WeightsInfo
 
 ENCODE, MATCH = 'encode.onnx', 'match.onnx'

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect as corners
-from imatching_ros.matching.expectation import COARSE, ExpectationMatcher, Features
+from imatching_ros.matching.encoder import COARSE, Features
+from imatching_ros.matching.families.expectation import ExpectationMatcher
 from imatching_ros.matching.tracker import round_trip, TrackerOptions
 import numpy as np
 import torch

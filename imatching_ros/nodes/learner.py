@@ -27,7 +27,9 @@ from ..bundle.options import BundleOptions
 from ..data.stamps import Stamps
 from ..geometry.camera import Camera
 from ..learning import checkpoints
-from ..learning.learner import Learner, LearnerOptions, StepResult, Verdict
+from ..learning.gate import Verdict
+from ..learning.learner import Learner, StepResult
+from ..learning.options import LearnerOptions
 from ..matching import weights
 
 NICE = 10  #: whoever drives the robot comes first on a busy machine
