@@ -36,8 +36,8 @@ from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from imatching_ros.data.recording import open_recording  # noqa: E402
 from imatching_ros.data.synthetic import render_recording  # noqa: E402
 from imatching_ros.nodes import messages  # noqa: E402
-from imatching_ros.nodes.core_node import lossless  # noqa: E402
 from imatching_ros.nodes.diagnostics import percentiles  # noqa: E402
+from imatching_ros.nodes.qos import lossless  # noqa: E402
 from imatching_ros.replay.domain import free_domain  # noqa: E402
 import numpy as np  # noqa: E402
 import rclpy  # noqa: E402

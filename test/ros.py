@@ -17,7 +17,7 @@ import cv2
 from diagnostic_msgs.msg import DiagnosticArray
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.nodes import messages, parameters
-from imatching_ros.nodes.core_node import lossless
+from imatching_ros.nodes.qos import lossless
 from imatching_ros.replay.domain import free_domain, LOCALHOST, PATIENT
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState

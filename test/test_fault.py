@@ -19,7 +19,7 @@ pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
 from imatching_ros.matching import weights  # noqa: E402,I100
 from imatching_ros.nodes import messages, parameters  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
 from imatching_ros.replay.domain import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from ros import image_message, Ros, SECOND, START  # noqa: E402

@@ -19,9 +19,9 @@ from imatching_ros.geometry.camera import Camera  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode, PARTS  # noqa: E402
 from imatching_ros.nodes.matcher import MatcherNode  # noqa: E402
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
 from imatching_ros.replay.domain import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from rclpy.context import Context  # noqa: E402

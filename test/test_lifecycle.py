@@ -22,9 +22,9 @@ from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.nodes import bundle, matcher, messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode  # noqa: E402
 from imatching_ros.nodes.matcher import draw, MatcherNode  # noqa: E402
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
 from rcl_interfaces.msg import Log, Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import SetParameters  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
@@ -168,7 +168,7 @@ def test_lifecycle_a_node_follows_a_camera_and_passes_over_what_is_none(ros):
     """Zeros first; then it is focused anew, zeros come again, and at last another camera."""
     said = []
     node = BundleNode(context=ros.context)
-    node.fault = said.append
+    node.reporter.fault = said.append
     node.start()
 
     def tell(camera) -> None:

@@ -22,6 +22,7 @@ from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.geometry.camera import Camera  # noqa: E402
 from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
 from imatching_ros.nodes import messages  # noqa: E402
+from imatching_ros.nodes.reporter import diagnostic_status  # noqa: E402
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2  # noqa: E402
 
 STAMP = 1_700_000_000_123_456_789
@@ -435,7 +436,7 @@ def test_stamps_come_back():
 
 
 def test_diagnostics_are_readable():
-    status = messages.diagnostic_status(
+    status = diagnostic_status(
         1, '/matcher', 'odd', {'a': 1.23456789, 'b': True, 'c': 7, 'd': 'x'}
     )
     assert status.level == b'\x01'

@@ -25,7 +25,7 @@ from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
 from imatching_ros.nodes import messages, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import transform  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
 from imatching_ros.nodes.worker import Worker  # noqa: E402
 from imatching_ros.replay import replay, ReplayError  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402

@@ -18,8 +18,9 @@ from sensor_msgs.msg import PointCloud2
 import torch
 
 from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, lossless
+from .core_node import ACTIVE, CoreNode
 from .process import run
+from .qos import lossless
 from ..bundle.bundle import Bundle, LOST
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
@@ -53,10 +54,11 @@ class BundleNode(CoreNode):
     def configure(self) -> None:
         self._external = self.value('poses') == 'external'
         self._world_frame = self.value('world_frame')
-        self._odometry = self.tell(Odometry, 'odometry', self.result_qos)
-        self._keyframes = self.tell(Path, 'keyframes', self.window_qos)
-        self._landmarks = self.tell(PointCloud2, 'landmarks', self.window_qos)
-        self._prior = self.tell(PointCloud2, 'prior', self.window_qos)
+        ends = self.endpoints
+        self._odometry = ends.advertise(Odometry, 'odometry', self.qos.results)
+        self._keyframes = ends.advertise(Path, 'keyframes', self.qos.windows)
+        self._landmarks = ends.advertise(PointCloud2, 'landmarks', self.qos.windows)
+        self._prior = ends.advertise(PointCloud2, 'prior', self.qos.windows)
         if any(given := self.value('camera_pose')):
             self._T_child_camera = messages.pose_from_numbers(given)
         self._broadcaster = None
@@ -67,18 +69,18 @@ class BundleNode(CoreNode):
                     'publish_tf out'
                 )
             self._broadcaster = tf2_ros.TransformBroadcaster(self)
-            self._configured.callback(self.destroy_publisher, self._broadcaster.pub_tf)
+            ends.on_close(self.destroy_publisher, self._broadcaster.pub_tf)
         self._buffer = self._listener = None
         if tf2_ros is not None and self._T_child_camera is None:
             self._buffer = tf2_ros.Buffer()
             self._listener = tf2_ros.TransformListener(self._buffer, self)
-            self._configured.callback(self._listener.unregister)
-        self.serve('~/save_map', self.save_map)
-        self.hear(PointCloud2, 'correspondences', self.receive, self.result_qos)
+            ends.on_close(self._listener.unregister)
+        ends.offer_trigger('~/save_map', self.save_map)
+        ends.subscribe(PointCloud2, 'correspondences', self.receive, self.qos.results)
         often = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
-        self.hear(
+        ends.subscribe(
             Odometry, 'external_odometry', self._on_odometry,
-            lossless() if self.keeps_all else often,
+            lossless() if self.qos.keep_all else often,
         )
 
     def options(self) -> BundleOptions:
@@ -90,7 +92,7 @@ class BundleNode(CoreNode):
     def process(self, message: PointCloud2) -> None:
         started = time.perf_counter()
         correspondences = messages.correspondences_from_cloud(message)
-        self.follow(correspondences.stamp)
+        self.timeline.check(correspondences.stamp)
         estimate = self.core.add(correspondences)
         self._camera_frame = message.header.frame_id
         self.status, self.motion, self.reason = estimate.status, estimate.motion, estimate.reason
@@ -122,8 +124,8 @@ class BundleNode(CoreNode):
         write_map(folder, {stamp: T.numpy() for stamp, T in poses.items()}, self._points)
         return f'{len(poses)} keyframes and {len(self._points)} landmarks in {folder}'
 
-    def concern(self) -> str:
-        return super().concern() or (f'lost: {self.reason}' if self.status == LOST else '')
+    def warning(self) -> str:
+        return super().warning() or (f'lost: {self.reason}' if self.status == LOST else '')
 
     def values(self) -> dict[str, object]:
         # Monocular: without another odometry the scale is whatever the first two keyframes made it
@@ -169,7 +171,7 @@ class BundleNode(CoreNode):
                 self.core = self.build(self.camera)
             stamp, *pose = messages.camera_odometry(message, extrinsics)
             # all later ones would be too old
-            last = self._stamps.last
+            last = self.timeline.last
             if last is not None and stamp > last + LEAP_NS:
                 raise ValueError(
                     f'it is {(stamp - last) / 1e9:.3f} s ahead of the images; '
@@ -177,7 +179,7 @@ class BundleNode(CoreNode):
                 )
             self.core.add_odometry(stamp, *pose)
         except ValueError as error:
-            self.fault(f'external_odometry: {error}')
+            self.reporter.fault(f'external_odometry: {error}')
             return
         self.odometry += 1
         if self._external:

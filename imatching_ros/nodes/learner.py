@@ -19,12 +19,13 @@ from std_srvs.srv import SetBool
 import torch
 
 from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, latched
+from .core_node import ACTIVE, CoreNode
 from .diagnostics import OK, percentiles, Share, WARN
 from .process import run
+from .qos import latched
+from .reporter import diagnostic_status
 from .. import files
 from ..bundle.options import BundleOptions
-from ..data.stamps import Stamps
 from ..geometry.camera import Camera
 from ..learning import checkpoints
 from ..learning.learner import Learner, LearnerOptions, StepResult, Verdict
@@ -57,19 +58,22 @@ class LearnerNode(CoreNode):
         matcher, info, _ = self.load()
         self._start = matcher, info
         self.version = self._told = info.version
-        self._weights = self.tell(UInt8MultiArray, 'weights', latched())
-        self._learning = self.tell(DiagnosticStatus, 'learning', self.result_qos)
-        self.answer(SetBool, '~/enable', self._on_enable)
-        self.serve('~/save_checkpoint', self.save_checkpoint)
-        self.serve('~/rollback', self.rollback)
+        ends = self.endpoints
+        self._weights = ends.advertise(UInt8MultiArray, 'weights', latched())
+        self._learning = ends.advertise(DiagnosticStatus, 'learning', self.qos.results)
+        ends.offer_service(SetBool, '~/enable', self._on_enable)
+        ends.offer_trigger('~/save_checkpoint', self.save_checkpoint)
+        ends.offer_trigger('~/rollback', self.rollback)
 
         def take(handle: Callable[[Any], None], fed: bool = False) -> Callable[[Any], None]:
             return lambda message: self.receive((handle, message), fed)
 
-        self.hear_images(take(self._add_image, True))
-        self.hear(PointCloud2, 'correspondences', take(self._add_correspondences), self.result_qos)
+        self.subscribe_to_images(take(self._add_image, True))
+        ends.subscribe(
+            PointCloud2, 'correspondences', take(self._add_correspondences), self.qos.results
+        )
         for name, kind in PARTS.items():
-            self.hear(kind, name, take(partial(self._add_part, name)), self.window_qos)
+            ends.subscribe(kind, name, take(partial(self._add_part, name)), self.qos.windows)
 
     def begin(self) -> None:
         super().begin()
@@ -85,7 +89,7 @@ class LearnerNode(CoreNode):
         if self.value('weights_dir'):
             found, refused = checkpoints.resume(self._checkpoints(), learner)
             for sentence in refused:
-                self.fault(sentence)
+                self.reporter.fault(sentence)
             if found is not None:
                 self.get_logger().info(
                     f'goes on from step {learner.step_count}, version {learner.version}'
@@ -127,7 +131,7 @@ class LearnerNode(CoreNode):
     def restart(self) -> None:
         """Forget what is remembered of the images; what was learned stays."""
         self._parts.clear()
-        self._stamps = Stamps()
+        self.timeline.forget()
         if self.core is not None:
             self.core.start_recording(self.camera)
 
@@ -163,7 +167,7 @@ class LearnerNode(CoreNode):
         return self.core
 
     def _add_image(self, message: Image | CompressedImage) -> None:
-        image = self.look(message)
+        image = self.decode(message)
         self.core.add_image(messages.to_ns(message.header.stamp), image)
 
     def _add_correspondences(self, message: PointCloud2) -> None:
@@ -178,7 +182,7 @@ class LearnerNode(CoreNode):
             del self._parts[stamp]
             window = messages.window_from_messages(**parts)
             # A robot's windows come faster than steps use them: what time there is goes to steps
-            if self._stepped or self.keeps_all or not self.core.ready:
+            if self._stepped or self.qos.keep_all or not self.core.ready:
                 self._stepped = not self.core.add_window(window)
         while len(self._parts) > UNJOINED:
             del self._parts[next(iter(self._parts))]
@@ -198,7 +202,7 @@ class LearnerNode(CoreNode):
         try:
             checkpoints.save(self._checkpoints(), self.core)
         except OSError as error:
-            self.fault(f'the checkpoint could not be written: {error}')
+            self.reporter.fault(f'the checkpoint could not be written: {error}')
 
     def _report_step(self, result: StepResult) -> None:
         self.steps += 1
@@ -222,7 +226,7 @@ class LearnerNode(CoreNode):
 
     def _say(self, level: int, kind: str, text: str, values: dict[str, object]) -> None:
         name = f'{self.get_fully_qualified_name()}: {kind}'
-        self._learning.publish(messages.diagnostic_status(level, name, text, values))
+        self._learning.publish(diagnostic_status(level, name, text, values))
 
     def _republish(self) -> str:
         if self.core is not None:
@@ -242,7 +246,7 @@ class LearnerNode(CoreNode):
             try:
                 files.write(path, data)
             except OSError as error:
-                self.fault(f'{path} could not be written: {error}')
+                self.reporter.fault(f'{path} could not be written: {error}')
         if self.state == ACTIVE:
             self._weights.publish(messages.weights_to_message(data))
             self._told = version
@@ -271,7 +275,7 @@ class LearnerNode(CoreNode):
                 self._judge(now=True)
             return 'learning' if request.data else 'watching only'
 
-        response.success, response.message = self.ask('~/enable', judge)
+        response.success, response.message = self.run_in_core('~/enable', judge)
         return response
 
 

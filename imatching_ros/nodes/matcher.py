@@ -12,8 +12,10 @@ from std_msgs.msg import UInt8MultiArray
 import torch
 
 from . import messages, parameters
-from .core_node import CoreNode, latched, placed
+from .core_node import CoreNode
 from .process import keep_freed_memory, run
+from .qos import latched
+from .weights import to_device
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights
@@ -34,15 +36,16 @@ class MatcherNode(CoreNode):
 
     def configure(self) -> None:
         keep_freed_memory()
-        self._correspondences = self.tell(PointCloud2, 'correspondences', self.result_qos)
-        self._debug = self.tell(Image, 'debug/matches', QoSProfile(depth=1))
+        ends, results = self.endpoints, self.qos.results
+        self._correspondences = ends.advertise(PointCloud2, 'correspondences', results)
+        self._debug = ends.advertise(Image, 'debug/matches', QoSProfile(depth=1))
         self._vins = None
         if self.value('vins_features'):
-            self._vins = self.tell(PointCloud, 'feature_tracker/feature', self.result_qos)
+            self._vins = ends.advertise(PointCloud, 'feature_tracker/feature', results)
         self.reload_weights()
-        self.hear(UInt8MultiArray, 'weights', self._on_weights, latched())
-        self.serve('~/reload_weights', self.reload_weights)
-        self.hear_images(self.receive)
+        ends.subscribe(UInt8MultiArray, 'weights', self._on_weights, latched())
+        ends.offer_trigger('~/reload_weights', self.reload_weights)
+        self.subscribe_to_images(self.receive)
 
     def options(self) -> TrackerOptions:
         return parameters.options(TrackerOptions(), 'tracker', self.role, self.value)
@@ -52,7 +55,7 @@ class MatcherNode(CoreNode):
 
     def process(self, message: Image | CompressedImage) -> None:
         started = time.perf_counter()
-        image, frame = self.look(message), message.header.frame_id
+        image, frame = self.decode(message), message.header.frame_id
         correspondences = self.core.track(messages.to_ns(message.header.stamp), image)
         self.rows = len(correspondences)
         self._correspondences.publish(messages.correspondences_to_cloud(correspondences, frame))
@@ -82,9 +85,9 @@ class MatcherNode(CoreNode):
             matcher, info = weights.loads(
                 messages.weights_from_message(message), 'the weights message'
             )
-            matcher = placed(matcher, self.value('device'))
+            matcher = to_device(matcher, self.value('device'))
         except ValueError as error:
-            self.fault(str(error))
+            self.reporter.fault(str(error))
             return
         self.worker.post(lambda: self._use(matcher, info))
 

@@ -7,12 +7,11 @@ Every ``*_from_*`` raises ValueError with one sentence where a message is malfor
 from __future__ import annotations
 
 import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import math
 from typing import Any
 
 from builtin_interfaces.msg import Time
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from geometry_msgs.msg import Point32, Pose, PoseStamped, Transform
 from nav_msgs.msg import Odometry, Path
 import numpy as np
@@ -525,32 +524,3 @@ def weights_to_message(weights: bytes) -> UInt8MultiArray:
 def weights_from_message(message: UInt8MultiArray) -> bytes:
     """Return the bytes of a weights file."""
     return bytes(message.data)
-
-
-# Diagnostics
-
-
-def diagnostic_status(
-    level: int, name: str, message: str, values: Mapping[str, object]
-) -> DiagnosticStatus:
-    """
-    One status; levels 0 OK, 1 WARN, 2 ERROR, 3 STALE.
-
-    Floats are written with six figures, truth as true, false.
-    """
-
-    def text(value: object) -> str:
-        if isinstance(value, bool):
-            return str(value).lower()
-        return f'{value:.6g}' if isinstance(value, float) else str(value)
-
-    return DiagnosticStatus(
-        level=bytes([level]),
-        name=name,
-        message=message,
-        values=[KeyValue(key=key, value=text(value)) for key, value in values.items()],
-    )
-
-
-def diagnostic_array(statuses: list[DiagnosticStatus], now: Time) -> DiagnosticArray:
-    return DiagnosticArray(header=Header(stamp=now), status=statuses)

@@ -100,12 +100,12 @@ class Worker:
         begun = self._begun
         return 0.0 if begun is None else time.monotonic() - begun
 
-    def look(self) -> None:
+    def check_progress(self) -> None:
         """
-        Look whether the piece of work in hand takes processor time, and keep ``stuck``.
+        Check whether the piece of work in hand takes processor time, and keep ``stuck``.
 
-        Whoever does so does it about once a second, in one thread. Time in which that thread did
-        not run either, on a starved machine or in a stopped process, hardly counts.
+        This is to be called about once a second, in one thread. Time in which that thread did not
+        run either, on a starved machine or in a stopped process, hardly counts.
         """
         own = 0.0
         with contextlib.suppress(OSError):  # the thread has ended

@@ -23,8 +23,9 @@ from std_srvs.srv import SetBool, Trigger
 from .bar import Bar
 from .processes import Processes, ReplayError
 from ..nodes import messages
-from ..nodes.core_node import latched, lossless, STILL_BUSY
+from ..nodes.core_node import STILL_BUSY
 from ..nodes.learner import PARTS
+from ..nodes.qos import latched, lossless
 
 TICK_S = 0.2  #: between two looks at the nodes while waiting
 IDLE_S = 15.0  #: learning ends early when the learner has had nothing to do for this long
