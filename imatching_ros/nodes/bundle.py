@@ -1,8 +1,4 @@
-"""
-bundle_node: correspondences, and perhaps another odometry, in.
-
-Odometry, keyframes, landmarks and prior out.
-"""
+"""The bundle_node takes correspondences, and gives odometry, keyframes, landmarks and prior."""
 
 from __future__ import annotations
 
@@ -17,8 +13,10 @@ from rclpy.time import Time
 from sensor_msgs.msg import PointCloud2
 import torch
 
-from . import messages, parameters
+from . import parameters
+from .clouds import correspondences_from_cloud, prior_to_cloud, window_to_messages
 from .core_node import ACTIVE, CoreNode
+from .poses import camera_odometry, odometry_to_message, pose_from_numbers, pose_from_transform
 from .process import run
 from .qos import lossless
 from ..bundle.bundle import Bundle, LOST
@@ -37,7 +35,7 @@ LANDMARKS = 200_000  #: that save_map can write; the oldest beyond are forgotten
 
 
 class BundleNode(CoreNode):
-    """Runs the lower level on each image's correspondences."""
+    """Runs the lower level on each image's correspondences, beside another odometry if any."""
 
     role, feed = 'bundle', 'correspondences'
     judged = True  # by the matcher
@@ -60,7 +58,7 @@ class BundleNode(CoreNode):
         self._landmarks = ends.advertise(PointCloud2, 'landmarks', self.qos.windows)
         self._prior = ends.advertise(PointCloud2, 'prior', self.qos.windows)
         if any(given := self.value('camera_pose')):
-            self._T_child_camera = messages.pose_from_numbers(given)
+            self._T_child_camera = pose_from_numbers(given)
         self._broadcaster = None
         if self.value('publish_tf'):
             if tf2_ros is None:
@@ -91,7 +89,7 @@ class BundleNode(CoreNode):
 
     def process(self, message: PointCloud2) -> None:
         started = time.perf_counter()
-        correspondences = messages.correspondences_from_cloud(message)
+        correspondences = correspondences_from_cloud(message)
         self.timeline.check(correspondences.stamp)
         estimate = self.core.add(correspondences)
         self._camera_frame = message.header.frame_id
@@ -100,7 +98,7 @@ class BundleNode(CoreNode):
         # Poses of earlier images stay out of odometry, whose stamps never go back; the keyframes
         # among them are in the window
         if estimate.T_world_camera is not None:
-            pose = messages.odometry(
+            pose = odometry_to_message(
                 estimate.T_world_camera, estimate.covariance, estimate.stamp, self._world_frame,
                 self._camera_frame,
             )
@@ -143,8 +141,8 @@ class BundleNode(CoreNode):
         }
 
     def _publish(self, window: Window, stamp: int) -> None:
-        keyframes, landmarks = messages.window_to_messages(window, stamp, self._world_frame)
-        self._prior.publish(messages.prior_to_cloud(window.prior, stamp, self._world_frame))
+        keyframes, landmarks = window_to_messages(window, stamp, self._world_frame)
+        self._prior.publish(prior_to_cloud(window.prior, stamp, self._world_frame))
         self._landmarks.publish(landmarks)
         self._keyframes.publish(keyframes)
         self.windows += 1
@@ -169,14 +167,12 @@ class BundleNode(CoreNode):
                 return
             if self.core is None:
                 self.core = self.build(self.camera)
-            stamp, *pose = messages.camera_odometry(message, extrinsics)
+            stamp, *pose = camera_odometry(message, extrinsics)
             # all later ones would be too old
             last = self.timeline.last
             if last is not None and stamp > last + LEAP_NS:
-                raise ValueError(
-                    f'it is {(stamp - last) / 1e9:.3f} s ahead of the images; '
-                    'check clocks'
-                )
+                ahead = (stamp - last) / 1e9
+                raise ValueError(f'it is {ahead:.3f} s ahead of the images; check clocks')
             self.core.add_odometry(stamp, *pose)
         except ValueError as error:
             self.reporter.fault(f'external_odometry: {error}')
@@ -187,13 +183,14 @@ class BundleNode(CoreNode):
 
     def _extrinsics(self, child_frame: str) -> torch.Tensor | None:
         """
-        Pose (7,) of the camera in the odometry's child frame.
+        Return the pose (7,) of the camera in the odometry's child frame.
 
-        None as long as the camera's frame is not known.
+        It is None as long as the camera's frame is not known. Raises ValueError where nothing
+        tells it.
         """
         if self._T_child_camera is None and self._camera_frame:
             if child_frame in ('', self._camera_frame):
-                self._T_child_camera = messages.pose_from_numbers(
+                self._T_child_camera = pose_from_numbers(
                     (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
                 )
             elif self._buffer is not None:
@@ -203,7 +200,7 @@ class BundleNode(CoreNode):
                     raise ValueError(
                         f"where the camera is in '{child_frame}' is not known: {error}"
                     ) from None
-                self._T_child_camera = messages.pose_from_transform(found.transform)
+                self._T_child_camera = pose_from_transform(found.transform)
             else:
                 raise ValueError(
                     f"where the camera '{self._camera_frame}' is in '{child_frame}' is not "

@@ -1,7 +1,7 @@
 """
-The executable imatching_node: matcher, bundle and learner in one process.
+The executable imatching_node runs matcher, bundle and learner in one process.
 
-Each in a thread of its own, with one model in memory.
+Each has a thread of its own, and they share one model in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SharedWeights:
     """
     Reads a weights file once for all who ask for it.
 
-    What is shared is never changed: the matcher only looks through it, and the learner trains a
+    What is shared is never changed, for the matcher only computes with it and the learner trains a
     copy.
     """
 

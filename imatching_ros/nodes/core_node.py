@@ -16,13 +16,14 @@ from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackRet
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 import torch
 
-from . import messages, parameters
+from . import parameters
 from .calibration import Calibration
 from .diagnostics import ERROR, Health, OK, WARN
 from .endpoints import Endpoints
+from .images import image_from_message, image_size
 from .qos import Qualities
 from .reporter import Reporter
-from .stamps import Timeline, watch_clock
+from .stamps import Timeline, to_ns, watch_clock
 from .weights import load_weights
 from .worker import Worker
 from .. import kernels
@@ -107,6 +108,10 @@ class CoreNode(LifecycleNode):
         """Work on one input; ValueError refuses it with a sentence."""
         raise NotImplementedError
 
+    def queue_size(self) -> int:
+        """Return how many inputs may wait for the core."""
+        return self.value('queue_size')
+
     def begin(self) -> None:
         """Make the core's thread ready; runs there before all else."""
         if threads := self.value('threads'):
@@ -154,6 +159,19 @@ class CoreNode(LifecycleNode):
         self.camera = camera
         if self.core is not None:
             self.core.recalibrate(camera)
+
+    def on_change(self, changes: dict[str, parameters.Value]) -> None:
+        """Change parameters, all of these together; ValueError refuses them."""
+        before, self._changed = self._changed, self._changed | changes
+        try:
+            options = self.options()
+        except ValueError:
+            self._changed = before
+            raise
+        if self.worker is not None:
+            self.worker.post(
+                lambda: self.core is not None and setattr(self.core, 'options', options)
+            )
 
     def forget(self) -> None:
         """Hold nothing, as before the node was configured."""
@@ -223,14 +241,14 @@ class CoreNode(LifecycleNode):
         Only an image that can be read, and is the camera's, sets the time. Raises ValueError for
         another, and for one whose stamp does not go on.
         """
-        (height, width), camera = messages.image_size(message), self.camera
+        (height, width), camera = image_size(message), self.camera
         if (width, height) != (camera.width, camera.height):
             raise ValueError(
                 f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
                 'publish the camera_info that belongs to the image'
             )
-        image = messages.image_from_message(message, self._greys)
-        self.timeline.check(messages.to_ns(message.header.stamp))
+        image = image_from_message(message, self._greys)
+        self.timeline.check(to_ns(message.header.stamp))
         return image
 
     # Its life
@@ -253,7 +271,7 @@ class CoreNode(LifecycleNode):
             process=self._work,
             ready=lambda: self.state == ACTIVE and not self.blocker(),
             on_error=self.reporter.failed,
-            queue_size=self._queue_size(),
+            queue_size=self.queue_size(),
             on_drop=self._dropped,
             idle=lambda: self.state == ACTIVE and self.idle(),
         )
@@ -320,9 +338,6 @@ class CoreNode(LifecycleNode):
 
     # The rest is its own business
 
-    def _queue_size(self) -> int:
-        return self.value('queue_size')
-
     def _prepare(self) -> None:
         """Have the kernels compiled before the first input, and say what they wait for or lack."""
 
@@ -348,19 +363,6 @@ class CoreNode(LifecycleNode):
             # what was published before something else went wrong is not refused
             self.health.refused += self.health.processed == processed
             raise
-
-    def on_change(self, changes: dict[str, parameters.Value]) -> None:
-        """Change parameters, all of these together; ValueError refuses them."""
-        before, self._changed = self._changed, self._changed | changes
-        try:
-            options = self.options()
-        except ValueError:
-            self._changed = before
-            raise
-        if self.worker is not None:
-            self.worker.post(
-                lambda: self.core is not None and setattr(self.core, 'options', options)
-            )
 
     def _dropped(self, _: Any) -> None:
         self.health.dropped += 1

@@ -1,4 +1,4 @@
-"""learner_node: images, correspondences and solved windows in; better weights out."""
+"""The learner_node takes images, correspondences and solved windows, and gives better weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ from std_msgs.msg import UInt8MultiArray
 from std_srvs.srv import SetBool
 import torch
 
-from . import messages, parameters
+from . import parameters
+from .clouds import correspondences_from_cloud, window_from_messages
 from .core_node import ACTIVE, CoreNode
 from .diagnostics import OK, percentiles, Share, WARN
 from .process import run
 from .qos import latched
 from .reporter import diagnostic_status
+from .stamps import to_ns
+from .weights import weights_to_message
 from .. import files
 from ..bundle.options import BundleOptions
 from ..geometry.camera import Camera
@@ -105,7 +108,7 @@ class LearnerNode(CoreNode):
         self.health.processed += 1
 
     def idle(self) -> bool:
-        """One gradient step, and the gate's verdict where one is due; rests as ``duty`` asks."""
+        """Take a gradient step, and the gate's verdict where one is due; rest as ``duty`` asks."""
         if self.core is None or self.core.rest() > 0:
             return False
         started = time.monotonic()
@@ -123,7 +126,7 @@ class LearnerNode(CoreNode):
         return True
 
     def reset(self) -> str:
-        """Back to the first weights."""
+        """Go back to the first weights."""
         super().reset()
         self._parts.clear()
         return self._republish()
@@ -136,7 +139,7 @@ class LearnerNode(CoreNode):
             self.core.start_recording(self.camera)
 
     def rollback(self) -> str:
-        """Back to the version before the last promoted one."""
+        """Go back to the version before the last promoted one."""
         self._learner().rollback()
         return self._republish()
 
@@ -168,19 +171,19 @@ class LearnerNode(CoreNode):
 
     def _add_image(self, message: Image | CompressedImage) -> None:
         image = self.decode(message)
-        self.core.add_image(messages.to_ns(message.header.stamp), image)
+        self.core.add_image(to_ns(message.header.stamp), image)
 
     def _add_correspondences(self, message: PointCloud2) -> None:
-        self.core.add_correspondences(messages.correspondences_from_cloud(message))
+        self.core.add_correspondences(correspondences_from_cloud(message))
 
     def _add_part(self, name: str, message: Path | PointCloud2) -> None:
-        """Keyframes, landmarks and prior of one solve come as three messages of one stamp."""
-        stamp = messages.to_ns(message.header.stamp)
+        """Join keyframes, landmarks and prior of one solve, three messages of one stamp."""
+        stamp = to_ns(message.header.stamp)
         parts = self._parts.setdefault(stamp, {})
         parts[name] = message
         if len(parts) == len(PARTS):
             del self._parts[stamp]
-            window = messages.window_from_messages(**parts)
+            window = window_from_messages(**parts)
             # A robot's windows come faster than steps use them: what time there is goes to steps
             if self._stepped or self.qos.keep_all or not self.core.ready:
                 self._stepped = not self.core.add_window(window)
@@ -188,7 +191,7 @@ class LearnerNode(CoreNode):
             del self._parts[next(iter(self._parts))]
 
     def _judge(self, now: bool = False) -> bool:
-        """Return whether the gate had a word, and promoted."""
+        """Let the gate judge, if it is due or ``now``; return whether it promoted."""
         verdict = self.core.verdict(now) if self.core is not None else None
         if verdict is None:
             return False
@@ -221,7 +224,7 @@ class LearnerNode(CoreNode):
         values = {
             'step': verdict.step, 'promoted': verdict.promoted, 'rolled_back': verdict.rolled_back,
             'version': verdict.version, 'reason': verdict.reason, **verdict.figures,
-        }  # fmt: skip
+        }
         self._say(OK if verdict.promoted else WARN, 'verdict', self.last_verdict, values)
 
     def _say(self, level: int, kind: str, text: str, values: dict[str, object]) -> None:
@@ -235,9 +238,9 @@ class LearnerNode(CoreNode):
 
     def _publish_weights(self, version: int) -> None:
         """
-        Write the file first, so that whoever hears of a version finds it there.
+        Publish the weights in use as a version, after they are written to ``weights_dir``.
 
-        A full disk does not keep it back.
+        So whoever hears of a version finds its file there; a full disk does not keep it back.
         """
         data = self.core.weights()
         self.version = version
@@ -248,7 +251,7 @@ class LearnerNode(CoreNode):
             except OSError as error:
                 self.reporter.fault(f'{path} could not be written: {error}')
         if self.state == ACTIVE:
-            self._weights.publish(messages.weights_to_message(data))
+            self._weights.publish(weights_to_message(data))
             self._told = version
 
     def _folder(self) -> FilePath:
@@ -266,11 +269,7 @@ class LearnerNode(CoreNode):
         self.set_parameters([Parameter('enabled', value=request.data)])
 
         def judge() -> str:
-            """
-            Judge what was learned since the last verdict before the rest.
-
-            A step in hand ended first.
-            """
+            """Judge what was learned since the last verdict, after the step in hand."""
             if not request.data:
                 self._judge(now=True)
             return 'learning' if request.data else 'watching only'
@@ -281,9 +280,9 @@ class LearnerNode(CoreNode):
 
 def _trim() -> None:
     """
-    Give what a step left free, half a gigabyte, back to the system where its allocator can.
+    Give what a step left free back to the system, where its allocator can.
 
-    It would be kept, in pieces too small for the next step's.
+    It is half a gigabyte, which would be kept in pieces too small for the next step.
     """
     if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
         trim(0)

@@ -7,7 +7,6 @@ import textwrap
 import time
 import traceback
 
-from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
 from std_msgs.msg import Header
@@ -63,11 +62,9 @@ class Reporter:
     def publish(self) -> None:
         """Say once how the node is."""
         level, text, values = self._describe()
-        status = diagnostic_status(
-            level, self._node.get_fully_qualified_name(), text, values
-        )
-        now = self._node.get_clock().now().to_msg()
-        self._publisher.publish(diagnostic_array([status], now))
+        status = diagnostic_status(level, self._node.get_fully_qualified_name(), text, values)
+        head = Header(stamp=self._node.get_clock().now().to_msg())
+        self._publisher.publish(DiagnosticArray(header=head, status=[status]))
 
 
 def diagnostic_status(
@@ -90,7 +87,3 @@ def diagnostic_status(
         message=message,
         values=[KeyValue(key=key, value=text(value)) for key, value in values.items()],
     )
-
-
-def diagnostic_array(statuses: list[DiagnosticStatus], now: Time) -> DiagnosticArray:
-    return DiagnosticArray(header=Header(stamp=now), status=statuses)

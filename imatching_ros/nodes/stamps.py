@@ -1,13 +1,40 @@
-"""The time that a node goes by: which stamps of its inputs go on, and when the clock jumps."""
+"""Time as ROS messages have it, which stamps of a node's inputs go on, and when a clock jumps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from builtin_interfaces.msg import Time
 from rclpy.clock import Clock, JumpHandle, JumpThreshold, TimeJump
 from rclpy.duration import Duration
+from std_msgs.msg import Header
 
 from ..data.stamps import LEAP_NS, RESTART, RESTART_NS, SAME, Stamps
+
+
+def to_ns(stamp: Time) -> int:
+    """
+    Return a ROS stamp in nanoseconds.
+
+    Raises ValueError where its nanoseconds make a second or more, so that it is none.
+    """
+    if stamp.nanosec >= 1_000_000_000:
+        raise ValueError(
+            f'the stamp {stamp.sec} s and {stamp.nanosec} ns is no time: nanoseconds end at '
+            '999999999'
+        )
+    return stamp.sec * 1_000_000_000 + stamp.nanosec
+
+
+def to_stamp(ns: int) -> Time:
+    """Return nanoseconds as a ROS stamp."""
+    sec, nanosec = divmod(int(ns), 1_000_000_000)
+    return Time(sec=sec, nanosec=nanosec)
+
+
+def to_header(ns: int, frame_id: str) -> Header:
+    """Return a header with a stamp given in nanoseconds."""
+    return Header(stamp=to_stamp(ns), frame_id=frame_id)
 
 
 class Timeline:

@@ -1,9 +1,11 @@
-"""Matchers and their weights as nodes take them: from a file, onto a device."""
+"""Matchers and their weights as nodes pass them on: from a file, onto a device, as a message."""
 
 from __future__ import annotations
 
+import array
 from pathlib import Path
 
+from std_msgs.msg import UInt8MultiArray
 import torch
 
 from ..matching import weights
@@ -28,3 +30,13 @@ def to_device(matcher: torch.nn.Module, device: str) -> torch.nn.Module:
         raise ValueError(
             f"parameter 'device' is '{device}', which torch cannot use: {reason}"
         ) from None
+
+
+def weights_to_message(data: bytes) -> UInt8MultiArray:
+    """Return the bytes of a weights file as a message."""
+    return UInt8MultiArray(data=array.array('B', data))
+
+
+def weights_from_message(message: UInt8MultiArray) -> bytes:
+    """Return the bytes of a weights file."""
+    return bytes(message.data)
