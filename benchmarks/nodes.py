@@ -35,9 +35,15 @@ import cv2  # noqa: E402
 from diagnostic_msgs.msg import DiagnosticArray  # noqa: E402
 from imatching_ros.data.recording import open_recording  # noqa: E402
 from imatching_ros.data.synthetic import render_recording  # noqa: E402
-from imatching_ros.nodes import messages  # noqa: E402
-from imatching_ros.nodes.core_node import lossless  # noqa: E402
+from imatching_ros.nodes.clouds import CORRESPONDENCE, rows_to_cloud  # noqa: E402
 from imatching_ros.nodes.diagnostics import percentiles  # noqa: E402
+from imatching_ros.nodes.images import (  # noqa: E402
+    camera_to_info,
+    image_from_message,
+    image_to_message,
+)
+from imatching_ros.nodes.qos import lossless  # noqa: E402
+from imatching_ros.nodes.stamps import to_header, to_ns  # noqa: E402
 from imatching_ros.replay.domain import free_domain  # noqa: E402
 import numpy as np  # noqa: E402
 import rclpy  # noqa: E402
@@ -121,7 +127,7 @@ class Load:
             self.executor.spin()
 
     def _on_answer(self, message: PointCloud2) -> None:
-        begun = self.sent.pop(messages.to_ns(message.header.stamp), None)
+        begun = self.sent.pop(to_ns(message.header.stamp), None)
         if begun is not None:
             self.latency_ms.append((time.monotonic() - begun) * 1e3)
 
@@ -145,7 +151,7 @@ class Load:
         """Play for ``seconds``, and counts. RuntimeError where a node ends."""
         pictures = [image for _, image in recording]
         order = itertools.cycle([*range(len(pictures)), *range(len(pictures) - 2, 0, -1)])
-        info = messages.camera_to_info(recording.camera, messages.header(0, 'camera'))
+        info = camera_to_info(recording.camera, to_header(0, 'camera'))
         patience = time.monotonic() + 180
         while self.images.get_subscription_count() < len(
             {'matcher', 'learner', 'peer'} & {*self.roles}
@@ -173,7 +179,7 @@ class Load:
             stamp = START_NS + round(frames * 1e9 / rate_hz)
             self.sent[stamp] = time.monotonic()
             self.images.publish(
-                messages.image_to_message(pictures[next(order)], messages.header(stamp, 'camera'))
+                image_to_message(pictures[next(order)], to_header(stamp, 'camera'))
             )
             frames += 1
         played = time.monotonic() - begun
@@ -246,7 +252,7 @@ def peer() -> None:
     last: list = [None, np.empty((0, 1, 2), np.float32)]
 
     def track(message: Image) -> None:
-        grey, (previous, points) = messages.image_from_message(message), last
+        grey, (previous, points) = image_from_message(message), last
         if len(points):
             there, found, _ = cv2.calcOpticalFlowPyrLK(previous, grey, points, None)
             back, again, _ = cv2.calcOpticalFlowPyrLK(grey, previous, there, None)
@@ -256,9 +262,9 @@ def peer() -> None:
             points = cv2.goodFeaturesToTrack(grey, 600, 0.01, 8)
             points = np.empty((0, 1, 2), np.float32) if points is None else points
         last[:] = grey, points
-        rows = np.zeros(len(points), messages.CORRESPONDENCE)
+        rows = np.zeros(len(points), CORRESPONDENCE)
         rows['u'], rows['v'] = points[:, 0].T
-        publisher.publish(messages.cloud(rows, message.header))
+        publisher.publish(rows_to_cloud(rows, message.header))
 
     node.create_subscription(Image, 'image', track, qos_profile_sensor_data)
     with contextlib.suppress(KeyboardInterrupt, ExternalShutdownException):

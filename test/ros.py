@@ -16,8 +16,10 @@ import time
 import cv2
 from diagnostic_msgs.msg import DiagnosticArray
 from imatching_ros.geometry.camera import Camera
-from imatching_ros.nodes import messages, parameters
-from imatching_ros.nodes.core_node import lossless
+from imatching_ros.nodes import parameters
+from imatching_ros.nodes.images import image_to_message
+from imatching_ros.nodes.qos import lossless
+from imatching_ros.nodes.stamps import to_header
 from imatching_ros.replay.domain import free_domain, LOCALHOST, PATIENT
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
@@ -191,4 +193,4 @@ def picture(shift: float = 0.0) -> np.ndarray:
 
 
 def image_message(stamp: int, image: np.ndarray) -> Image:
-    return messages.image_to_message(image, messages.header(stamp, 'camera_optical'))
+    return image_to_message(image, to_header(stamp, 'camera_optical'))

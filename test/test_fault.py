@@ -18,8 +18,11 @@ import pytest
 pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
 from imatching_ros.matching import weights  # noqa: E402,I100
-from imatching_ros.nodes import messages, parameters  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
+from imatching_ros.nodes import parameters  # noqa: E402
+from imatching_ros.nodes.clouds import correspondences_from_cloud  # noqa: E402
+from imatching_ros.nodes.images import camera_to_info  # noqa: E402
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
+from imatching_ros.nodes.stamps import to_header, to_ns  # noqa: E402
 from imatching_ros.replay.domain import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from ros import image_message, Ros, SECOND, START  # noqa: E402
@@ -42,7 +45,7 @@ class Robot(Ros):
         }
         self.folder, self.now = folder / 'weights', START
         self.order = itertools.cycle([*pictures, *pictures[-2:0:-1]])
-        self.info = messages.camera_to_info(camera, messages.header(0, 'camera'))
+        self.info = camera_to_info(camera, to_header(0, 'camera'))
         self.images = self.node.create_publisher(Image, 'image', lossless())
         self.infos = self.node.create_publisher(CameraInfo, 'camera_info', lossless())
         self.matched = self.listen(PointCloud2, 'correspondences', lossless())
@@ -73,9 +76,9 @@ class Robot(Ros):
             self.now += SECOND // 20
             self.images.publish(image_message(self.now, next(self.order)))
             self.wait(
-                lambda: self.matched and messages.to_ns(self.matched[-1].header.stamp) == self.now
+                lambda: self.matched and to_ns(self.matched[-1].header.stamp) == self.now
             )
-            messages.correspondences_from_cloud(self.matched[-1])
+            correspondences_from_cloud(self.matched[-1])
 
     def play_until(self, condition) -> None:
         for _ in range(20):
@@ -207,7 +210,7 @@ def test_fault_images_of_another_size_and_stamps_from_nowhere_reach_nobody(robot
     for index in range(10):
         robot.images.publish(image_message(robot.now + (index - 5) * 1000 * SECOND, image[:100]))
         robot.play(1)
-        assert len(messages.correspondences_from_cloud(robot.matched[-1])), (
+        assert len(correspondences_from_cloud(robot.matched[-1])), (
             'tracking was not disturbed'
         )
     for role in before:
@@ -226,7 +229,7 @@ def test_fault_one_bad_stamp_loses_no_map(robot):
     for stamp in (0, robot.now - 100 * SECOND, robot.now + 10**8 * SECOND):
         robot.images.publish(image_message(stamp, next(robot.order)))
         robot.play(2)
-        assert len(messages.correspondences_from_cloud(robot.matched[-1]))
+        assert len(correspondences_from_cloud(robot.matched[-1]))
     for role in before:
         robot.wait(lambda role=role: int(robot.says(role)['refused']) == before[role] + 3)
         assert 'unless the next one goes on from it' in robot.says(role)['last_error']
@@ -244,7 +247,7 @@ def test_fault_two_publishers_of_one_camera_are_said(robot):
         robot.play(1)
         second.publish(image_message(robot.now - index % 2 * SECOND // 2, next(robot.order)))
     robot.play(1)
-    assert len(messages.correspondences_from_cloud(robot.matched[-1]))
+    assert len(correspondences_from_cloud(robot.matched[-1]))
     for role in before:
         robot.wait(lambda role=role: int(robot.says(role)['refused']) == before[role] + 10)
         assert 'check for a second publisher' in robot.says(role)['last_error']
@@ -302,7 +305,7 @@ def test_fault_slow_consumer_holds_nobody_up(day, tmp_path):
         )
         for topic, readers in (('correspondences', 3), ('odometry', 1)):
             ros.wait(lambda: ros.node.count_subscribers(topic) == readers)  # noqa: B023
-        infos.publish(messages.camera_to_info(camera, messages.header(0, 'camera')))
+        infos.publish(camera_to_info(camera, to_header(0, 'camera')))
         stamps = itertools.count(START, SECOND // 20)
 
         def play() -> None:

@@ -17,11 +17,20 @@ from imatching_ros.bundle.bundle import Bundle  # noqa: E402,I100
 from imatching_ros.bundle.options import BundleOptions  # noqa: E402
 from imatching_ros.geometry.camera import Camera  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
-from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes import parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
+from imatching_ros.nodes.clouds import (  # noqa: E402
+    correspondences_from_cloud,
+    correspondences_to_cloud,
+    prior_to_cloud,
+    window_to_messages,
+)
+from imatching_ros.nodes.images import camera_to_info, image_to_message  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode, PARTS  # noqa: E402
 from imatching_ros.nodes.matcher import MatcherNode  # noqa: E402
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
+from imatching_ros.nodes.stamps import to_header, to_ns, to_stamp  # noqa: E402
+from imatching_ros.nodes.weights import weights_to_message  # noqa: E402
 from imatching_ros.replay.domain import free_domain  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
 from rclpy.context import Context  # noqa: E402
@@ -132,7 +141,7 @@ def looks():
 
 
 def head(frame: int):
-    return messages.header(START + frame * SECOND // 20, 'camera')
+    return to_header(START + frame * SECOND // 20, 'camera')
 
 
 def images():
@@ -140,7 +149,7 @@ def images():
     for frame, grey in enumerate(looks()):
         kind = frame % 4
         pixels = (grey, np.stack([grey] * 3, -1), grey, grey.astype('<u2') * 257)[kind]
-        message = messages.image_to_message(grey, head(frame))
+        message = image_to_message(grey, head(frame))
         message.encoding = ('mono8', 'rgb8', 'bayer_rggb8', 'mono16')[kind]
         message.step = pixels.nbytes // 48
         message.data = array.array('B', pixels.tobytes())
@@ -166,12 +175,12 @@ def infos():
               ('equidistant', (0.1, 0.01, 0.001, 0.001)),
               ('rational_polynomial', (0.1, 0.01, 0.001, 0.001, 0.0, 0.1, 0.01, 0.0))]  # fmt: skip
     cameras = [Camera(64, 48, 50.0, 50.0, 31.5, 23.5, *lens) for lens in lenses]
-    return [messages.camera_to_info(camera, head(0)) for camera in cameras]
+    return [camera_to_info(camera, head(0)) for camera in cameras]
 
 
 def clouds():
     return [
-        messages.correspondences_to_cloud(rows, 'camera') for rows in scene_correspondences(FRAMES)
+        correspondences_to_cloud(rows, 'camera') for rows in scene_correspondences(FRAMES)
     ]
 
 
@@ -181,8 +190,8 @@ def windows():
     for rows in scene_correspondences(FRAMES):
         window = bundle.add(rows).window
         if window is not None:
-            path, cloud = messages.window_to_messages(window, rows.stamp, 'map')
-            prior = messages.prior_to_cloud(window.prior, rows.stamp, 'map')
+            path, cloud = window_to_messages(window, rows.stamp, 'map')
+            prior = prior_to_cloud(window.prior, rows.stamp, 'map')
             for part, message in zip(PARTS, (path, cloud, prior), strict=True):
                 result[part].append(message)
     return result
@@ -200,7 +209,7 @@ def weights_messages():
         len(text).to_bytes(8, 'little') + text if index else text
         for index, text in enumerate(texts)
     ]
-    return [messages.weights_to_message(data) for data in [real, *16 * short]]
+    return [weights_to_message(data) for data in [real, *16 * short]]
 
 
 # A node that takes them
@@ -228,7 +237,7 @@ class Fed:
         self.callbacks[topic](message)
 
     def calibrate(self, camera: Camera) -> None:
-        self.feed('camera_info', messages.camera_to_info(camera, head(0)))
+        self.feed('camera_info', camera_to_info(camera, head(0)))
 
     def drain(self) -> None:
         """Until all is worked off. The core's thread answers, so it lives."""
@@ -348,7 +357,7 @@ def test_fuzz_windows(fed, spoils):
     learner = fed(LearnerNode)
     learner.calibrate(SCENE)
     for frame, rows in enumerate(clouds()):
-        learner.feed('image', messages.image_to_message(picture(1.5 * frame), head(frame)))
+        learner.feed('image', image_to_message(picture(1.5 * frame), head(frame)))
         learner.feed('correspondences', rows)
     whole = windows()
 
@@ -368,7 +377,7 @@ def test_fuzz_odometry(fed):
     rows, poses = clouds(), []
     for frame in range(24):
         message = Odometry(
-            header=messages.header(START + frame * SECOND // 20, 'odom'), child_frame_id='camera'
+            header=to_header(START + frame * SECOND // 20, 'odom'), child_frame_id='camera'
         )
         message.pose.pose.position.x, message.pose.pose.orientation.w = 0.01 * frame, 1.0
         poses.append(message)
@@ -379,8 +388,8 @@ def test_fuzz_odometry(fed):
     assert bundle.node.health.faults > 1000
     before = bundle.node.odometry
     for frame, message in enumerate(poses):  # later than any spoilt one that was taken
-        message.header.stamp = messages.to_stamp(START + 12 * SECOND + frame)
-    rows[0].header.stamp = messages.to_stamp(START + 11 * SECOND)
+        message.header.stamp = to_stamp(START + 12 * SECOND + frame)
+    rows[0].header.stamp = to_stamp(START + 11 * SECOND)
     bundle.feed('correspondences', rows[0])
     bundle.drain()
     for message in poses:
@@ -420,7 +429,7 @@ def test_fuzz_over_the_wire(tmp_path):
         poses = ros.listen(Odometry, 'odometry', lossless())
         for role in parameters.NODES:
             ros.wait(lambda role=role: ros.says(role).get('lifecycle') == 'active')
-        publishers['camera_info'].publish(messages.camera_to_info(CAMERA, head(0)))
+        publishers['camera_info'].publish(camera_to_info(CAMERA, head(0)))
         for index in range(300):
             for topic, publisher in publishers.items():
                 message = good[topic][index % len(good[topic])]
@@ -430,7 +439,7 @@ def test_fuzz_over_the_wire(tmp_path):
                 else:
                     publisher.publish(spoilt(rng, spoilt(rng, message)))
             time.sleep(0.005)
-        publishers['camera_info'].publish(messages.camera_to_info(SCENE, head(0)))
+        publishers['camera_info'].publish(camera_to_info(SCENE, head(0)))
 
         def settled(role: str) -> dict[str, str] | None:
             """Its diagnostics, where all that it received is accounted for."""
@@ -443,15 +452,15 @@ def test_fuzz_over_the_wire(tmp_path):
         assert all(int(says['refused']) > 30 for says in before.values()), before
         last = len(matched)
         for frame in range(FRAMES):
-            stamp = messages.header(now + frame * SECOND // 20, 'camera')
-            publishers['image'].publish(messages.image_to_message(picture(1.5 * frame), stamp))
+            stamp = to_header(now + frame * SECOND // 20, 'camera')
+            publishers['image'].publish(image_to_message(picture(1.5 * frame), stamp))
             data = cv2.imencode('.png', picture(1.5 * frame))[1].tobytes()
             publishers['image/compressed'].publish(
                 CompressedImage(header=stamp, format='png', data=array.array('B', data))
             )
-        stamps = [messages.to_ns(head(frame).stamp) + now - START for frame in range(FRAMES)]
-        ros.wait(lambda: {messages.to_ns(m.header.stamp) for m in matched[last:]} >= {*stamps})
-        assert len(messages.correspondences_from_cloud(matched[-1])) > 20
+        stamps = [to_ns(head(frame).stamp) + now - START for frame in range(FRAMES)]
+        ros.wait(lambda: {to_ns(m.header.stamp) for m in matched[last:]} >= {*stamps})
+        assert len(correspondences_from_cloud(matched[-1])) > 20
         for role in parameters.NODES:
             ros.wait(
                 lambda role=role: (

@@ -405,7 +405,9 @@ def test_launch_plays_a_recording_and_ends_with_sigint(launched, room, composed)
 
 def test_launch_kill_each_node_in_turn_while_a_camera_plays(launched, day, tmp_path):
     """Each comes back, the others go on meanwhile, and no message is half-written."""
-    from imatching_ros.nodes import messages
+    from imatching_ros.nodes.clouds import correspondences_from_cloud
+    from imatching_ros.nodes.images import camera_to_info
+    from imatching_ros.nodes.stamps import to_header
     from nav_msgs.msg import Odometry
     from ros import image_message, Ros, SECOND, START
     from sensor_msgs.msg import CameraInfo, Image, PointCloud2
@@ -418,7 +420,7 @@ def test_launch_kill_each_node_in_turn_while_a_camera_plays(launched, day, tmp_p
     infos = ros.node.create_publisher(CameraInfo, 'camera_info', 10)
     matched = ros.listen(PointCloud2, 'correspondences', 100)
     poses = ros.listen(Odometry, 'odometry', 100)
-    info = messages.camera_to_info(camera, messages.header(0, 'camera'))
+    info = camera_to_info(camera, to_header(0, 'camera'))
 
     def play() -> None:
         order = itertools.cycle([*range(len(pictures)), *range(len(pictures) - 2, 0, -1)])
@@ -453,7 +455,7 @@ def test_launch_kill_each_node_in_turn_while_a_camera_plays(launched, day, tmp_p
         roles = ('matcher', 'learner')
         ros.wait(lambda: {ros.says(role)['model_version'] for role in roles} == {'1'})
         for message in matched:
-            messages.correspondences_from_cloud(message)
+            correspondences_from_cloud(message)
         text = launch.end()
         assert text.count('exit code -9') == 3 and 'Traceback' not in text, text
         for role in parameters.NODES:

@@ -19,12 +19,14 @@ rclpy = pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
 from imatching_ros.bundle.window import Window  # noqa: E402,I100
 from imatching_ros.matching import weights  # noqa: E402
-from imatching_ros.nodes import bundle, matcher, messages, parameters  # noqa: E402
+from imatching_ros.nodes import bundle, matcher, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
+from imatching_ros.nodes.images import camera_to_info  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode  # noqa: E402
 from imatching_ros.nodes.matcher import draw, MatcherNode  # noqa: E402
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
+from imatching_ros.nodes.stamps import to_header, to_ns, to_stamp  # noqa: E402
 from rcl_interfaces.msg import Log, Parameter, ParameterType, ParameterValue  # noqa: E402
 from rcl_interfaces.srv import SetParameters  # noqa: E402
 from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
@@ -77,14 +79,14 @@ def test_lifecycle_five_cycles_leave_nothing_behind(ros):
             lambda: images.get_subscription_count() == 2 and infos.get_subscription_count() == 3
         )
         time.sleep(0.3)
-        infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
+        infos.publish(camera_to_info(CAMERA, to_header(0, 'camera')))
         play()  # inactive: neither answered nor kept
         for role in reversed(parameters.NODES):
             assert ros.change(role, 'activate'), ros.log(role)
         before = len(matched)
         play()
         ros.wait(lambda before=before: len(matched) == before + 3)
-        assert [messages.to_ns(message.header.stamp) for message in matched[before:]] == [
+        assert [to_ns(message.header.stamp) for message in matched[before:]] == [
             now - 2 * SECOND // 20, now - SECOND // 20, now
         ]  # fmt: skip
         for role in parameters.NODES:
@@ -152,7 +154,7 @@ def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(
         parameter_overrides=[rclpy.Parameter('rectified', value=rectified)],
     )  # fmt: skip
     node.start()
-    info = messages.camera_to_info(CAMERA, messages.header(0, 'camera'))
+    info = camera_to_info(CAMERA, to_header(0, 'camera'))
     info.p[0] = info.p[5] = 99.0
     ros.executor.add_node(node)
     publisher = ros.node.create_publisher(CameraInfo, 'camera_info', 10)
@@ -168,13 +170,13 @@ def test_lifecycle_a_node_follows_a_camera_and_passes_over_what_is_none(ros):
     """Zeros first; then it is focused anew, zeros come again, and at last another camera."""
     said = []
     node = BundleNode(context=ros.context)
-    node.fault = said.append
+    node.reporter.fault = said.append
     node.start()
 
     def tell(camera) -> None:
         info = CameraInfo(width=CAMERA.width, height=CAMERA.height)
         if camera is not None:
-            info = messages.camera_to_info(camera, messages.header(0, 'camera'))
+            info = camera_to_info(camera, to_header(0, 'camera'))
         node._on_camera_info(info)
         node.worker.request(lambda: None).result(30)
 
@@ -205,7 +207,7 @@ def test_lifecycle_a_node_says_where_nothing_tells_whether_images_are_rectified(
     logger = node.get_logger()
     node.get_logger = lambda: logger
     node.start()
-    info = messages.camera_to_info(CAMERA, messages.header(0, 'camera'))
+    info = camera_to_info(CAMERA, to_header(0, 'camera'))
     info.p[0] = info.p[5] = 99.0
     node._on_camera_info(info)
     assert node.camera == CAMERA and len(warned) == 1
@@ -307,7 +309,7 @@ def test_fault_a_node_says_that_it_must_do_without_kernels(ros, tmp_path):
     rosout = ros.listen(Log, '/rosout', latched(100))
     ros.connect(images)
     ros.connect(infos)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera')))
     images.publish(image_message(START, picture()))
     ros.wait(lambda: matched)
     ros.wait(lambda: 'numba is not for this python' in ros.says('matcher').get('message', ''))
@@ -359,7 +361,7 @@ def test_an_active_matcher_draws_only_while_someone_looks(ros, monkeypatch):
     matched = ros.listen(PointCloud2, 'correspondences', lossless())
     ros.connect(images)
     ros.connect(infos)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera')))
     for index in range(3):
         images.publish(image_message(START + index * SECOND // 20, picture(2.0 * index)))
     ros.wait(lambda: len(matched) == 3)
@@ -370,7 +372,7 @@ def test_an_active_matcher_draws_only_while_someone_looks(ros, monkeypatch):
     ros.wait(lambda: looked)
     assert len(drawn) == 1
     assert (looked[0].encoding, looked[0].width, looked[0].height) == ('rgb8', 160, 120)
-    assert messages.to_ns(looked[0].header.stamp) == START + SECOND
+    assert to_ns(looked[0].header.stamp) == START + SECOND
     ros.executor.remove_node(node)
     assert node.close()
     node.destroy_node()
@@ -416,8 +418,8 @@ def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
     )
     ros.wait(lambda: ros.node.count_publishers('/weights'))
     time.sleep(0.5)
-    clock.publish(Clock(clock=messages.to_stamp(START + 100 * SECOND)))
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera')))
+    clock.publish(Clock(clock=to_stamp(START + 100 * SECOND)))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera')))
     before = len(matched)
     for index in range(4):
         images.publish(
@@ -433,7 +435,7 @@ def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
     assert len({ros.says(role)['peak_memory_mb'] for role in parameters.NODES}) <= 3
     assert 'went forward' not in ros.log('composed')  # the first /clock sets the clock
 
-    clock.publish(Clock(clock=messages.to_stamp(START)))
+    clock.publish(Clock(clock=to_stamp(START)))
     for role in parameters.NODES:
         ros.wait(
             lambda role=role: (

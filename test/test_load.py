@@ -11,7 +11,7 @@ pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
 from imatching_ros.data.recording import open_recording  # noqa: E402,I100
 from imatching_ros.data.synthetic import render_recording  # noqa: E402
-from imatching_ros.nodes import messages  # noqa: E402
+from imatching_ros.nodes.images import image_to_message  # noqa: E402
 from imatching_ros.nodes.learner import LearnerNode  # noqa: E402
 from ros import picture  # noqa: E402
 from test_fuzz import clouds, context, fed, head, SCENE, windows  # noqa: E402,F401
@@ -46,7 +46,7 @@ def test_load_windows_wait_for_steps_where_some_may_be_lost(fed, image_qos):  # 
     learner = fed(LearnerNode, image_qos=image_qos)
     learner.calibrate(SCENE)
     for frame, rows in enumerate(clouds()):
-        learner.feed('image', messages.image_to_message(picture(1.5 * frame), head(frame)))
+        learner.feed('image', image_to_message(picture(1.5 * frame), head(frame)))
         learner.feed('correspondences', rows)
     learner.drain()
     inputs = learner.node.core.inputs

@@ -21,7 +21,32 @@ from imatching_ros.data.images import decode_image, ENCODINGS, Greys  # noqa: E4
 from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.geometry.camera import Camera  # noqa: E402
 from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
-from imatching_ros.nodes import messages  # noqa: E402
+from imatching_ros.nodes.clouds import (  # noqa: E402
+    CORRESPONDENCE,
+    correspondences_from_cloud,
+    correspondences_to_cloud,
+    prior_from_cloud,
+    prior_to_cloud,
+    rows_from_cloud,
+    rows_to_cloud,
+    vins_features,
+    window_from_messages,
+    window_to_messages,
+)
+from imatching_ros.nodes.images import (  # noqa: E402
+    camera_to_info,
+    image_from_message,
+    image_to_message,
+)
+from imatching_ros.nodes.poses import (  # noqa: E402
+    camera_odometry,
+    odometry_to_message,
+    pose_from_message,
+    pose_from_numbers,
+)
+from imatching_ros.nodes.reporter import diagnostic_status  # noqa: E402
+from imatching_ros.nodes.stamps import to_header, to_ns, to_stamp  # noqa: E402
+from imatching_ros.nodes.weights import weights_from_message, weights_to_message  # noqa: E402
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud2  # noqa: E402
 
 STAMP = 1_700_000_000_123_456_789
@@ -58,16 +83,16 @@ def window(landmarks: int = 50) -> Window:
 
 def window_messages(sent: Window, stamp: int) -> list:
     return [
-        *messages.window_to_messages(sent, stamp, 'map'),
-        messages.prior_to_cloud(sent.prior, stamp, 'map'),
+        *window_to_messages(sent, stamp, 'map'),
+        prior_to_cloud(sent.prior, stamp, 'map'),
     ]
 
 
 @pytest.mark.parametrize('rows', [0, 1, 2000])
 def test_correspondences_come_back_bit_by_bit(rows):
     sent = correspondences(rows)
-    message = messages.correspondences_to_cloud(sent, 'camera_optical')
-    received = messages.correspondences_from_cloud(message)
+    message = correspondences_to_cloud(sent, 'camera_optical')
+    received = correspondences_from_cloud(message)
     assert (message.header.frame_id, received.stamp, len(received)) == (
         'camera_optical', STAMP, rows,
     )
@@ -78,19 +103,19 @@ def test_correspondences_come_back_bit_by_bit(rows):
 
 
 def test_correspondences_have_the_fields_of_the_interface():
-    message = messages.correspondences_to_cloud(correspondences(3), 'camera')
+    message = correspondences_to_cloud(correspondences(3), 'camera')
     names = 'x y z u v ref_u ref_v id ref_sec ref_nanosec score cov_uu cov_uv cov_vv model'.split()
     assert [field.name for field in message.fields] == names
     assert (message.width, message.height, message.point_step) == (3, 1, 60)
-    rows = messages.cloud_rows(message, messages.CORRESPONDENCE)
+    rows = rows_from_cloud(message, CORRESPONDENCE)
     assert (rows['z'] == 1).all()
 
 
 def test_a_foreign_layout_of_the_same_fields_is_read():
     """Big-endian, padded rows and further fields, as another machine may send them."""
     sent = correspondences(6)
-    ours = messages.cloud_rows(
-        messages.correspondences_to_cloud(sent, 'camera'), messages.CORRESPONDENCE
+    ours = rows_from_cloud(
+        correspondences_to_cloud(sent, 'camera'), CORRESPONDENCE
     )
     names = list(ours.dtype.names)
     layout = np.dtype(
@@ -104,14 +129,14 @@ def test_a_foreign_layout_of_the_same_fields_is_read():
     theirs = np.zeros((2, 3), layout)
     for name in names:
         theirs[name] = ours[name].reshape(2, 3)
-    message = messages.cloud(ours, messages.header(STAMP, 'camera'))
+    message = rows_to_cloud(ours, to_header(STAMP, 'camera'))
     message.is_bigendian, message.height, message.width, message.point_step, message.row_step = (
         True, 2, 3, 80, 256,
     )
     for field in message.fields:
         field.offset += 8
     message.data = b''.join(row.tobytes().ljust(256, b'\0') for row in theirs)
-    received = messages.correspondences_from_cloud(message)
+    received = correspondences_from_cloud(message)
     for name in COLUMNS:
         assert torch.equal(getattr(received, name), getattr(sent, name)), name
 
@@ -131,10 +156,10 @@ def test_a_foreign_layout_of_the_same_fields_is_read():
     ],
 )
 def test_fault_malformed_correspondences_are_refused_with_a_sentence(spoil, sentence):
-    message = messages.correspondences_to_cloud(correspondences(5), 'camera')
+    message = correspondences_to_cloud(correspondences(5), 'camera')
     spoil(message)
     with pytest.raises(ValueError, match=sentence):
-        messages.correspondences_from_cloud(message)
+        correspondences_from_cloud(message)
 
 
 @settings(max_examples=300, deadline=None)
@@ -146,13 +171,13 @@ def test_fault_malformed_correspondences_are_refused_with_a_sentence(spoil, sent
 def test_fault_fuzzed_point_clouds_are_read_or_refused(
     data, height, width, point_step, row_step, bigendian
 ):
-    message = messages.correspondences_to_cloud(correspondences(0), 'camera')
+    message = correspondences_to_cloud(correspondences(0), 'camera')
     message.data, message.height, message.width, message.is_bigendian = (
         data, height, width, bigendian,
     )
     message.point_step, message.row_step = point_step, row_step
     try:
-        received = messages.correspondences_from_cloud(message)
+        received = correspondences_from_cloud(message)
     except ValueError as error:
         assert len(str(error).splitlines()) == 1
     else:
@@ -162,8 +187,8 @@ def test_fault_fuzzed_point_clouds_are_read_or_refused(
 def test_window_comes_back_to_the_last_bits_of_its_points():
     sent = window()
     parts = window_messages(sent, STAMP + 99)
-    assert {messages.to_ns(part.header.stamp) for part in parts} == {STAMP + 99}
-    received = messages.window_from_messages(*parts)
+    assert {to_ns(part.header.stamp) for part in parts} == {STAMP + 99}
+    received = window_from_messages(*parts)
     for name in ('stamps', 'T_world_camera', 'track', 'observations'):
         assert torch.equal(getattr(received, name), getattr(sent, name)), name
     assert torch.equal(received.error_px, sent.error_px.float().double())
@@ -172,7 +197,7 @@ def test_window_comes_back_to_the_last_bits_of_its_points():
 
 
 def test_viewers_find_float32_points_in_landmarks():
-    _, landmarks = messages.window_to_messages(window(3), STAMP, 'map')
+    _, landmarks = window_to_messages(window(3), STAMP, 'map')
     kinds = {field.name: field.datatype for field in landmarks.fields}
     assert [kinds[name] for name in ('x', 'y', 'z', 'id', 'observations', 'error_px')] == [
         7, 7, 7, 6, 6, 7,
@@ -182,21 +207,21 @@ def test_viewers_find_float32_points_in_landmarks():
 @pytest.mark.parametrize('part', [0, 1, 2])
 def test_fault_parts_of_different_solves_are_refused(part):
     parts = window_messages(window(), STAMP)
-    parts[part].header.stamp = messages.to_stamp(STAMP + 1)
+    parts[part].header.stamp = to_stamp(STAMP + 1)
     with pytest.raises(ValueError, match='different stamps'):
-        messages.window_from_messages(*parts)
+        window_from_messages(*parts)
 
 
 def test_prior_comes_back_bit_by_bit():
     g = torch.Generator().manual_seed(2)
     root = torch.randn(24, 24, generator=g, dtype=torch.float64)
     sent = Prior(window().stamps, window().T_world_camera, root @ root.T, root[0])
-    message = messages.prior_to_cloud(sent, STAMP, 'map')
+    message = prior_to_cloud(sent, STAMP, 'map')
     assert {field.name: field.count for field in message.fields} == {
         'sec': 1, 'nanosec': 1, 'pose': 7, 'gradient': 6, 'information': 144
     }  # fmt: skip
-    parts = [*messages.window_to_messages(window(), STAMP, 'map'), message]
-    received = messages.window_from_messages(*parts).prior
+    parts = [*window_to_messages(window(), STAMP, 'map'), message]
+    received = window_from_messages(*parts).prior
     for name in ('stamps', 'T_world_camera', 'information', 'gradient'):
         assert torch.equal(getattr(received, name), getattr(sent, name)), name
 
@@ -216,28 +241,28 @@ def test_prior_comes_back_bit_by_bit():
 )
 def test_fault_malformed_prior_is_refused_with_a_sentence(spoil, sentence):
     zeros = torch.zeros(24, 24, dtype=torch.float64)
-    message = messages.prior_to_cloud(
+    message = prior_to_cloud(
         Prior(window().stamps, window().T_world_camera, zeros, zeros[0]), STAMP, 'map'
     )
     spoil(message)
     with pytest.raises(ValueError, match=sentence):
-        messages.prior_from_cloud(message)
+        prior_from_cloud(message)
 
 
 def test_an_empty_window_comes_back():
     none = Window(*(column[:0] for column in vars(window()).values() if column is not None))
-    received = messages.window_from_messages(*window_messages(none, STAMP))
+    received = window_from_messages(*window_messages(none, STAMP))
     assert received.T_world_camera.shape == (0, 7) and received.points.shape == (0, 3)
 
 
 def test_odometry_carries_pose_and_covariance_row_by_row():
     T = torch.tensor([1.0, 2, 3, 0.1, 0.2, 0.3, 0.9], dtype=torch.float64)
     covariance = torch.arange(36, dtype=torch.float64).reshape(6, 6)
-    message = messages.odometry(T, covariance, STAMP, 'map', 'camera')
-    assert torch.equal(messages.pose_from_message(message.pose.pose), T)
+    message = odometry_to_message(T, covariance, STAMP, 'map', 'camera')
+    assert torch.equal(pose_from_message(message.pose.pose), T)
     assert message.pose.covariance.tolist() == list(range(36))
     assert (message.header.frame_id, message.child_frame_id) == ('map', 'camera')
-    assert not messages.odometry(T, None, STAMP, 'map', 'camera').pose.covariance.any()
+    assert not odometry_to_message(T, None, STAMP, 'map', 'camera').pose.covariance.any()
     assert isinstance(message.pose.pose, Pose)
 
 
@@ -250,7 +275,7 @@ def test_odometry_carries_pose_and_covariance_row_by_row():
     ],
 )
 def test_camera_info_comes_back(camera):
-    info = messages.camera_to_info(camera, messages.header(STAMP, 'camera'))
+    info = camera_to_info(camera, to_header(STAMP, 'camera'))
     assert Camera.from_camera_info(info) == camera
 
 
@@ -259,7 +284,7 @@ def test_camera_info_of_a_binned_cut_out_of_the_sensor():
     whole = Camera(
         640, 480, 500.0, 501.0, 321.0, 238.0, 'plumb_bob', (0.1, -0.2, 0.001, 0.002, 0.3)
     )
-    info = messages.camera_to_info(whole, messages.header(STAMP, 'camera'))
+    info = camera_to_info(whole, to_header(STAMP, 'camera'))
     info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = 100, 60, 400, 301
     info.binning_x, info.binning_y = 2, 3
     camera = Camera.from_camera_info(info)
@@ -275,7 +300,7 @@ def test_camera_info_of_a_binned_cut_out_of_the_sensor():
 
 def test_camera_info_of_a_rectified_image():
     raw = Camera(640, 480, 500.0, 501.0, 321.0, 238.0, 'plumb_bob', (0.1, -0.2, 0.001, 0.002, 0.3))
-    info = messages.camera_to_info(raw, messages.header(STAMP, 'camera'))
+    info = camera_to_info(raw, to_header(STAMP, 'camera'))
     info.p = [450.0, 0.0, 310.0, -30.0, 0.0, 451.0, 230.0, 0.0, 0.0, 0.0, 1.0, 0.0]
     assert Camera.from_camera_info(info) == raw
     assert Camera.from_camera_info(info, rectified=True) == Camera(
@@ -293,10 +318,10 @@ def test_fault_uncalibrated_camera_info_is_refused():
 def test_images_come_back():
     image = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert (
-        messages.image_from_message(messages.image_to_message(image, messages.header(0, 'c')))
+        image_from_message(image_to_message(image, to_header(0, 'c')))
         == image
     ).all()
-    colour = messages.image_to_message(np.zeros((3, 4, 3), np.uint8), messages.header(0, 'c'))
+    colour = image_to_message(np.zeros((3, 4, 3), np.uint8), to_header(0, 'c'))
     assert (colour.encoding, colour.step, len(colour.data)) == ('rgb8', 12, 36)
 
 
@@ -315,7 +340,7 @@ def test_images_come_back():
 )
 def test_fault_images_that_cannot_be_read_are_refused(message):
     with pytest.raises(ValueError) as caught:
-        messages.image_from_message(message)
+        image_from_message(message)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -327,7 +352,7 @@ def test_images_of_a_thermal_camera_go_one_way_with_one_stretch():
         message = Image(
             encoding='16UC1', height=20, width=30, step=60, data=samples.tobytes()
         )
-        image = messages.image_from_message(message, greys)
+        image = image_from_message(message, greys)
         assert np.array_equal(image, decode_image('mono16', 20, 30, 60, samples, False, same))
         assert np.ptp(image) > 180
 
@@ -346,7 +371,7 @@ def test_cv_bridge_and_the_own_decoder_agree():
         message = Image(
             encoding=encoding, height=8, width=10, step=step, data=data, is_bigendian=big
         )
-        own = messages.image_from_message(message).astype(int)
+        own = image_from_message(message).astype(int)
         other = bridge.imgmsg_to_cv2(message, 'mono8').astype(int)
         # versions of OpenCV round the mean of a Bayer pattern's pixels differently
         assert abs(own - other).max() <= ('bayer' in encoding), (encoding, padding, big)
@@ -354,7 +379,7 @@ def test_cv_bridge_and_the_own_decoder_agree():
 
 def test_weights_travel_as_their_bytes():
     data = bytes(range(256)) * 5
-    assert messages.weights_from_message(messages.weights_to_message(data)) == data
+    assert weights_from_message(weights_to_message(data)) == data
 
 
 def test_vins_features_are_what_vins_fusion_reads():
@@ -379,7 +404,7 @@ def test_vins_features_are_what_vins_fusion_reads():
         [[1.5, 1.0], [2.0, 2.0], [1.5, 1.0], [3.0, -1.0]],
         [[10.0, 20.0], [30.0, 40.0], [10.0, 20.0], [50.0, 60.0]],
     )  # fmt: skip
-    message = messages.vins_features(after, before, 'camera')
+    message = vins_features(after, before, 'camera')
     assert [channel.name for channel in message.channels] == (
         'id camera_id p_u p_v velocity_x velocity_y gx gy gz'.split()
     )
@@ -392,7 +417,7 @@ def test_vins_features_are_what_vins_fusion_reads():
     assert [(point.x, point.y, point.z) for point in message.points] == [
         (1.5, 1.0, 1.0), (2.0, 2.0, 1.0), (3, -1, 1),
     ]
-    assert messages.to_ns(message.header.stamp) == after.stamp
+    assert to_ns(message.header.stamp) == after.stamp
 
 
 def test_odometry_of_a_robot_becomes_that_of_its_camera():
@@ -405,41 +430,41 @@ def test_odometry_of_a_robot_becomes_that_of_its_camera():
     root = torch.randn(6, 6, generator=g, dtype=torch.float64) * 0.1
     numbers = torch.randn(2, 7, generator=g, dtype=torch.float64)
     body, extrinsics = (
-        messages.pose_from_numbers([*n[:3], *(n[3:] / n[3:].norm())]) for n in numbers
+        pose_from_numbers([*n[:3], *(n[3:] / n[3:].norm())]) for n in numbers
     )
-    message = messages.odometry(body, root @ root.T, STAMP, 'odom', 'base_link')
-    stamp, T, covariance = messages.camera_odometry(message, extrinsics)
+    message = odometry_to_message(body, root @ root.T, STAMP, 'odom', 'base_link')
+    stamp, T, covariance = camera_odometry(message, extrinsics)
     assert stamp == STAMP
     torch.testing.assert_close(T, lie.compose(body, extrinsics))
     delta = 1e-6 * torch.eye(6, dtype=torch.float64)
     J = lie.local(T, lie.compose(lie.retract(body, delta), extrinsics)).T / 1e-6
     torch.testing.assert_close(covariance, J @ root @ root.T @ J.T, atol=1e-5, rtol=1e-4)
     assert (
-        messages.camera_odometry(messages.odometry(body, None, STAMP, 'odom', 'b'), extrinsics)[2]
+        camera_odometry(odometry_to_message(body, None, STAMP, 'odom', 'b'), extrinsics)[2]
         is None
     )
 
 
 @pytest.mark.parametrize('numbers', [(float('nan'),) * 7, (0.0,) * 7, (0, 0, 0, 1, 1, 1, 1)])
 def test_fault_odometry_without_a_pose_is_refused(numbers):
-    message = messages.odometry(
+    message = odometry_to_message(
         torch.tensor(numbers, dtype=torch.float64), None, STAMP, 'odom', 'base_link'
     )
     with pytest.raises(ValueError, match='not finite|unit quaternion'):
-        messages.camera_odometry(message, messages.pose_from_numbers((0, 0, 0, 0, 0, 0, 1)))
+        camera_odometry(message, pose_from_numbers((0, 0, 0, 0, 0, 0, 1)))
 
 
 def test_stamps_come_back():
     for ns in (0, 1, 999_999_999, 10**9, STAMP, 2**31 * 10**9 - 1):
-        assert messages.to_ns(messages.to_stamp(ns)) == ns
+        assert to_ns(to_stamp(ns)) == ns
 
 
 def test_diagnostics_are_readable():
-    status = messages.diagnostic_status(
+    status = diagnostic_status(
         1, '/matcher', 'odd', {'a': 1.23456789, 'b': True, 'c': 7, 'd': 'x'}
     )
     assert status.level == b'\x01'
     assert {pair.key: pair.value for pair in status.values} == {
         'a': '1.23457', 'b': 'true', 'c': '7', 'd': 'x',
     }
-    assert isinstance(messages.correspondences_to_cloud(correspondences(1), 'c'), PointCloud2)
+    assert isinstance(correspondences_to_cloud(correspondences(1), 'c'), PointCloud2)

@@ -23,9 +23,23 @@ from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
-from imatching_ros.nodes import messages, parameters  # noqa: E402
+from imatching_ros.nodes import parameters  # noqa: E402
 from imatching_ros.nodes.bundle import transform  # noqa: E402
-from imatching_ros.nodes.core_node import latched, lossless  # noqa: E402
+from imatching_ros.nodes.clouds import (  # noqa: E402
+    correspondences_from_cloud,
+    correspondences_to_cloud,
+    window_from_messages,
+)
+from imatching_ros.nodes.images import camera_to_info  # noqa: E402
+from imatching_ros.nodes.poses import (  # noqa: E402
+    odometry_to_message,
+    pose_from_message,
+    pose_from_numbers,
+    pose_from_transform,
+)
+from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
+from imatching_ros.nodes.stamps import to_header, to_ns, to_stamp  # noqa: E402
+from imatching_ros.nodes.weights import weights_from_message, weights_to_message  # noqa: E402
 from imatching_ros.nodes.worker import Worker  # noqa: E402
 from imatching_ros.replay import replay, ReplayError  # noqa: E402
 from nav_msgs.msg import Odometry  # noqa: E402
@@ -132,10 +146,10 @@ def play(ros: Ros, image: np.ndarray) -> Correspondences:
     """Send the next image and wait for its correspondences."""
     ros.now += SECOND // 20
     before = len(ros.matched)
-    ros.infos.publish(messages.camera_to_info(CAMERA, messages.header(ros.now, 'camera_optical')))
+    ros.infos.publish(camera_to_info(CAMERA, to_header(ros.now, 'camera_optical')))
     ros.images.publish(image_message(ros.now, image))
     ros.wait(lambda: len(ros.matched) > before)
-    answer = messages.correspondences_from_cloud(ros.matched[-1])
+    answer = correspondences_from_cloud(ros.matched[-1])
     assert answer.stamp == ros.now
     return answer
 
@@ -154,7 +168,7 @@ def test_matcher_node_publishes_what_its_tracker_finds(matcher, first_weights):
     assert 'no usable camera_info has come on /camera_info' in matcher.says('matcher')['message']
     matcher.infos.publish(CameraInfo(width=160, height=120))
     matcher.wait(lambda: 'not calibrated: fx is 0' in matcher.says('matcher')['last_error'])
-    matcher.infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
+    matcher.infos.publish(camera_to_info(CAMERA, to_header(0, 'camera_optical')))
     matcher.wait(lambda: len(matcher.matched) == 1)
 
     model, info = weights.load(first_weights)
@@ -162,7 +176,7 @@ def test_matcher_node_publishes_what_its_tracker_finds(matcher, first_weights):
     for index, (stamp, image) in enumerate(zip(stamps, pictures, strict=True)):
         expected = tracker.track(stamp, image)
         got = (
-            messages.correspondences_from_cloud(matcher.matched[0])
+            correspondences_from_cloud(matcher.matched[0])
             if index == 0
             else play(matcher, image)
         )
@@ -192,7 +206,7 @@ def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
     model, _ = weights.load(first_weights)
     data, _ = weights.dumps(model, 4, 3)
     assert play(matcher, picture(1.0)).model == 3
-    matcher.weights.publish(messages.weights_to_message(data))
+    matcher.weights.publish(weights_to_message(data))
     matcher.wait(lambda: matcher.says('matcher')['model_version'] == '4')
     after = play(matcher, picture(2.0))
     assert after.model == 4 and len(after) > 20  # the tracks live on
@@ -206,10 +220,10 @@ def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
         (lambda m: setattr(m, 'height', 60), 'the image is 160x60, camera_info says 160x120'),
         (lambda m: setattr(m, 'height', 0), 'the image is 160x0, camera_info says 160x120'),
         (lambda m: setattr(m.header, 'stamp',
-                           messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 20)),
+                           to_stamp(to_ns(m.header.stamp) - SECOND // 20)),
          'the same stamp'),
         (lambda m: setattr(m.header, 'stamp',
-                           messages.to_stamp(messages.to_ns(m.header.stamp) - SECOND // 2)),
+                           to_stamp(to_ns(m.header.stamp) - SECOND // 2)),
          'an older stamp'),
     ],
     ids=['encoding', 'cut', 'size', 'empty', 'duplicate', 'late'],
@@ -244,7 +258,7 @@ def test_fault_bad_weights_are_refused_and_the_matcher_node_keeps_its_own(
         data = data[:len(data) // 2]
     before = int(matcher.says('matcher')['faults'])
     version = matcher.says('matcher')['model_version']
-    matcher.weights.publish(messages.weights_to_message(bytes(data)))
+    matcher.weights.publish(weights_to_message(bytes(data)))
     says = matcher.wait(lambda: int((s := matcher.says('matcher'))['faults']) > before and s)
     expected = {'foreign': "family 'other'", 'damaged': 'damaged', 'cut': 'cut short'}[kind]
     assert 'the weights message: ' in says['last_error'] and expected in says['last_error']
@@ -337,29 +351,29 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
     ros.wait(lambda: all(ros.node.count_publishers(topic) for topic in topics))
     time.sleep(0.5)
     assert 'no usable camera_info' in ros.says('bundle')['message']
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera_optical')))
 
     core, sent = Bundle(CAMERA), scene_correspondences()
     estimates = [core.add(correspondences) for correspondences in sent]
-    broken = messages.correspondences_to_cloud(sent[5], 'camera_optical')
+    broken = correspondences_to_cloud(sent[5], 'camera_optical')
     broken.data = np.full(len(broken.data), 255, np.uint8).tobytes()
     for index, correspondences in enumerate(sent):
         if index == 5:
             rows.publish(broken)
-        rows.publish(messages.correspondences_to_cloud(correspondences, 'camera_optical'))
+        rows.publish(correspondences_to_cloud(correspondences, 'camera_optical'))
     posed = [e for e in estimates if e.T_world_camera is not None]
     solved = [e for e in estimates if e.window is not None]
     assert len(posed) > 5 and len(solved) > 1, 'the scene is meant to be easy'
     ros.wait(lambda: len(odometry) == len(posed))
     ros.wait(lambda: len(keyframes) == len(landmarks) == len(priors) == len(solved))
     for message, estimate in zip(odometry, posed, strict=True):
-        assert messages.to_ns(message.header.stamp) == estimate.stamp
+        assert to_ns(message.header.stamp) == estimate.stamp
         assert (message.header.frame_id, message.child_frame_id) == ('map', 'camera_optical')
-        pose = messages.pose_from_message(message.pose.pose)
+        pose = pose_from_message(message.pose.pose)
         torch.testing.assert_close(pose, estimate.T_world_camera, atol=1e-6, rtol=0)
         assert np.linalg.eigvalsh(message.pose.covariance.reshape(6, 6)).min() >= -1e-12
     for path, cloud, prior, estimate in zip(keyframes, landmarks, priors, solved, strict=True):
-        window = messages.window_from_messages(path, cloud, prior)
+        window = window_from_messages(path, cloud, prior)
         assert (window.prior is None) == (estimate.window.prior is None)
         assert torch.equal(window.stamps, estimate.window.stamps)
         assert torch.equal(window.track, estimate.window.track)
@@ -367,9 +381,9 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
         torch.testing.assert_close(window.points, estimate.window.points, atol=1e-5, rtol=1e-5)
     # Images before the first map get their poses only with it: odometry's stamps never go back,
     # so they are not there, but the keyframes among them are in the window
-    begun = messages.to_ns(odometry[0].header.stamp)
+    begun = to_ns(odometry[0].header.stamp)
     late = next(e.earlier for e in estimates if e.earlier)
-    first = messages.window_from_messages(keyframes[0], landmarks[0], priors[0]).stamps.tolist()
+    first = window_from_messages(keyframes[0], landmarks[0], priors[0]).stamps.tolist()
     assert begun > max(late) and set(first) <= set(late) and len(first) >= 3
     says = ros.wait(lambda: (s := ros.says('bundle'))['processed'] == str(len(sent)) and s)
     assert (says['refused'], says['dropped'], says['status']) == ('1', '0', estimates[-1].status)
@@ -405,7 +419,7 @@ def test_bundle_node_beside_another_odometry(ros, poses, mounting):
         listener = tf2_ros.TransformListener(buffer, ros.node)
     if role in ros.processes:
         ros.end(role)
-    T_base_camera = messages.pose_from_numbers((0.3, -0.1, 0.2, -0.5, 0.5, -0.5, 0.5))
+    T_base_camera = pose_from_numbers((0.3, -0.1, 0.2, -0.5, 0.5, -0.5, 0.5))
     numbers = [0.0] * 7 if tf2 else T_base_camera.tolist()
     ros.start(role, image_qos='keep_all', poses=poses, camera_pose=numbers, publish_tf=tf2)
     odometry = ros.listen(Odometry, 'odometry', lossless())
@@ -417,11 +431,11 @@ def test_bundle_node_beside_another_odometry(ros, poses, mounting):
     ros.wait(lambda: ros.node.count_publishers('/odometry'))
     if tf2:
         broadcaster.sendTransform(
-            transform(messages.odometry(T_base_camera, None, 0, 'base_link', 'camera_optical'))
+            transform(odometry_to_message(T_base_camera, None, 0, 'base_link', 'camera_optical'))
         )
         ros.wait(lambda: ros.node.count_publishers('/tf'))
     time.sleep(0.5)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera_optical')))
     ros.wait(lambda: 'camera_info' not in ros.says(role).get('message', 'camera_info'))
     before, truth = len(odometry), {}
     for index, correspondences in enumerate(scene_correspondences(40)):
@@ -429,11 +443,11 @@ def test_bundle_node_beside_another_odometry(ros, poses, mounting):
         T[:3] = torch.tensor([0.06 * index, 0.01 * index, 0.0])
         truth[correspondences.stamp] = T[:3]
         body = lie.compose(T, lie.inverse(T_base_camera))
-        matches = messages.correspondences_to_cloud(correspondences, 'camera_optical')
+        matches = correspondences_to_cloud(correspondences, 'camera_optical')
         if index == 0:  # they name the camera's frame
             rows.publish(matches)
             ros.wait(lambda: ros.says(role).get('processed') == '1')
-        robot.publish(messages.odometry(body, None, correspondences.stamp, 'odom', 'base_link'))
+        robot.publish(odometry_to_message(body, None, correspondences.stamp, 'odom', 'base_link'))
         ros.wait(
             lambda index=index: (
                 int(ros.says(role).get('external_odometry', 0)) > index or index % 10
@@ -447,7 +461,7 @@ def test_bundle_node_beside_another_odometry(ros, poses, mounting):
         'metric', '40', 'tracking',
     ), says
     poses_of = {
-        messages.to_ns(m.header.stamp): messages.pose_from_message(m.pose.pose)
+        to_ns(m.header.stamp): pose_from_message(m.pose.pose)
         for m in odometry[before:]
     }
     first, last = min(poses_of), max(poses_of)
@@ -461,7 +475,7 @@ def test_bundle_node_beside_another_odometry(ros, poses, mounting):
         ros.wait(lambda: buffer.can_transform(world, 'camera_optical', Time(nanoseconds=last)))
         for stamp in (first, last):
             found = buffer.lookup_transform(world, 'camera_optical', Time(nanoseconds=stamp))
-            one, other = messages.pose_from_transform(found.transform), poses_of[stamp]
+            one, other = pose_from_transform(found.transform), poses_of[stamp]
             torch.testing.assert_close(lie.matrix(one), lie.matrix(other), atol=1e-9, rtol=0)
         listener.unregister()
         ros.node.destroy_publisher(broadcaster.pub_tf)
@@ -476,11 +490,11 @@ def test_fault_odometry_of_an_unknown_frame_is_said(ros):
     robot = ros.node.create_publisher(Odometry, 'external_odometry', lossless())
     for publisher in (infos, rows, robot):
         ros.connect(publisher)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera_optical')))
     sent = scene_correspondences(2)
-    rows.publish(messages.correspondences_to_cloud(sent[0], 'camera_optical'))
+    rows.publish(correspondences_to_cloud(sent[0], 'camera_optical'))
     ros.wait(lambda: ros.says('bundle').get('processed') == '1')
-    robot.publish(messages.odometry(lie.identity(), None, sent[0].stamp, 'odom', 'base_link'))
+    robot.publish(odometry_to_message(lie.identity(), None, sent[0].stamp, 'odom', 'base_link'))
     ros.wait(lambda: 'where the camera' in ros.says('bundle')['last_error'])
     assert "'base_link' is not known" in ros.says('bundle')['last_error']
     ros.end('bundle')
@@ -502,7 +516,7 @@ def test_learner_node_answers_its_services_and_a_kill_loses_nothing(ros, first_w
     assert not ros.call(Trigger, 'learner/save_checkpoint').success  # nothing has come yet
     assert ros.call(Trigger, 'learner/reset').success
     time.sleep(0.5)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera_optical')))
     images.publish(image_message(START, picture()))
     ros.wait(lambda: int(ros.says('learner')['processed']) >= 1)
 
@@ -516,7 +530,7 @@ def test_learner_node_answers_its_services_and_a_kill_loses_nothing(ros, first_w
     assert ros.call(Trigger, 'learner/reset').success
     ros.wait(lambda: len(published) >= before + 2)
     for message in published[before:]:
-        model, info = weights.loads(messages.weights_from_message(message))
+        model, info = weights.loads(weights_from_message(message))
         assert info.version > 3
         assert weights.load(tmp_path / f'version_{info.version:04d}.safetensors')[1] == info
     if 'matcher' in ros.processes:  # it took over what the learner published
@@ -531,10 +545,10 @@ def test_learner_node_answers_its_services_and_a_kill_loses_nothing(ros, first_w
     ros.connect(infos)
     ros.connect(images)
     time.sleep(0.5)
-    infos.publish(messages.camera_to_info(CAMERA, messages.header(0, 'camera_optical')))
+    infos.publish(camera_to_info(CAMERA, to_header(0, 'camera_optical')))
     images.publish(image_message(START + SECOND, picture()))
     ros.wait(lambda: len(published) > before)  # it went on from there, and says so
-    assert weights.loads(messages.weights_from_message(published[-1]))[1] == info
+    assert weights.loads(weights_from_message(published[-1]))[1] == info
 
 
 # Their end
@@ -748,9 +762,9 @@ def test_player_does_not_wait_for_a_clock_that_was_set(tmp_path):
         images = ros.listen(Image, 'image', lossless())
         infos = ros.listen(CameraInfo, 'camera_info', lossless())
         assert ros.start('player', bag=str(pen.path)).wait(60) == 0, ros.log('player')
-        newest = [messages.to_stamp(told[-1])] * 2
+        newest = [to_stamp(told[-1])] * 2
         ros.wait(lambda: [heard[-1].header.stamp for heard in (images, infos) if heard] == newest)
-        assert [messages.to_ns(image.header.stamp) for image in images] == told
+        assert [to_ns(image.header.stamp) for image in images] == told
         assert len(infos) > 1 and infos[-1].k[0] == 30.0
         log = ros.log('player')
         assert 'the recording goes on 1699999999.800 s later, which are not waited for' in log

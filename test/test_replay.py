@@ -262,15 +262,15 @@ def test_a_worker_tells_work_from_a_lock():
         done = worker.request(work)
         while not worker.busy():
             time.sleep(0.01)
-        worker.look()
+        worker.check_progress()
         for _ in range(3):
             time.sleep(0.2)
-            worker.look()
+            worker.check_progress()
         assert (worker.stuck > 0) == stuck, worker.stuck
         free.set()
         done.result(10)
         worker.stop()
-        worker.look()
+        worker.check_progress()
         assert worker.stuck == 0
 
 

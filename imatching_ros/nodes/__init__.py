@@ -1,5 +1,1 @@
-"""
-The three ROS nodes and all that is ROS: messages, parameters, diagnostics.
-
-No mathematics.
-"""
+"""The three ROS nodes and all that is ROS: messages, parameters, life cycle, diagnostics."""

@@ -1,8 +1,4 @@
-"""
-bundle_node: correspondences, and perhaps another odometry, in.
-
-Odometry, keyframes, landmarks and prior out.
-"""
+"""The bundle_node takes correspondences, and gives odometry, keyframes, landmarks and prior."""
 
 from __future__ import annotations
 
@@ -17,9 +13,12 @@ from rclpy.time import Time
 from sensor_msgs.msg import PointCloud2
 import torch
 
-from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, lossless
+from . import parameters
+from .clouds import correspondences_from_cloud, prior_to_cloud, window_to_messages
+from .core_node import ACTIVE, CoreNode
+from .poses import camera_odometry, odometry_to_message, pose_from_numbers, pose_from_transform
 from .process import run
+from .qos import lossless
 from ..bundle.bundle import Bundle, LOST
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
@@ -36,7 +35,7 @@ LANDMARKS = 200_000  #: that save_map can write; the oldest beyond are forgotten
 
 
 class BundleNode(CoreNode):
-    """Runs the lower level on each image's correspondences."""
+    """Runs the lower level on each image's correspondences, beside another odometry if any."""
 
     role, feed = 'bundle', 'correspondences'
     judged = True  # by the matcher
@@ -53,12 +52,13 @@ class BundleNode(CoreNode):
     def configure(self) -> None:
         self._external = self.value('poses') == 'external'
         self._world_frame = self.value('world_frame')
-        self._odometry = self.tell(Odometry, 'odometry', self.result_qos)
-        self._keyframes = self.tell(Path, 'keyframes', self.window_qos)
-        self._landmarks = self.tell(PointCloud2, 'landmarks', self.window_qos)
-        self._prior = self.tell(PointCloud2, 'prior', self.window_qos)
+        ends = self.endpoints
+        self._odometry = ends.advertise(Odometry, 'odometry', self.qos.results)
+        self._keyframes = ends.advertise(Path, 'keyframes', self.qos.windows)
+        self._landmarks = ends.advertise(PointCloud2, 'landmarks', self.qos.windows)
+        self._prior = ends.advertise(PointCloud2, 'prior', self.qos.windows)
         if any(given := self.value('camera_pose')):
-            self._T_child_camera = messages.pose_from_numbers(given)
+            self._T_child_camera = pose_from_numbers(given)
         self._broadcaster = None
         if self.value('publish_tf'):
             if tf2_ros is None:
@@ -67,18 +67,18 @@ class BundleNode(CoreNode):
                     'publish_tf out'
                 )
             self._broadcaster = tf2_ros.TransformBroadcaster(self)
-            self._configured.callback(self.destroy_publisher, self._broadcaster.pub_tf)
+            ends.on_close(self.destroy_publisher, self._broadcaster.pub_tf)
         self._buffer = self._listener = None
         if tf2_ros is not None and self._T_child_camera is None:
             self._buffer = tf2_ros.Buffer()
             self._listener = tf2_ros.TransformListener(self._buffer, self)
-            self._configured.callback(self._listener.unregister)
-        self.serve('~/save_map', self.save_map)
-        self.hear(PointCloud2, 'correspondences', self.receive, self.result_qos)
+            ends.on_close(self._listener.unregister)
+        ends.offer_trigger('~/save_map', self.save_map)
+        ends.subscribe(PointCloud2, 'correspondences', self.receive, self.qos.results)
         often = QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT)
-        self.hear(
+        ends.subscribe(
             Odometry, 'external_odometry', self._on_odometry,
-            lossless() if self.keeps_all else often,
+            lossless() if self.qos.keep_all else often,
         )
 
     def options(self) -> BundleOptions:
@@ -89,8 +89,8 @@ class BundleNode(CoreNode):
 
     def process(self, message: PointCloud2) -> None:
         started = time.perf_counter()
-        correspondences = messages.correspondences_from_cloud(message)
-        self.follow(correspondences.stamp)
+        correspondences = correspondences_from_cloud(message)
+        self.timeline.check(correspondences.stamp)
         estimate = self.core.add(correspondences)
         self._camera_frame = message.header.frame_id
         self.status, self.motion, self.reason = estimate.status, estimate.motion, estimate.reason
@@ -98,7 +98,7 @@ class BundleNode(CoreNode):
         # Poses of earlier images stay out of odometry, whose stamps never go back; the keyframes
         # among them are in the window
         if estimate.T_world_camera is not None:
-            pose = messages.odometry(
+            pose = odometry_to_message(
                 estimate.T_world_camera, estimate.covariance, estimate.stamp, self._world_frame,
                 self._camera_frame,
             )
@@ -122,8 +122,8 @@ class BundleNode(CoreNode):
         write_map(folder, {stamp: T.numpy() for stamp, T in poses.items()}, self._points)
         return f'{len(poses)} keyframes and {len(self._points)} landmarks in {folder}'
 
-    def concern(self) -> str:
-        return super().concern() or (f'lost: {self.reason}' if self.status == LOST else '')
+    def warning(self) -> str:
+        return super().warning() or (f'lost: {self.reason}' if self.status == LOST else '')
 
     def values(self) -> dict[str, object]:
         # Monocular: without another odometry the scale is whatever the first two keyframes made it
@@ -141,8 +141,8 @@ class BundleNode(CoreNode):
         }
 
     def _publish(self, window: Window, stamp: int) -> None:
-        keyframes, landmarks = messages.window_to_messages(window, stamp, self._world_frame)
-        self._prior.publish(messages.prior_to_cloud(window.prior, stamp, self._world_frame))
+        keyframes, landmarks = window_to_messages(window, stamp, self._world_frame)
+        self._prior.publish(prior_to_cloud(window.prior, stamp, self._world_frame))
         self._landmarks.publish(landmarks)
         self._keyframes.publish(keyframes)
         self.windows += 1
@@ -167,17 +167,15 @@ class BundleNode(CoreNode):
                 return
             if self.core is None:
                 self.core = self.build(self.camera)
-            stamp, *pose = messages.camera_odometry(message, extrinsics)
+            stamp, *pose = camera_odometry(message, extrinsics)
             # all later ones would be too old
-            last = self._stamps.last
+            last = self.timeline.last
             if last is not None and stamp > last + LEAP_NS:
-                raise ValueError(
-                    f'it is {(stamp - last) / 1e9:.3f} s ahead of the images; '
-                    'check clocks'
-                )
+                ahead = (stamp - last) / 1e9
+                raise ValueError(f'it is {ahead:.3f} s ahead of the images; check clocks')
             self.core.add_odometry(stamp, *pose)
         except ValueError as error:
-            self.fault(f'external_odometry: {error}')
+            self.reporter.fault(f'external_odometry: {error}')
             return
         self.odometry += 1
         if self._external:
@@ -185,13 +183,14 @@ class BundleNode(CoreNode):
 
     def _extrinsics(self, child_frame: str) -> torch.Tensor | None:
         """
-        Pose (7,) of the camera in the odometry's child frame.
+        Return the pose (7,) of the camera in the odometry's child frame.
 
-        None as long as the camera's frame is not known.
+        It is None as long as the camera's frame is not known. Raises ValueError where nothing
+        tells it.
         """
         if self._T_child_camera is None and self._camera_frame:
             if child_frame in ('', self._camera_frame):
-                self._T_child_camera = messages.pose_from_numbers(
+                self._T_child_camera = pose_from_numbers(
                     (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)
                 )
             elif self._buffer is not None:
@@ -201,7 +200,7 @@ class BundleNode(CoreNode):
                     raise ValueError(
                         f"where the camera is in '{child_frame}' is not known: {error}"
                     ) from None
-                self._T_child_camera = messages.pose_from_transform(found.transform)
+                self._T_child_camera = pose_from_transform(found.transform)
             else:
                 raise ValueError(
                     f"where the camera '{self._camera_frame}' is in '{child_frame}' is not "

@@ -1,4 +1,4 @@
-"""One of the nodes as another program starts it: it ends with the process that did."""
+"""Runs one of the nodes for another program, and ends with the process of that program."""
 
 from __future__ import annotations
 

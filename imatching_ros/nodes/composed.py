@@ -1,7 +1,7 @@
 """
-The executable imatching_node: matcher, bundle and learner in one process.
+The executable imatching_node runs matcher, bundle and learner in one process.
 
-Each in a thread of its own, with one model in memory.
+Each has a thread of its own, and they share one model in memory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import torch
 
 from . import parameters
 from .bundle import BundleNode
-from .core_node import load_weights
 from .learner import LearnerNode
 from .matcher import MatcherNode
 from .process import run_ros, spin_nodes
+from .weights import load_weights
 from ..matching import weights
 
 CLASSES = {node_class.role: node_class for node_class in (MatcherNode, BundleNode, LearnerNode)}
@@ -28,7 +28,7 @@ class SharedWeights:
     """
     Reads a weights file once for all who ask for it.
 
-    What is shared is never changed: the matcher only looks through it, and the learner trains a
+    What is shared is never changed, for the matcher only computes with it and the learner trains a
     copy.
     """
 
@@ -38,7 +38,7 @@ class SharedWeights:
         self._loaded: tuple[torch.nn.Module, weights.WeightsInfo] | None = None
 
     def load(self, path: Path, device: str) -> tuple[torch.nn.Module, weights.WeightsInfo]:
-        """As ``core_node.load_weights``."""
+        """Do as ``load_weights`` does, but read a file only once."""
         with self._lock:
             key = (
                 (path, device, path.stat().st_mtime_ns, path.stat().st_size)

@@ -12,7 +12,7 @@ OK, WARN, ERROR = 0, 1, 2
 
 
 def percentiles(values: list[float]) -> tuple[float, float]:
-    """Median and 95th percentile; NaN where there is nothing yet."""
+    """Return the median and the 95th percentile, NaN where there is nothing yet."""
     if len(values) < 2:
         return (values[0], values[0]) if values else (float('nan'), float('nan'))
     cuts = quantiles(values, n=20, method='inclusive')
@@ -30,7 +30,7 @@ def peak_memory_mb() -> float:
 
 
 class Share:
-    """What share of the last minute went into something."""
+    """Measures what share of the last minute went into something."""
 
     SPAN_S = 60.0
 
@@ -50,11 +50,7 @@ class Share:
 
 
 class Health:
-    """
-    Counters of one node.
-
-    Counts are of what the node works on: images, correspondences or windows.
-    """
+    """Counts what one node works on: images, correspondences or windows."""
 
     def __init__(self) -> None:
         self.received = self.processed = self.dropped = self.refused = 0
@@ -65,20 +61,20 @@ class Health:
         self._finished: deque[float] = deque(maxlen=100)
 
     def done(self, seconds: float) -> None:
-        """One input was worked off in ``seconds``."""
+        """Count one input as worked off, which took so many seconds."""
         self.processed += 1
         self._milliseconds.append(seconds * 1e3)
         self._finished.append(time.monotonic())
 
     def fault(self, sentence: str) -> None:
-        """Something went wrong, and what."""
+        """Count a sentence about what went wrong, and keep it."""
         self.faults += 1
         self.last_error = sentence
 
-    def level(self, trouble: str) -> tuple[int, str]:
-        """Return ERROR with ``trouble``, if any; WARN where something went wrong lately; or OK."""
-        if trouble:
-            return ERROR, trouble
+    def level(self, blocker: str) -> tuple[int, str]:
+        """Return ERROR with ``blocker``, if any; WARN where something went wrong lately; or OK."""
+        if blocker:
+            return ERROR, blocker
         return (WARN, self.last_error) if self.faults > self._faults_said else (OK, 'running')
 
     def said(self, faults: int) -> None:

@@ -1,4 +1,4 @@
-"""learner_node: images, correspondences and solved windows in; better weights out."""
+"""The learner_node takes images, correspondences and solved windows, and gives better weights."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ from std_msgs.msg import UInt8MultiArray
 from std_srvs.srv import SetBool
 import torch
 
-from . import messages, parameters
-from .core_node import ACTIVE, CoreNode, latched
+from . import parameters
+from .clouds import correspondences_from_cloud, window_from_messages
+from .core_node import ACTIVE, CoreNode
 from .diagnostics import OK, percentiles, Share, WARN
 from .process import run
+from .qos import latched
+from .reporter import diagnostic_status
+from .stamps import to_ns
+from .weights import weights_to_message
 from .. import files
 from ..bundle.options import BundleOptions
-from ..data.stamps import Stamps
 from ..geometry.camera import Camera
 from ..learning import checkpoints
 from ..learning.gate import Verdict
@@ -59,19 +63,22 @@ class LearnerNode(CoreNode):
         matcher, info, _ = self.load()
         self._start = matcher, info
         self.version = self._told = info.version
-        self._weights = self.tell(UInt8MultiArray, 'weights', latched())
-        self._learning = self.tell(DiagnosticStatus, 'learning', self.result_qos)
-        self.answer(SetBool, '~/enable', self._on_enable)
-        self.serve('~/save_checkpoint', self.save_checkpoint)
-        self.serve('~/rollback', self.rollback)
+        ends = self.endpoints
+        self._weights = ends.advertise(UInt8MultiArray, 'weights', latched())
+        self._learning = ends.advertise(DiagnosticStatus, 'learning', self.qos.results)
+        ends.offer_service(SetBool, '~/enable', self._on_enable)
+        ends.offer_trigger('~/save_checkpoint', self.save_checkpoint)
+        ends.offer_trigger('~/rollback', self.rollback)
 
         def take(handle: Callable[[Any], None], fed: bool = False) -> Callable[[Any], None]:
             return lambda message: self.receive((handle, message), fed)
 
-        self.hear_images(take(self._add_image, True))
-        self.hear(PointCloud2, 'correspondences', take(self._add_correspondences), self.result_qos)
+        self.subscribe_to_images(take(self._add_image, True))
+        ends.subscribe(
+            PointCloud2, 'correspondences', take(self._add_correspondences), self.qos.results
+        )
         for name, kind in PARTS.items():
-            self.hear(kind, name, take(partial(self._add_part, name)), self.window_qos)
+            ends.subscribe(kind, name, take(partial(self._add_part, name)), self.qos.windows)
 
     def begin(self) -> None:
         super().begin()
@@ -87,7 +94,7 @@ class LearnerNode(CoreNode):
         if self.value('weights_dir'):
             found, refused = checkpoints.resume(self._checkpoints(), learner)
             for sentence in refused:
-                self.fault(sentence)
+                self.reporter.fault(sentence)
             if found is not None:
                 self.get_logger().info(
                     f'goes on from step {learner.step_count}, version {learner.version}'
@@ -103,7 +110,7 @@ class LearnerNode(CoreNode):
         self.health.processed += 1
 
     def idle(self) -> bool:
-        """One gradient step, and the gate's verdict where one is due; rests as ``duty`` asks."""
+        """Take a gradient step, and the gate's verdict where one is due; rest as ``duty`` asks."""
         if self.core is None or self.core.rest() > 0:
             return False
         started = time.monotonic()
@@ -121,7 +128,7 @@ class LearnerNode(CoreNode):
         return True
 
     def reset(self) -> str:
-        """Back to the first weights."""
+        """Go back to the first weights."""
         super().reset()
         self._parts.clear()
         return self._republish()
@@ -129,12 +136,12 @@ class LearnerNode(CoreNode):
     def restart(self) -> None:
         """Forget what is remembered of the images; what was learned stays."""
         self._parts.clear()
-        self._stamps = Stamps()
+        self.timeline.forget()
         if self.core is not None:
             self.core.start_recording(self.camera)
 
     def rollback(self) -> str:
-        """Back to the version before the last promoted one."""
+        """Go back to the version before the last promoted one."""
         self._learner().rollback()
         return self._republish()
 
@@ -165,28 +172,28 @@ class LearnerNode(CoreNode):
         return self.core
 
     def _add_image(self, message: Image | CompressedImage) -> None:
-        image = self.look(message)
-        self.core.add_image(messages.to_ns(message.header.stamp), image)
+        image = self.decode(message)
+        self.core.add_image(to_ns(message.header.stamp), image)
 
     def _add_correspondences(self, message: PointCloud2) -> None:
-        self.core.add_correspondences(messages.correspondences_from_cloud(message))
+        self.core.add_correspondences(correspondences_from_cloud(message))
 
     def _add_part(self, name: str, message: Path | PointCloud2) -> None:
-        """Keyframes, landmarks and prior of one solve come as three messages of one stamp."""
-        stamp = messages.to_ns(message.header.stamp)
+        """Join keyframes, landmarks and prior of one solve, three messages of one stamp."""
+        stamp = to_ns(message.header.stamp)
         parts = self._parts.setdefault(stamp, {})
         parts[name] = message
         if len(parts) == len(PARTS):
             del self._parts[stamp]
-            window = messages.window_from_messages(**parts)
+            window = window_from_messages(**parts)
             # A robot's windows come faster than steps use them: what time there is goes to steps
-            if self._stepped or self.keeps_all or not self.core.ready:
+            if self._stepped or self.qos.keep_all or not self.core.ready:
                 self._stepped = not self.core.add_window(window)
         while len(self._parts) > UNJOINED:
             del self._parts[next(iter(self._parts))]
 
     def _judge(self, now: bool = False) -> bool:
-        """Return whether the gate had a word, and promoted."""
+        """Let the gate judge, if it is due or ``now``; return whether it promoted."""
         verdict = self.core.verdict(now) if self.core is not None else None
         if verdict is None:
             return False
@@ -200,7 +207,7 @@ class LearnerNode(CoreNode):
         try:
             checkpoints.save(self._checkpoints(), self.core)
         except OSError as error:
-            self.fault(f'the checkpoint could not be written: {error}')
+            self.reporter.fault(f'the checkpoint could not be written: {error}')
 
     def _report_step(self, result: StepResult) -> None:
         self.steps += 1
@@ -219,12 +226,12 @@ class LearnerNode(CoreNode):
         values = {
             'step': verdict.step, 'promoted': verdict.promoted, 'rolled_back': verdict.rolled_back,
             'version': verdict.version, 'reason': verdict.reason, **verdict.figures,
-        }  # fmt: skip
+        }
         self._say(OK if verdict.promoted else WARN, 'verdict', self.last_verdict, values)
 
     def _say(self, level: int, kind: str, text: str, values: dict[str, object]) -> None:
         name = f'{self.get_fully_qualified_name()}: {kind}'
-        self._learning.publish(messages.diagnostic_status(level, name, text, values))
+        self._learning.publish(diagnostic_status(level, name, text, values))
 
     def _republish(self) -> str:
         if self.core is not None:
@@ -233,9 +240,9 @@ class LearnerNode(CoreNode):
 
     def _publish_weights(self, version: int) -> None:
         """
-        Write the file first, so that whoever hears of a version finds it there.
+        Publish the weights in use as a version, after they are written to ``weights_dir``.
 
-        A full disk does not keep it back.
+        So whoever hears of a version finds its file there; a full disk does not keep it back.
         """
         data = self.core.weights()
         self.version = version
@@ -244,9 +251,9 @@ class LearnerNode(CoreNode):
             try:
                 files.write(path, data)
             except OSError as error:
-                self.fault(f'{path} could not be written: {error}')
+                self.reporter.fault(f'{path} could not be written: {error}')
         if self.state == ACTIVE:
-            self._weights.publish(messages.weights_to_message(data))
+            self._weights.publish(weights_to_message(data))
             self._told = version
 
     def _folder(self) -> FilePath:
@@ -264,24 +271,20 @@ class LearnerNode(CoreNode):
         self.set_parameters([Parameter('enabled', value=request.data)])
 
         def judge() -> str:
-            """
-            Judge what was learned since the last verdict before the rest.
-
-            A step in hand ended first.
-            """
+            """Judge what was learned since the last verdict, after the step in hand."""
             if not request.data:
                 self._judge(now=True)
             return 'learning' if request.data else 'watching only'
 
-        response.success, response.message = self.ask('~/enable', judge)
+        response.success, response.message = self.run_in_core('~/enable', judge)
         return response
 
 
 def _trim() -> None:
     """
-    Give what a step left free, half a gigabyte, back to the system where its allocator can.
+    Give what a step left free back to the system, where its allocator can.
 
-    It would be kept, in pieces too small for the next step's.
+    It is half a gigabyte, which would be kept in pieces too small for the next step.
     """
     if trim := getattr(ctypes.CDLL(None), 'malloc_trim', None):
         trim(0)

@@ -1,4 +1,4 @@
-"""matcher_node: images in, correspondences with the past n keyframes out."""
+"""The matcher_node takes images, and gives correspondences with the past n keyframes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from sensor_msgs.msg import CompressedImage, Image, PointCloud, PointCloud2
 from std_msgs.msg import UInt8MultiArray
 import torch
 
-from . import messages, parameters
-from .core_node import CoreNode, latched, placed
+from . import parameters
+from .clouds import correspondences_to_cloud, vins_features
+from .core_node import CoreNode
+from .images import image_to_message
 from .process import keep_freed_memory, run
+from .qos import latched
+from .stamps import to_ns
+from .weights import to_device, weights_from_message
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..matching import weights
@@ -34,15 +39,16 @@ class MatcherNode(CoreNode):
 
     def configure(self) -> None:
         keep_freed_memory()
-        self._correspondences = self.tell(PointCloud2, 'correspondences', self.result_qos)
-        self._debug = self.tell(Image, 'debug/matches', QoSProfile(depth=1))
+        ends, results = self.endpoints, self.qos.results
+        self._correspondences = ends.advertise(PointCloud2, 'correspondences', results)
+        self._debug = ends.advertise(Image, 'debug/matches', QoSProfile(depth=1))
         self._vins = None
         if self.value('vins_features'):
-            self._vins = self.tell(PointCloud, 'feature_tracker/feature', self.result_qos)
+            self._vins = ends.advertise(PointCloud, 'feature_tracker/feature', results)
         self.reload_weights()
-        self.hear(UInt8MultiArray, 'weights', self._on_weights, latched())
-        self.serve('~/reload_weights', self.reload_weights)
-        self.hear_images(self.receive)
+        ends.subscribe(UInt8MultiArray, 'weights', self._on_weights, latched())
+        ends.offer_trigger('~/reload_weights', self.reload_weights)
+        self.subscribe_to_images(self.receive)
 
     def options(self) -> TrackerOptions:
         return parameters.options(TrackerOptions(), 'tracker', self.role, self.value)
@@ -50,19 +56,22 @@ class MatcherNode(CoreNode):
     def build(self, camera: Camera) -> Tracker:
         return Tracker(self.matcher, self.version, camera, self.options())
 
+    def queue_size(self) -> int:
+        return 1 if self.value('processing_mode') == 'latest' else super().queue_size()
+
     def process(self, message: Image | CompressedImage) -> None:
         started = time.perf_counter()
-        image, frame = self.look(message), message.header.frame_id
-        correspondences = self.core.track(messages.to_ns(message.header.stamp), image)
+        image, frame = self.decode(message), message.header.frame_id
+        correspondences = self.core.track(to_ns(message.header.stamp), image)
         self.rows = len(correspondences)
-        self._correspondences.publish(messages.correspondences_to_cloud(correspondences, frame))
+        self._correspondences.publish(correspondences_to_cloud(correspondences, frame))
         self.health.done(time.perf_counter() - started)
         if self._vins is not None:
-            self._vins.publish(messages.vins_features(correspondences, self._previous, frame))
+            self._vins.publish(vins_features(correspondences, self._previous, frame))
             self._previous = correspondences
         if self._debug.get_subscription_count():
             self._debug.publish(
-                messages.image_to_message(draw(image, correspondences), message.header)
+                image_to_message(draw(image, correspondences), message.header)
             )
 
     def reload_weights(self) -> str:
@@ -74,17 +83,14 @@ class MatcherNode(CoreNode):
     def values(self) -> dict[str, object]:
         return {'model_version': self.version, 'rows': self.rows}
 
-    def _queue_size(self) -> int:
-        return 1 if self.value('processing_mode') == 'latest' else super()._queue_size()
-
     def _on_weights(self, message: UInt8MultiArray) -> None:
         try:
             matcher, info = weights.loads(
-                messages.weights_from_message(message), 'the weights message'
+                weights_from_message(message), 'the weights message'
             )
-            matcher = placed(matcher, self.value('device'))
+            matcher = to_device(matcher, self.value('device'))
         except ValueError as error:
-            self.fault(str(error))
+            self.reporter.fault(str(error))
             return
         self.worker.post(lambda: self._use(matcher, info))
 
@@ -97,9 +103,9 @@ class MatcherNode(CoreNode):
 
 def draw(image: np.ndarray, correspondences: Correspondences) -> np.ndarray:
     """
-    Return the image, (H, W, 3) rgb, with a line for each match.
+    Return the image (H, W, 3) rgb, with a line for each match, red to green by score.
 
-    It goes from where the point was to where it is, red to green by score.
+    The line goes from where the point was to where it is.
     """
     canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     columns = (correspondences.ref_uv, correspondences.uv, correspondences.score)

@@ -1,5 +1,5 @@
 """
-Every parameter of the three nodes, in one table.
+All parameters of the nodes in one table.
 
 Declaration, validation, ``config/imatching.yaml`` and ``docs/parameters.md`` follow from it; write
 the files anew with ``python -m imatching_ros.nodes.parameters > config/imatching.yaml`` and
@@ -27,7 +27,7 @@ OTHERS = ('imatching', 'player')  #: the three in one process; a camera's stand-
 @dataclass(frozen=True)
 class Parameter:
     """
-    One parameter.
+    What there is to know of one parameter.
 
     ``low`` and ``high`` are inclusive; ``choices`` are all that a text, or one of several, may be.
     """
@@ -43,7 +43,7 @@ class Parameter:
     option: str = ''  #: the core's option that it sets: "group.field" or "group.field.field"
 
     def refusal(self, value: Any) -> str | None:
-        """Why this value is refused, in one sentence, or None where it is right."""
+        """Return why a value is refused, in one sentence, or None where it is right."""
         if isinstance(self.default, tuple):
             return self._list_refusal(value)
         if type(value) is not type(self.default):
@@ -231,9 +231,10 @@ def of(node: str) -> tuple[Parameter, ...]:
 
 def options(defaults: Options, group: str, node: str, value: Callable[[str], Any]) -> Options:
     """
-    Return a core object's options.
+    Return a core object's options, as the parameters of ``node`` set them.
 
-    These are ``defaults`` with each field set that a parameter of ``node`` names in ``group``.
+    These are ``defaults``, but for the fields that the ``option`` of a parameter names in
+    ``group``.
     """
     for parameter in of(node):
         head, _, path = parameter.option.partition('.')
@@ -313,9 +314,9 @@ def declare(ros_node: Any, node: str, apply: Callable[[dict[str, Value]], None])
 
 def to_yaml() -> str:
     """
-    ``config/imatching.yaml``.
+    Return ``config/imatching.yaml``.
 
-    Every parameter with its default, what it means and what it may be.
+    It has every parameter with its default, what it means and what it may be.
     """
     lines = [
         '# Parameters of imatching_ros, with their defaults. Written by: python -m '
@@ -333,7 +334,7 @@ def to_yaml() -> str:
 
 
 def to_markdown() -> str:
-    """``docs/parameters.md``: the same as tables."""
+    """Return ``docs/parameters.md``, which has the same in tables."""
     lines = [
         '# Parameters',
         '',

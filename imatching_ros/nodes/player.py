@@ -1,5 +1,5 @@
 """
-The executable player_node: a camera's stand-in.
+The executable player_node stands in for a camera.
 
 It plays a recording onto ``image`` (or ``image/compressed``) and ``camera_info`` at its own pace.
 """
@@ -17,8 +17,10 @@ from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
-from . import messages, parameters
+from . import parameters
+from .images import camera_to_info, image_from_recording
 from .process import run_ros
+from .stamps import to_header, to_stamp
 from ..data.recording import RecordingError
 from ..data.stamps import LEAP_NS
 from ..data.video import open_images
@@ -26,9 +28,9 @@ from ..data.video import open_images
 
 class PlayerNode(Node):
     """
-    Play once, at ``rate`` times the recording's own pace.
+    Plays a recording once, at ``rate`` times its own pace.
 
-    What is lost on the way stays lost: see replay.
+    What is lost on the way stays lost, unlike in a replay.
     """
 
     def __init__(self, **node_options: Any) -> None:
@@ -89,11 +91,11 @@ class PlayerNode(Node):
             if not rclpy.ok():
                 return
             if self._time is not None:
-                self._time.publish(Clock(clock=messages.to_stamp(stamp)))
+                self._time.publish(Clock(clock=to_stamp(stamp)))
             # as a driver does: whoever comes late needs it too
-            head = messages.header(stamp, message.header.frame_id)
-            self._camera_info.publish(messages.camera_to_info(camera, head))
-            self._images.publish(messages.from_recording(message, stamp))
+            head = to_header(stamp, message.header.frame_id)
+            self._camera_info.publish(camera_to_info(camera, head))
+            self._images.publish(image_from_recording(message, stamp))
             images += 1
         self.get_logger().info(f'the recording has ended: {images} images')
         for note in self.recording.notes():

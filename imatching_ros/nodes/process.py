@@ -1,7 +1,7 @@
 """
-A process of nodes.
+A process of nodes, from the beginning of ROS to its end.
 
-From the beginning of ROS to its end: nodes in threads, signals, exit codes.
+Each node has a thread; what ends the process are signals, a node's refusal and a node's end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _KEPT, _LARGEST = 64 << 20, 32 << 20  # bytes; what encoding an image of 640x480
 
 
 def run(node_class: type[CoreNode], arguments: list[str] | None = None) -> None:
-    """Run as the ``main`` of a node's executable."""
+    """Run one node, as the ``main`` of its executable does."""
     run_ros(lambda stack: spin_nodes([node_class], stack), arguments)
 
 
@@ -35,9 +35,8 @@ def spin_nodes(
     """
     Make nodes and spin each in a thread of its own, until ROS is shut down.
 
-    Their end goes on the stack.
-
-    Raises ValueError, one sentence, where a node that is to start by itself refuses.
+    What ends them goes on the stack. Raises ValueError with one sentence where a node that is to
+    start by itself refuses.
     """
     nodes, broken = [], []
     for node_class in node_classes:
@@ -73,12 +72,10 @@ def spin_nodes(
 
 def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] | None) -> None:
     """
-    ``body`` between the beginning and the end of ROS.
+    Call ``body`` between the beginning and the end of ROS, and end the process.
 
-    What it puts on the stack is undone before that end.
-
-    Ends the process: exit code 0 after SIGINT or SIGTERM, 2 with one sentence where the input is
-    wrong.
+    What it puts on the stack is undone before ROS ends. The exit code is 0 after SIGINT or
+    SIGTERM, and 2 with one sentence where the input is wrong.
     """
     rclpy.init(args=arguments)
     code = 0
@@ -99,11 +96,10 @@ def run_ros(body: Callable[[contextlib.ExitStack], None], arguments: list[str] |
 
 def keep_freed_memory() -> None:
     """
-    Have the allocator keep some of what is freed.
+    Have glibc's allocator keep some of what is freed; with another, nothing happens.
 
     Else it gives the memory of an image's feature maps back after each image, and to have the
-    pages anew takes half as long as to compute what is written there. Elsewhere than with glibc
-    nothing happens.
+    pages anew takes half as long as to compute what is written there.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,7 +1,7 @@
 """
-One thread for one core object.
+The one thread in which all that touches a core object runs, in order.
 
-Whatever touches it runs there, in order, and callbacks stay short.
+So the node's callbacks stay short.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ LEAST_S = 1e-3  #: processor time that the core's own thread has taken, if it wo
 
 class Worker:
     """
-    Run posted requests first, then waiting inputs in order.
-
-    Then ``idle`` while it has something to do.
+    Runs requests first, then inputs in order, then ``idle`` while it has something to do.
 
     ``process(item)`` handles one input; ``ready()`` says whether inputs may be taken yet;
     ``idle()`` does one piece of background work and says whether there was any. An exception in
-    ``process`` or ``idle`` goes to ``on_error``: the thread lives on.
+    ``process`` or ``idle`` goes to ``on_error``, and the thread lives on.
     """
 
     def __init__(
@@ -72,9 +70,9 @@ class Worker:
 
     def request(self, function: Callable[[], Any]) -> Future:
         """
-        Run ``function`` in the core's thread before the next input.
+        Have ``function`` run in the core's thread before the next input.
 
-        The future has its result.
+        The future that is returned gets its result, or what it raised.
         """
         future: Future = Future()
         with self._changed:
@@ -83,7 +81,7 @@ class Worker:
         return future
 
     def post(self, function: Callable[[], Any]) -> None:
-        """Do the same where nobody waits for it: an exception goes to ``on_error``."""
+        """Request a function that nobody waits for; what it raises goes to ``on_error``."""
 
         def report(future: Future) -> None:
             if not future.cancelled() and (error := future.exception()) is not None:
@@ -96,16 +94,16 @@ class Worker:
         return len(self._inputs)
 
     def busy(self) -> float:
-        """For how many seconds the piece of work in hand has gone on; 0 where there is none."""
+        """Return for how many seconds the piece of work in hand has gone on; 0 without any."""
         begun = self._begun
         return 0.0 if begun is None else time.monotonic() - begun
 
-    def look(self) -> None:
+    def check_progress(self) -> None:
         """
-        Look whether the piece of work in hand takes processor time, and keep ``stuck``.
+        Check whether the piece of work in hand takes processor time, and keep ``stuck``.
 
-        Whoever does so does it about once a second, in one thread. Time in which that thread did
-        not run either, on a starved machine or in a stopped process, hardly counts.
+        This is to be called about once a second, in one thread. Time in which that thread did not
+        run either, on a starved machine or in a stopped process, hardly counts.
         """
         own = 0.0
         with contextlib.suppress(OSError):  # the thread has ended
@@ -128,9 +126,9 @@ class Worker:
 
     def stop(self, timeout: float | None = None) -> bool:
         """
-        End the thread after the piece of work in hand, and wait for that.
+        End the thread after the piece of work in hand.
 
-        False where it takes longer.
+        timeout: how many seconds to wait for that. Returns False where it takes longer.
         """
         with self._changed:
             self._stopping = True

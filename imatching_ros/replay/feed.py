@@ -7,8 +7,9 @@ import time
 
 from .observer import Observer
 from ..data.recording import Recording
-from ..nodes import messages
+from ..nodes.images import camera_to_info, image_from_recording
 from ..nodes.learner import PARTS
+from ..nodes.stamps import to_header
 
 #: images that may be on their way to the matcher: it never waits for one, and none piles up
 IN_FLIGHT = 3
@@ -32,11 +33,11 @@ class Feed:
         while self.sent < first + count and (entry := next(self._messages, None)) is not None:
             stamp, kind, message = entry
             if kind == 'camera':
-                info = messages.camera_to_info(message, messages.header(stamp, 'camera'))
+                info = camera_to_info(message, to_header(stamp, 'camera'))
                 observer.camera_info.publish(info)
                 continue
             observer.wait(self._room, 'playing images')
-            observer.image.publish(messages.from_recording(message, stamp))
+            observer.image.publish(image_from_recording(message, stamp))
             self.sent += 1
             observer.bar.show(observer.state(), completed=self.sent - first)
         observer.wait(lambda: observer.answered() >= self.sent, 'playing images')

@@ -22,9 +22,12 @@ from std_srvs.srv import SetBool, Trigger
 
 from .bar import Bar
 from .processes import Processes, ReplayError
-from ..nodes import messages
-from ..nodes.core_node import latched, lossless, STILL_BUSY
+from ..nodes.clouds import correspondences_from_cloud, landmarks_from_cloud
+from ..nodes.core_node import STILL_BUSY
 from ..nodes.learner import PARTS
+from ..nodes.poses import pose_from_message
+from ..nodes.qos import latched, lossless
+from ..nodes.stamps import to_ns
 
 TICK_S = 0.2  #: between two looks at the nodes while waiting
 IDLE_S = 15.0  #: learning ends early when the learner has had nothing to do for this long
@@ -85,17 +88,17 @@ class Observer(Node):
         return callback
 
     def _on_correspondences(self, message: PointCloud2) -> None:
-        correspondences = messages.correspondences_from_cloud(message)
+        correspondences = correspondences_from_cloud(message)
         rows = len(correspondences)
         self.matched[correspondences.stamp] = rows, correspondences.model if rows else -1
 
     def _on_odometry(self, message: Odometry) -> None:
-        self.odometry[messages.to_ns(message.header.stamp)] = messages.pose_from_message(
+        self.odometry[to_ns(message.header.stamp)] = pose_from_message(
             message.pose.pose
         ).numpy()
 
     def _on_landmarks(self, message: PointCloud2) -> None:
-        track, points = messages.landmarks_from_cloud(message)
+        track, points = landmarks_from_cloud(message)
         self.landmarks.update(zip(track.tolist(), points, strict=True))
         self._windows += 1
 
