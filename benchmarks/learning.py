@@ -1,7 +1,5 @@
 """
-Measure the learner.
-
-Against self-supervision without bundle adjustment, under faults, and for what it forgets.
+Measure the learner: against SGP, under faults, and for what it forgets.
 
     python benchmarks/learning.py [compare] [--scenes NAME…] [--methods M…] [--seeds N…]
                                   [--steps N] [--json PATH]
@@ -47,7 +45,8 @@ from imatching_ros.evaluation.matching import (
     Pair,
     true_matches,
 )
-from imatching_ros.learning.learner import Learner, LearnerOptions
+from imatching_ros.learning.learner import Learner
+from imatching_ros.learning.options import LearnerOptions
 from imatching_ros.learning.probe import robust_distance
 from imatching_ros.learning.tune import tune
 from imatching_ros.matching import weights
@@ -109,7 +108,7 @@ def compare(options: argparse.Namespace) -> list[dict]:
                 recording = (
                     _scene(scene, seed, options.frames, Path(options.cache or cache))
                     if missing else None
-                )  # fmt: skip
+                )
                 if recording is None:
                     continue
                 for method in missing:
@@ -152,7 +151,7 @@ def _scene(scene: str, seed: int, frames: int, cache: Path) -> Recording | None:
                 folder, seed=seed, frames=frames, size=SIZE, path=path, surfaces=surfaces,
                 sensor=sensor, depth_every=5,
                 progress=lambda done, total: progress.update(task, completed=done),
-            )  # fmt: skip
+            )
     return open_recording(folder)
 
 
@@ -171,7 +170,7 @@ def _measured(recording: Recording, scene: str, method: str, seed: int, steps: i
             learner, history = tune(
                 matcher, info, [(recording.camera, Part(recording, count))], steps, epochs=1,
                 options=LearnerOptions(seed=seed, objective=method),
-            )  # fmt: skip
+            )
         except ValueError as error:  # no window to learn from: the weights stay
             notes = {'promotions': 0, 'stopped': str(error)}
         else:
@@ -192,11 +191,7 @@ def _measured(recording: Recording, scene: str, method: str, seed: int, steps: i
 def _train_with_truth(
     matcher: torch.nn.Module, recording: Recording, count: int, steps: int, seed: int
 ) -> None:
-    """
-    Return the same network with exact matches of the images that train.
-
-    What there is to be gained.
-    """
+    """Return the same network after training with exact matches: what there is to be gained."""
     pairs = evaluation_pairs(recording, 0, count - 1, per_step=60)
     images = dict(Part(recording, count))
     rng, optimiser = (
@@ -233,11 +228,7 @@ def _batch(*images: np.ndarray) -> torch.Tensor:
 
 
 def _summary(rows: list[dict]) -> None:
-    """
-    Means over the seeds, their spread, and the gain.
-
-    The gain is over the base of the same scene and seed.
-    """
+    """Print means over the seeds, their spread, and the gain over each base."""
     table = Table(title='Mean over the seeds ± standard deviation; gain over base, relative')
     for name in (
         'scene', 'method', 'mma_1px', 'mma_2px', 'auc_5', 'auc_10', 'gain mma_1px', 'gain auc_5',
@@ -285,9 +276,9 @@ GOOD, FAULTY, FIRST_MEASURED, LAST = 40, 60, 105, 150
 
 class Place:
     """
-    A rendered room and what a camera does in it.
+    A rendered room and what a camera does in it, with images on demand.
 
-    Images on demand, and a recording of other images to measure on.
+    Beside it is a recording of other images to measure on.
     """
 
     def __init__(self, folder: Path, sensor: Sensor, seed: int) -> None:
@@ -296,7 +287,7 @@ class Place:
             folder if folder.is_dir() else render_recording(
                 folder, seed=seed, frames=LAST, size=SIZE, sensor=sensor, depth_every=5
             )
-        )  # fmt: skip
+        )
         self.camera = self.recording.camera
         self.images = list(self.recording)[:GOOD + FAULTY]
         self.pairs = evaluation_pairs(self.recording, FIRST_MEASURED, LAST - 1, steps=(5, 10))
@@ -309,7 +300,7 @@ class Place:
         return evaluate_matching(matcher, self.recording, self.pairs).mma_1px
 
     def light(self, pose: np.ndarray) -> np.ndarray:
-        """Irradiance (H, W) seen from a pose (7,)."""
+        """Return the irradiance (H, W) seen from a pose (7,)."""
         return self.scene.image(torch.from_numpy(pose).expand(4, 7), self.camera)
 
     def exposed(self, irradiance: np.ndarray) -> np.ndarray:
@@ -383,9 +374,9 @@ def _as_it_is(place: Place) -> list:
 
 FAULTS = {
     'none': _as_it_is, 'static': _static, 'rotation': _rotation, 'covered': _covered,
-    'blank': _blank, 'crowd': _crowd,
-    'flicker': _flicker, 'dropped': _dropped, 'focal': _as_it_is, 'rate': _as_it_is,
-}  # fmt: skip
+    'blank': _blank, 'crowd': _crowd, 'flicker': _flicker, 'dropped': _dropped,
+    'focal': _as_it_is, 'rate': _as_it_is,
+}
 
 
 def faults(options: argparse.Namespace) -> list[dict]:
@@ -402,9 +393,10 @@ def faults(options: argparse.Namespace) -> list[dict]:
                 matcher, info = weights.load(weights.default_path())
                 before = place.mma(matcher)
                 for name in missing:
-                    rows.add({'light': light, 'fault': name, 'seed': seed, 'before': before,
-                              **_under_fault(place, name, matcher, info, options.steps,
-                                             before)})  # fmt: skip
+                    result = _under_fault(place, name, matcher, info, options.steps, before)
+                    rows.add({
+                        'light': light, 'fault': name, 'seed': seed, 'before': before, **result,
+                    })
     _show(rows, 'mma_1px of the weights in use, after learning through a fault')
     worst = min(row['change'] for row in rows)
     console.print(f'worst change {worst:+.2f} points; the bound is -0.5')
@@ -424,13 +416,13 @@ def _under_fault(place: Place, name: str, matcher, info, steps: int, before: flo
         Learner(matcher, info, camera or place.camera, options), FAULTS[name](place), steps
     )
     after = place.mma(weights.loads(learner.weights())[0]) if learner.version else before
-    candidate = place.mma(learner._average.module) if learner.step_count else before
+    candidate = place.mma(learner.candidate.average.module) if learner.step_count else before
     verdict = learner.last_verdict.reason if learner.last_verdict else ''
-    return {'after': after, 'change': after - before, 'candidate': candidate - before,
-            'steps': learner.step_count,
-            'windows': learner.windows, 'promotions': learner.promotions,
-            'rollbacks': learner.rollbacks,
-            'verdict': verdict}  # fmt: skip
+    return {
+        'after': after, 'change': after - before, 'candidate': candidate - before,
+        'steps': learner.step_count, 'windows': learner.windows,
+        'promotions': learner.promotions, 'rollbacks': learner.rollbacks, 'verdict': verdict,
+    }
 
 
 def live(learner: Learner, images: list[tuple[int, np.ndarray]], steps: int) -> Learner:

@@ -31,7 +31,6 @@ from functools import partial
 import importlib.util
 import json
 import multiprocessing
-import os
 from pathlib import Path
 import statistics
 import tempfile
@@ -39,6 +38,7 @@ import time
 from typing import Any
 
 import cv2
+from imatching_ros import files
 from imatching_ros.data.recording import open_recording, Recording
 from imatching_ros.data.synthetic import render_recording, Sensor
 from imatching_ros.evaluation.matching import (
@@ -591,9 +591,7 @@ def main() -> None:
         show(rows)
         show_standing(rows)
     if options.json:
-        partly = options.json.with_suffix('.partial')
-        partly.write_text(json.dumps(rows, indent=1) + '\n')
-        os.replace(partly, options.json)
+        files.write(options.json, json.dumps(rows, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -9,6 +9,7 @@ work, some ten times slower. ``python -m imatching_ros.kernels`` does it where o
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
 import importlib
 import logging
 import os
@@ -30,7 +31,6 @@ Report = Callable[[int, int, str], None]
 _lock = threading.RLock()
 _loaded: dict[str, ModuleType | None] = {}
 _state = 'the kernels are not loaded yet'
-_warned: set[str] = set()
 
 
 def state() -> str:
@@ -66,14 +66,17 @@ def load(name: str) -> ModuleType | None:
 
 def show() -> None:
     """Prepare with a progress line on the terminal, where there is something to compile."""
-    columns = (
-        TextColumn(COMPILING + ': {task.completed} of {task.total}'), BarColumn(),
-        TimeElapsedColumn(), TextColumn('{task.description}'),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    text = TextColumn(COMPILING + ': {task.completed} of {task.total}')
+    columns = text, BarColumn(), TimeElapsedColumn(), TextColumn('{task.description}')
+    with contextlib.ExitStack() as stack:
+        # begun with the first kernel: a bar without any still leaves an empty line
+        bar = Progress(*columns, console=Console(stderr=True))
+
         def report(done: int, total: int, name: str) -> None:
-            task = bar.tasks[0].id if bar.tasks else bar.add_task('')
-            bar.update(task, completed=done, total=total, description=name)
+            if not bar.tasks:
+                stack.enter_context(bar)
+                bar.add_task('')
+            bar.update(bar.tasks[0].id, completed=done, total=total, description=name)
 
         prepare(report)
 
@@ -126,8 +129,7 @@ def _say(sentence: str) -> None:
 
 
 def _conclude(sentence: str) -> None:
-    if sentence and sentence not in _warned:
-        _warned.add(sentence)
+    if sentence and sentence != _state:
         logging.getLogger(__name__).warning(sentence)
     _say(sentence)
 

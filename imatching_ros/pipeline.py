@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
+from torch import Tensor
 
 from .bundle.bundle import Bundle, Estimate
 from .geometry.camera import Camera
@@ -24,6 +25,22 @@ class Frame:
     correspondences: Correspondences
     estimate: Estimate
     is_keyframe: bool
+
+
+@dataclass
+class SolvedMap:
+    """The keyframes and the landmarks that a recording gave so far."""
+
+    keyframes: list[Correspondences] = field(default_factory=list)  #: in the order of stamps
+    landmarks: dict[int, Tensor] = field(default_factory=dict)  #: (3,) by track, world
+
+    def add(self, frame: Frame) -> None:
+        """Take what an image brought: a later window's landmark replaces an earlier one's."""
+        window = frame.estimate.window
+        if window is not None:
+            self.landmarks.update(zip(window.track.tolist(), window.points, strict=True))
+        if frame.is_keyframe:
+            self.keyframes.append(frame.correspondences)
 
 
 def track_and_solve(

@@ -18,7 +18,7 @@ from diagnostic_msgs.msg import DiagnosticArray
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.nodes import messages, parameters
 from imatching_ros.nodes.core_node import lossless
-from imatching_ros.replay.domain import free_domain, LOCALHOST
+from imatching_ros.replay.domain import free_domain, LOCALHOST, PATIENT
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 import numpy as np
@@ -32,26 +32,6 @@ ROOT = Path(__file__).parents[1]
 CAMERA = Camera(160, 120, 130.0, 130.0, 79.5, 59.5)
 SECOND = 10**9
 START = 1_700_000_000 * SECOND
-#: Fast DDS: UDP on this machine alone. With ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST it would use
-#: shared memory whatever FASTDDS_BUILTIN_TRANSPORTS says. And a long lease: a process that is
-#: stopped for more than 20 s, on a slow machine, is else taken for gone, and what it missed is not
-#: sent again. One that is killed is missed as late: others then still count its subscriptions.
-PATIENT = """<?xml version="1.0" encoding="UTF-8"?>
-<profiles xmlns="http://www.eprosima.com">
-  <transport_descriptors><transport_descriptor>
-    <transport_id>udp</transport_id><type>UDPv4</type>
-    <interfaceWhiteList><address>127.0.0.1</address></interfaceWhiteList>
-  </transport_descriptor></transport_descriptors>
-  <participant profile_name="udp" is_default_profile="true"><rtps>
-    <builtin><discovery_config>
-      <leaseDuration><sec>600</sec></leaseDuration>
-      <leaseAnnouncement><sec>3</sec></leaseAnnouncement>
-    </discovery_config></builtin>
-    <userTransports><transport_id>udp</transport_id></userTransports>
-    <useBuiltinTransports>false</useBuiltinTransports>
-  </rtps></participant>
-</profiles>
-"""
 
 
 class Ros:

@@ -1,8 +1,4 @@
-"""
-The gradients of the two levels (equations 4 and 7) against differences of solved problems.
-
-For each kernel.
-"""
+"""The gradients of both levels (equations 4, 7) against differences of solved problems."""
 
 from dataclasses import replace
 import importlib.util
@@ -37,9 +33,9 @@ def benchmark():
 
 def window(kernel: Kernel) -> Problem:
     """
-    Four cameras and forty points, 0.7 px of noise of which a tenth is three times as large.
+    Return four cameras and forty points at the optimum, for 0.7 px of noise.
 
-    At the optimum.
+    A tenth of the noise is three times as large.
     """
     g = torch.Generator().manual_seed(3)
 
@@ -74,11 +70,7 @@ def solved(posed: Problem, kernel: Kernel) -> Problem:
 
 
 def other(posed: Problem) -> torch.Tensor:
-    """
-    Return a loss that the bundle does not minimise.
-
-    How far the cameras are from where someone says, and more.
-    """
+    """Return a loss that the bundle does not minimise: of poses, points and residuals."""
     g = torch.Generator().manual_seed(5)
     said = torch.randn(4, 3, generator=g, dtype=torch.float64)
     poses = (posed.T_world_camera[:, :3] - said).square().sum() + posed.T_world_camera[2, 4]
@@ -97,7 +89,7 @@ def direction(posed: Problem, seed: int) -> torch.Tensor:
 def difference(
     posed: Problem, kernel: Kernel, loss, along: torch.Tensor, step: float = 1e-3
 ) -> float:
-    """Central difference of the loss, T* and p* solved again."""
+    """Return the central difference of the loss, with T* and p* solved again."""
     values = [
         loss(solved(replace(posed, xy=posed.xy + x * along), kernel)).item() for x in (step, -step)
     ]
@@ -138,7 +130,7 @@ def test_the_adjoint_gives_the_total_gradient_of_any_objective(case):
         assert abs((partial * along).sum().item() / expected - 1) > 0.1
     # and where both levels have one objective it adds nothing
     own = [by_matches(lambda p: p.cost(kernel), posed, state) for state in
-           (lambda p: optimum(p, kernel), lambda p: (p.T_world_camera, p.points))]  # fmt: skip
+           (lambda p: optimum(p, kernel), lambda p: (p.T_world_camera, p.points))]
     assert (own[0] - own[1]).norm() < 1e-6 * own[1].norm()
 
 

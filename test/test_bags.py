@@ -29,7 +29,7 @@ from test_recording import (
     SIZE,
     START,
     writing,
-)  # fmt: skip
+)
 
 IMAGE, INFO = 'sensor_msgs/msg/Image', 'sensor_msgs/msg/CameraInfo'
 PLUGINS = {'mcap': rosbag2.StoragePlugin.MCAP, 'sqlite3': rosbag2.StoragePlugin.SQLITE3}
@@ -164,7 +164,7 @@ def test_metadata_that_lists_only_the_first_part(tmp_path):
 def expected(whole, at, count=60):
     """Return how many images lie before the cut."""
     return sum(whole.find(noise(k, *SIZE).tobytes()) + SIZE[0] * SIZE[1] <= at
-               for k in range(count))  # fmt: skip
+               for k in range(count))
 
 
 @pytest.mark.parametrize('share', [0.0, 0.02, 0.5, 0.9, 0.97])
@@ -189,7 +189,7 @@ def test_a_file_that_is_cut_short_is_read_up_to_there(tmp_path, kind, share):
 
 
 @pytest.mark.parametrize('compression', [None, rosbag1.Writer.CompressionFormat.BZ2,
-                                         rosbag1.Writer.CompressionFormat.LZ4])  # fmt: skip
+                                         rosbag1.Writer.CompressionFormat.LZ4])
 @pytest.mark.parametrize('name', ['drive.bag', 'drive.bag.active'])
 def test_a_ros1_bag_without_an_index(tmp_path, compression, name):
     writer = rosbag1.Writer(tmp_path / 'whole.bag')
@@ -236,7 +236,7 @@ def test_a_bag_of_ros1_that_cannot_be_read_names_the_way(tmp_path):
         struct.pack('<I', len(field)) + field
         for field in (b'op=\x03', b'index_pos=' + bytes(8), b'conn_count=' + bytes(4),
                       b'chunk_count=' + bytes(4), b'encryptor=rosbag/AesCbcEncryptor')
-    )  # fmt: skip
+    )
     bag.write_bytes(whole[:13] + struct.pack('<I', len(head)) + head + bytes(4))
     assert 'rosbag decrypt' in sentence(bag)
 
@@ -322,7 +322,7 @@ def test_files_that_are_no_bag_say_what_they_are(tmp_path, suffix):
     ('kind', 'mode'),
     [('mcap', 'STORAGE'), ('mcap', 'FILE'), ('mcap', 'MESSAGE'), ('sqlite3', 'FILE'),
      ('sqlite3', 'MESSAGE')],
-)  # fmt: skip
+)
 def test_compressed_bags(tmp_path, kind, mode):
     writer = rosbag2.Writer(tmp_path / 'drive', version=9, storage_plugin=PLUGINS[kind])
     writer.set_compression(rosbag2.CompressionMode[mode], rosbag2.CompressionFormat.ZSTD)
@@ -352,7 +352,7 @@ def record(op, content):
 
 def text(string):
     return struct.pack('<I', len(string)) + (string if isinstance(string, bytes) else
-                                             string.encode())  # fmt: skip
+                                             string.encode())
 
 
 def schema(number, name, encoding='ros2msg', data=b''):
@@ -401,7 +401,7 @@ MAGIC = b'\x89MCAP0\r\n'
 HEAD = MAGIC + record(1, text('ros2') + text('by hand'))
 KNOWN = schema(1, INFO) + schema(2, IMAGE) + channel(1, 1, '/cam/camera_info') + channel(
     2, 2, '/cam/image'
-)  # fmt: skip
+)
 END = record(15, bytes(4)) + record(2, bytes(20)) + MAGIC  # without a summary
 
 
@@ -415,7 +415,7 @@ def test_an_mcap_without_a_summary(tmp_path, compression):
     messages = taken(6)
     chunks = [chunk(KNOWN + b''.join(messages[:4]), compression),
               chunk(b''.join(messages[4:10]), compression),
-              chunk(b''.join(messages[10:]), compression)]  # fmt: skip
+              chunk(b''.join(messages[10:]), compression)]
     assert numbers(mcap(tmp_path, HEAD, *chunks, END)) == list(range(6))
     assert notes(tmp_path / 'drive.mcap') == ''  # its writer wanted it so
     for rest in (b'', record(15, bytes(4)), b'\x06\x00', bytes(4096)):  # as crashes leave it
@@ -459,7 +459,9 @@ def test_a_chunk_that_is_damaged_costs_its_images(tmp_path):
     assert f'{file} is damaged: 1 of its chunks cannot be read' in ' '.join(recording.notes())
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.data())
 @pytest.mark.parametrize('kind', FORMATS)
 def test_damaged_bytes_give_images_or_a_sentence(tmp_path, kind, data):
@@ -509,7 +511,7 @@ def test_an_odd_topic_beside_the_images(tmp_path, name, encoding, data, message_
     ['Header header\nfloat64 x\nTwist command\n', 'Definition of my_msgs/State\n', '',
      '# readings\nsensor_msgs/Imu imu\nmy_msgs/Measure'],
     ids=['rosjava', 'shapeshifter', 'none', 'cut'],
-)  # fmt: skip
+)
 @pytest.mark.parametrize('kind', FORMATS)
 def test_an_odd_definition_beside_the_images(tmp_path, kind, definition):
     digest = {'md5sum': '0' * 32} if kind == 'rosbag1' else {'rihs01': 'RIHS01_' + '0' * 64}
@@ -524,7 +526,7 @@ def test_an_odd_definition_beside_the_images(tmp_path, kind, definition):
 
 
 @pytest.mark.parametrize('pattern', ['sensor_msgs/{}', 'sensor_msgs::msg::{}',
-                                     'sensor_msgs::msg::dds_::{}_'])  # fmt: skip
+                                     'sensor_msgs::msg::dds_::{}_'])
 def test_types_by_other_names_are_the_same(tmp_path, pattern):
     known = KNOWN.replace(schema(1, INFO), schema(1, pattern.format('CameraInfo'))).replace(
         schema(2, IMAGE), schema(2, pattern.format('Image'))

@@ -129,11 +129,7 @@ def test_scaling_keeps_the_geometry():
 
 
 def test_binning_is_the_mean_of_its_pixels():
-    """
-    The centre of a picture's light stays where it is.
-
-    One bright pixel, and the mean of those around it.
-    """
+    """The centre of a picture's light stays where it is, whatever the picture."""
     camera = Camera(
         640, 480, *(400.0, 405.0, 321.0, 238.0), 'plumb_bob', (-0.28, 0.074, 2e-4, 1.8e-5)
     )
@@ -163,7 +159,7 @@ def info(k=GOOD, d=(), model='plumb_bob', p=(0.0,) * 12, size=(640, 480), roi=(0
         width=size[0], height=size[1], k=list(k), d=list(d), distortion_model=model, p=list(p),
         roi=SimpleNamespace(x_offset=x, y_offset=y, width=width, height=height),
         binning_x=binning, binning_y=binning,
-    )  # fmt: skip
+    )
 
 
 def projection(fx, fy, cx, cy):
@@ -226,7 +222,7 @@ def test_region_and_binning_hold_for_p_as_for_k():
         ('kannala_brandt4', [0.1] * 4 + [0], 'equidistant', (0.1,) * 4),
         ('Equidistant', [0.1, 0.2], 'equidistant', (0.1, 0.2, 0.0, 0.0)),
     ],
-)  # fmt: skip
+)
 def test_lens_models_by_their_names(model, given, name, coefficients):
     camera = Camera.from_camera_info(info(d=given, model=model))
     assert (camera.distortion_model, camera.distortion) == (name, coefficients)
@@ -327,7 +323,7 @@ def test_what_is_merely_odd_is_said():
         ('/kitti/camera_gray_left/image_raw', False), ('/my/kitti/camera_gray_left/image', False),
         ('', False), ('compressed', False),
     ],
-)  # fmt: skip
+)
 def test_topics_of_rectified_images(topic, rectified):
     assert is_rectified(topic) == rectified
 

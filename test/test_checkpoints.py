@@ -31,10 +31,10 @@ notes, refused = checkpoints.resume(sys.argv[1], learner)
 print(learner.step_count, *refused, flush=True)
 while True:
     learner.step_count += 1
-    for parameter in learner._candidate.parameters():
+    for parameter in learner.candidate.matcher.parameters():
         parameter.data.fill_(learner.step_count)
     if learner.step_count % 5 == 0:
-        learner._use(learner._candidate, parent=learner.version)
+        learner.use(learner.candidate.matcher, parent=learner.version)
     checkpoints.save(sys.argv[1], learner, told=learner.step_count)
     print(learner.step_count, flush=True)
 """
@@ -43,7 +43,7 @@ while True:
 def learner_at(shipped, step):
     learner = Learner(*shipped, CAMERA)
     learner.step_count = step
-    for parameter in learner._candidate.parameters():
+    for parameter in learner.candidate.matcher.parameters():
         parameter.data.fill_(step)
     return learner
 
@@ -55,11 +55,11 @@ def fresh(shipped):
 
 def test_what_is_saved_is_what_comes_back(shipped, fresh, tmp_path):
     learner = learner_at(shipped, 7)
-    optimiser = learner._optimiser
-    for parameter in learner._candidate.parameters():
+    optimiser = learner.candidate.optimiser
+    for parameter in learner.candidate.matcher.parameters():
         parameter.grad = torch.full_like(parameter, 0.1)
     optimiser.step()
-    learner._use(learner._candidate, parent=0)
+    learner.use(learner.candidate.matcher, parent=0)
     learner.promotions = 1
     path = checkpoints.save(tmp_path, learner, place='kitchen')
     assert checkpoints.resume(tmp_path, fresh) == ({'place': 'kitchen'}, [])
@@ -69,10 +69,10 @@ def test_what_is_saved_is_what_comes_back(shipped, fresh, tmp_path):
         assert one[0] == two[0] and torch.equal(one[1], two[1])
     # ... and goes on alike
     for each in (learner, fresh):
-        for parameter in each._candidate.parameters():
+        for parameter in each.candidate.matcher.parameters():
             parameter.grad = torch.full_like(parameter, 0.1)
-        each._optimiser.step()
-    assert torch.equal(fresh._candidate.log_cov, learner._candidate.log_cov)
+        each.candidate.optimiser.step()
+    assert torch.equal(fresh.candidate.matcher.log_cov, learner.candidate.matcher.log_cov)
     manifest = json.loads(path.read_text())
     assert (
         manifest['version'] == 1
@@ -97,7 +97,7 @@ def test_only_the_newest_are_kept(shipped, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         'checkpoint_00000005.json', 'checkpoint_00000006.json', 'notes.txt',
         'state_00000005.safetensors', 'state_00000006.safetensors', 'version_0000.safetensors',
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope='module')
@@ -127,7 +127,7 @@ def rewrite(folder, **changes):
 
 
 def other_network(folder):
-    """Whole, but of a network of other shapes."""
+    """Return weights that are whole, but of a network of other shapes."""
     path = folder / 'state_00000001.safetensors'
     path.write_bytes(safetensors.torch.save({'candidate.weight': torch.zeros(3)}))
     rewrite(folder, state={'file': path.name, 'sha256': checkpoints._digest(path)})
@@ -165,7 +165,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_and_the_one_before_is_used(
     spoil(folder)
     notes, refused = checkpoints.resume(folder, fresh)
     assert notes == {'said': 1} and fresh.step_count == 1
-    assert fresh._candidate.log_cov.tolist() == [1.0, 1.0]
+    assert fresh.candidate.matcher.log_cov.tolist() == [1.0, 1.0]
     assert len(refused) == 1 and reason in refused[0] and '\n' not in refused[0]
 
 
@@ -186,15 +186,11 @@ def test_where_nothing_is_whole_nothing_changes(two, fresh, tmp_path):
 
 
 class Crash(BaseException):
-    """The process ends here."""
+    """What ends the process here."""
 
 
 def crash_after(patched, operations):
-    """
-    Of all that touches the disk, so many calls are done, and the next one ends the process.
-
-    What is left of them.
-    """
+    """Let the process end after so many calls of all that touches the disk."""
     left = [operations]
 
     def counted(function):
@@ -218,7 +214,7 @@ def test_a_crash_at_any_operation_leaves_the_old_or_the_new_one(
         folder = tmp_path / str(operations)
         shutil.copytree(two, folder)
         learner = learner_at(shipped, 3)
-        learner._use(learner._candidate, parent=0)
+        learner.use(learner.candidate.matcher, parent=0)
         with monkeypatch.context() as patched:
             left = crash_after(patched, operations)
             try:
@@ -228,7 +224,7 @@ def test_a_crash_at_any_operation_leaves_the_old_or_the_new_one(
             done = left[0] > 0
         notes, refused = checkpoints.resume(folder, fresh)
         assert notes in ({'said': 2}, {'said': 3}) and refused == []
-        assert fresh._candidate.log_cov.tolist() == [float(notes['said'])] * 2
+        assert fresh.candidate.matcher.log_cov.tolist() == [float(notes['said'])] * 2
         if done:
             break
     assert operations >= 8 and notes == {'said': 3}
@@ -258,5 +254,5 @@ def test_a_process_killed_at_any_moment_loses_at_most_one_update(shipped, tmp_pa
     learner = Learner(*shipped, CAMERA)
     notes, refused = checkpoints.resume(tmp_path, learner)
     assert refused == [] and told <= notes['told'] <= told + 1 and told >= 9
-    assert set(learner._candidate.log_cov.tolist()) == {float(notes['told'])}
+    assert set(learner.candidate.matcher.log_cov.tolist()) == {float(notes['told'])}
     assert learner.version == notes['told'] // 5

@@ -1,8 +1,4 @@
-"""
-The commands, on rendered recordings and on what is wrong.
-
-That is everything that can be wrong with what a user gives them.
-"""
+"""The commands, on rendered recordings and on all that can be wrong with what they are given."""
 
 import json
 import os
@@ -15,6 +11,7 @@ import sys
 from imatching_ros import cli
 from imatching_ros.data.recording import open_recording
 from imatching_ros.evaluation.matching import evaluate_matching, evaluation_pairs
+from imatching_ros.evaluation.measure import GAP
 from imatching_ros.matching import weights
 import numpy as np
 import pytest
@@ -35,11 +32,7 @@ def imatching(*arguments, folder):
 
 
 def one_sentence(text):
-    """
-    Return what stderr says, less the program's name.
-
-    Fails where it is more or less than one line.
-    """
+    """Return what stderr says without the program's name; fails where that is not one line."""
     lines = text.splitlines()
     assert len(lines) == 1 and lines[0].startswith('imatching: ') and 'Traceback' not in text, text
     return lines[0].removeprefix('imatching: ')
@@ -68,7 +61,7 @@ def refused(capsys, *arguments, code=2):
     ],
 )
 def test_a_camera_does_not_swallow_the_recording(words, camera, bag):
-    options = cli._parser().parse_args(cli._joined(['evaluate', *words.split()]))
+    options = cli.parse(['evaluate', *words.split()])
     assert (options.camera, str(options.data)) == (camera, bag)
 
 
@@ -80,7 +73,7 @@ def test_a_camera_does_not_swallow_the_recording(words, camera, bag):
     ],
 )  # fmt: skip
 def test_every_command_takes_a_camera(tmp_path, capsys, monkeypatch, command, more):
-    """And says what is wrong with it; without one it says how to give it."""
+    """Each says what is wrong with the one that is given, and without one how to give it."""
     monkeypatch.chdir(tmp_path)
     bag = without_camera_info(tmp_path)
     assert 'give --camera fx fy cx cy [model]' in refused(capsys, command, bag, *more)
@@ -207,6 +200,7 @@ def test_a_bad_bag_is_one_sentence_in_every_command(tmp_path, monkeypatch, capsy
 def test_a_bad_image_is_one_sentence(tmp_path, monkeypatch, capsys, make, says):
     monkeypatch.chdir(tmp_path)
     bag = make(tmp_path)
+    (bag / 'groundtruth.txt').write_text('12.0 0 0 0 0 0 0 1\n')  # so that it comes to the images
     for arguments in (
         ['tune', bag, '--out', 'w.safetensors', '--train-fraction', '1'],
         ['evaluate', bag],
@@ -330,13 +324,29 @@ def test_help_says_what_a_command_does(capsys, command):
         cli.main([command, '--help'])
     assert stop.value.code == 0
     text = ' '.join(capsys.readouterr().out.split())
-    assert text.startswith(f'usage: imatching {command}') and getattr(cli, command).__doc__ in text
+    assert text.startswith(f'usage: imatching {command}') and cli.COMMANDS[command][1] in text
 
 
 def test_help_and_version_of_the_program(tmp_path):
     process = imatching('--help', folder=tmp_path)
     assert process.returncode == 0 and all(command in process.stdout for command in COMMANDS)
     assert imatching('--version', folder=tmp_path).stdout.strip() == cli.__version__
+    whole = [sys.executable, '-m', 'imatching_ros', '--version']
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    said = subprocess.run(whole, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (said.returncode, said.stdout.strip()) == (0, cli.__version__)
+
+
+def test_the_command_line_is_understood_before_anything_heavy_is_imported(tmp_path):
+    code = (
+        'import sys; from imatching_ros import cli; cli.parse(["export", "bag", "--map", "m"]); '
+        'print([m for m in ("torch", "numpy", "cv2", "rclpy", "numba") if m in sys.modules])'
+    )
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    said = subprocess.run(
+        [sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == '[]', said
 
 
 REPORT = {
@@ -351,11 +361,7 @@ STEPS = 12
 
 @pytest.fixture(scope='module')
 def tuned(tmp_path_factory, dusk, worn):
-    """
-    Return the folder where `imatching tune` went on, and its process.
-
-    It went on from weights that were there.
-    """
+    """Return the folder where `imatching tune` went on from weights, and its process."""
     folder = tmp_path_factory.mktemp('tuned')
     weights.save(folder / 'w.safetensors', worn[0], 0, 0)
     process = imatching(
@@ -398,7 +404,7 @@ def test_what_tune_says_of_before_and_after_is_true(tuned, dusk, worn):
     folder, _ = tuned
     matching = json.loads((folder / 'run' / 'report.json').read_text())['matching']
     recording = open_recording(dusk)
-    pairs = evaluation_pairs(recording, 56 + cli.GAP, len(recording) - 1)
+    pairs = evaluation_pairs(recording, 56 + GAP, len(recording) - 1)
     matcher, info = weights.load(folder / 'w.safetensors')
     for when, one in (('before', worn[0]), ('after', matcher)):
         accuracy = evaluate_matching(one, recording, pairs)
@@ -461,7 +467,7 @@ def spoilt(tmp_path_factory, daylight):
 
 
 def said_of(spoilt, text):
-    """Fails unless what was left out is said, once."""
+    """Fail unless what was left out is said, once."""
     text = ' '.join(text.split())
     assert text.count('2 of 40 images were left out: ') == 1, text
     assert '1 that cannot be read (the image has 9000 bytes, ' in text

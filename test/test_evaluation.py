@@ -17,6 +17,7 @@ from imatching_ros.evaluation.matching import (
     pose_auc,
     true_matches,
 )
+from imatching_ros.evaluation.measure import compare, Comparison, GAP
 from imatching_ros.evaluation.trajectory import associate, trajectory_accuracy
 from imatching_ros.geometry import lie
 from imatching_ros.geometry.camera import Camera
@@ -31,11 +32,7 @@ FRAME_NS = 33_333_333
 
 @dataclass
 class World:
-    """
-    Ray-cast recording: a wall at z = 4 m behind a strip |x| < 0.3 m at z = 2 m.
-
-    The camera's poses are given.
-    """
+    """A recording of given poses: a wall at z = 4 m behind a strip |x| < 0.3 m at z = 2 m."""
 
     T_world_camera: torch.Tensor
     strip: bool = True
@@ -96,11 +93,7 @@ class World:
 
 @dataclass
 class Oracle:
-    """
-    A matcher that knows the scene, and adds a known error to each query's match.
-
-    On the way back it takes it away again.
-    """
+    """A matcher that knows the scene, and adds a known error; on the way back it takes it away."""
 
     world: World
     error: torch.Tensor = field(default_factory=lambda: torch.zeros(1))
@@ -265,6 +258,20 @@ def test_matches_that_are_nan_are_misses():
     figures = evaluate_matching(Blind(), world, evaluation_pairs(world, 0, 5, steps=(5,)))
     assert (figures.mma_5px, figures.auc_20) == (0.0, 0.0)
     assert figures.points > 0
+
+
+def test_before_and_after_are_of_images_that_did_not_train_and_show_the_typical_pair():
+    world, said = World(_sideways(24)), []
+    three_px, exact = Oracle(world, torch.tensor([3.0])), Oracle(world)
+    compared = compare(world, 5, three_px, exact, lambda *started: said.append(started))
+    assert (compared.before.mma_1px, compared.before.mma_5px) == (0.0, 100.0)
+    assert compared.after.mma_1px == 100.0
+    # 14 images are left, of which 9 have one 5 later, and 4 one 10 later
+    assert said == [('before', 13), ('after', 13)] and compared.after.pairs == 13
+    before, after = compared.typical
+    assert before.pair is after.pair and before.pair.reference >= (5 + GAP) * FRAME_NS
+    assert before.error_px[before.visible].mean() > 2.9 > after.error_px[after.visible].max()
+    assert compare(world, 22, three_px, exact) == Comparison()
 
 
 def test_without_depth_only_the_pose_is_measured():

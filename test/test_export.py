@@ -1,13 +1,9 @@
-"""
-What other programs read.
-
-COLMAP's own reader opens, triangulates and adjusts what is exported.
-"""
+"""What other programs read: COLMAP itself opens, triangulates and adjusts what is exported."""
 
 import importlib.util
 from pathlib import Path
 
-from imatching_ros import cli
+from imatching_ros import cli, files
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording
 from imatching_ros.evaluation.matching import evaluation_pairs, true_matches
@@ -16,7 +12,6 @@ from imatching_ros.export.colmap import camera_model, write_colmap
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect
-from imatching_ros.nodes.run_files import read_trajectory
 import numpy as np
 import pytest
 import torch
@@ -44,11 +39,7 @@ def pycolmap():
 
 @pytest.fixture(scope='module')
 def exported(daylight, tmp_path_factory):
-    """
-    Return the folder that `imatching export` wrote of the daylight recording.
-
-    Colmap/ and map/.
-    """
+    """Return the folder with colmap/ and map/ that `imatching export` wrote of a recording."""
     folder = tmp_path_factory.mktemp('exported')
     cli.main(
         ['export', str(daylight), '--colmap', str(folder / 'colmap'), '--map', str(folder / 'map')]
@@ -127,7 +118,7 @@ def test_colmap_triangulates_and_adjusts_what_was_exported(pycolmap, exported, d
 
 
 def test_the_map_is_the_models_trajectory(pycolmap, exported):
-    stamps, poses = read_trajectory(exported / 'map')
+    stamps, poses = files.read_tum(exported / 'map' / files.TRAJECTORY)
     model = pycolmap.Reconstruction(exported / 'colmap' / 'sparse')
     centres = {
         int(image.name.split('.')[0]): image.projection_center() for image in model.images.values()
@@ -182,11 +173,7 @@ def test_a_recording_too_short_for_a_map_exports_its_images(pycolmap, tmp_path):
 
 @pytest.fixture
 def rtabmap(daylight):
-    """
-    RTAB-Map's part played by hand.
-
-    The adapter as it imports it, and the detections of two images with the truth.
-    """
+    """Return the adapter as RTAB-Map imports it, detections of two images, and the truth."""
     path = Path(cli.__file__).parent / 'export' / 'rtabmap_imatching.py'
     specification = importlib.util.spec_from_file_location('rtabmap_imatching', path)
     adapter = importlib.util.module_from_spec(specification)
@@ -203,11 +190,7 @@ def rtabmap(daylight):
 
 
 def right(adapter, seen, truth, visible, kept=(slice(None), slice(None))):
-    """
-    Return the share of pairs that are right, and their number.
-
-    RTAB-Map may have left some of the key points out.
-    """
+    """Return the share of pairs that are right, and their number, of the key points kept."""
     (one, rows_one), (two, rows_two) = (
         (kpts[keep], rows[keep]) for (kpts, rows), keep in zip(seen, kept, strict=True)
     )

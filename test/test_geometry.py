@@ -1,8 +1,4 @@
-"""
-Rigid transforms against pypose.
-
-Two-view, pose from points and triangulation on exact and on spoilt input.
-"""
+"""Rigid transforms against pypose; poses and triangulation on exact and on spoilt input."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,9 +19,9 @@ def random_poses(n, seed=0, spread=1.0):
 
 def scene(views=5, points=200, seed=0, noise_px=0.0):
     """
-    Cameras along x that look at a box of points 3 to 8 away.
+    Return cameras along x that look at a box of points 3 to 8 away.
 
-    T_world_camera, points, xy (points, views, 2).
+    They are T_world_camera, points, and xy (points, views, 2).
     """
     g = torch.Generator().manual_seed(seed)
     T = lie.identity(views)

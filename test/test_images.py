@@ -23,7 +23,7 @@ sides = st.integers(1, 9)
 
 
 def packed(samples: np.ndarray, padding: int, big: bool) -> tuple[int, bytes]:
-    """Step and bytes of samples (H, W, C), each row followed by padding of arbitrary bytes."""
+    """Return step and bytes of samples (H, W, C), each row padded by arbitrary bytes."""
     rows = [
         row.astype(row.dtype.newbyteorder('>' if big else '<')).tobytes() + b'\xa5' * padding
         for row in samples
@@ -66,11 +66,7 @@ def test_mono_keeps_every_pixel_in_its_place(seed, height, width, padding, big, 
 
 
 def bilinear_grey(mosaic: np.ndarray, pattern: str) -> np.ndarray:
-    """
-    Grey of a Bayer mosaic without its border.
-
-    Every missing colour is the mean of its nearest neighbours.
-    """
+    """Return the grey of a Bayer mosaic without its border, from means of the nearest."""
     height, width = mosaic.shape
     out = np.zeros((height - 2, width - 2))
     for v in range(1, height - 1):
@@ -80,7 +76,7 @@ def bilinear_grey(mosaic: np.ndarray, pattern: str) -> np.ndarray:
                     (abs(dv) + abs(du), float(mosaic[v + dv, u + du]))
                     for dv in (-1, 0, 1) for du in (-1, 0, 1)
                     if pattern[2 * ((v + dv) % 2) + (u + du) % 2] == colour
-                ]  # fmt: skip
+                ]
                 nearest = min(distance for distance, _ in near)
                 out[v - 1, u - 1] += WEIGHTS[colour] * np.mean(
                     [value for d, value in near if d == nearest]
@@ -90,7 +86,7 @@ def bilinear_grey(mosaic: np.ndarray, pattern: str) -> np.ndarray:
 
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.integers(4, 9), st.integers(4, 9), st.integers(0, 7), st.booleans(),
-       st.sampled_from([name for name in ENCODINGS if name.startswith('bayer')]))  # fmt: skip
+       st.sampled_from([name for name in ENCODINGS if name.startswith('bayer')]))
 def test_bayer_is_demosaicked_by_its_own_pattern(seed, height, width, padding, big, encoding):
     dtype = np.uint16 if encoding.endswith('16') else np.uint8
     mosaic = np.random.default_rng(seed).integers(
@@ -126,7 +122,7 @@ GENERIC = {
     '16UC3': ('u2', 'bgr'), '16UC4': ('u2', 'bgra'), 'rgb16': ('u2', 'rgb'),
     'bgr16': ('u2', 'bgr'), 'rgba16': ('u2', 'rgba'), 'bgra16': ('u2', 'bgra'),
     'BGR8': ('u1', 'bgr'),
-}  # fmt: skip
+}
 
 
 @settings(max_examples=80, deadline=None)
@@ -150,7 +146,7 @@ def test_generic_encodings_are_those_of_cv_bridge(seed, height, width, padding, 
     st.sampled_from(['nv12', 'NV21', 'nv16', 'nv24', 'i420']),
 )
 def test_planar_yuv_gives_its_luma(seed, height, width, padding, together, encoding):
-    """Also where the step is that of all planes together, as some drivers have it."""
+    """It does so too where the step is that of all planes together, as some drivers have it."""
     height, width = 2 * height, 2 * width
     share = {'nv16': 2, 'nv24': 3}.get(encoding, 1.5)
     step = width if together else width + padding
@@ -293,7 +289,7 @@ def test_jpeg_decodes_and_an_orientation_mark_turns_nothing():
         ('.png', []), ('.jpg', []), ('.jpg', [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]),
         ('.jpg', [cv2.IMWRITE_JPEG_RST_INTERVAL, 2, cv2.IMWRITE_JPEG_OPTIMIZE, 1]),
     ],
-)  # fmt: skip
+)
 def test_a_file_says_its_size_before_it_is_decoded(kind, how):
     data = cv2.imencode(kind, picture(), how)[1].tobytes()
     assert compressed_size(data) == (48, 64)
@@ -337,7 +333,7 @@ def test_a_cut_file_is_refused(kind, share):
 
 
 @pytest.mark.parametrize('how', [[], [cv2.IMWRITE_JPEG_RST_INTERVAL, 2],
-                                 [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]])  # fmt: skip
+                                 [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]])
 def test_a_jpeg_that_lacks_nothing_but_its_end_is_read(how):
     data = cv2.imencode('.jpg', picture(), how)[1].tobytes()
     assert data.endswith(b'\xff\xd9')

@@ -4,9 +4,9 @@ The launch file and the package around it.
 With launch_ros and an installed package, the whole for real.
 """
 
-import ast
 import contextlib
 from dataclasses import dataclass
+import importlib
 import itertools
 import json
 import os
@@ -18,95 +18,99 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import xml.etree.ElementTree as ElementTree
 
+from imatching_ros import __version__
 from imatching_ros.nodes import parameters
+import launch_file
 import pytest
+import setuptools
 
-ROOT = Path(__file__).parents[1]
-LAUNCH = ROOT / 'launch' / 'imatching.launch.py'
-TREE = ast.parse(LAUNCH.read_text(), str(LAUNCH))
-
-
-def arguments() -> dict[str, str]:
-    """Names and defaults."""
-    table = next(
-        n.value for n in TREE.body if isinstance(n, ast.Assign) and n.targets[0].id == 'ARGUMENTS'
-    )
-    return {name: default for name, default, _ in ast.literal_eval(table)}
-
-
-def texts(kind: type, *children: str) -> set[str]:
-    """All texts that stand in the given places of one kind of syntax."""
-    found = set()
-    for node in ast.walk(TREE):
-        if isinstance(node, kind):
-            for child in children:
-                value = getattr(node, child)
-                values = value if isinstance(value, list) else [value]
-                found |= {
-                    v.value
-                    for v in values
-                    if isinstance(v, ast.Constant) and isinstance(v.value, str)
-                }
-    return found
-
-
-def console_scripts() -> set[str]:
-    return set(re.findall(r"'(\w+) = ", (ROOT / 'setup.py').read_text()))
-
-
-def test_launch_file_has_the_arguments_of_the_interface():
-    compile(TREE, str(LAUNCH), 'exec')
-    assert list(arguments()) == [
-        'namespace', 'params_file', 'image_topic', 'camera_info_topic', 'image_transport',
-        'rectified', 'external_odometry', 'use_sim_time', 'autostart', 'learning', 'composed',
-        'device', 'weights', 'bag', 'camera', 'rate', 'rviz',
-    ]  # fmt: skip
-    assert arguments()['autostart'] == arguments()['learning'] == 'true'
+ROOT = launch_file.ROOT
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """
-    Return what the launch file would start, as a function of its arguments.
+def file(monkeypatch):
+    """Return the launch file, run with stand-ins for what has no wheels."""
+    return launch_file.LaunchFile(monkeypatch)
 
-    launch, launch_ros and ament_index_python have no wheels: stand-ins here collect what they are
-    given.
-    """
 
-    class Collected:
-        def __init__(self, *args, **kwargs):
-            self.args, self.__dict__ = args, {**kwargs, 'args': args}
+@pytest.fixture
+def started(file):
+    """Return what the launch file would start, as a function of its arguments."""
+    return file.start
 
-    class LaunchConfiguration(Collected):
-        def perform(self, context):
-            return context[self.args[0]]
 
-    stand_ins = {
-        'ament_index_python.packages': {'get_package_share_directory': lambda _: str(ROOT)},
-        'launch': {'LaunchDescription': list},
-        'launch.actions': dict.fromkeys(
-            ('DeclareLaunchArgument', 'EmitEvent', 'OpaqueFunction'), Collected
-        ),
-        'launch.events': {'matches_action': Collected},
-        'launch.events.process': {'ShutdownProcess': Collected},
-        'launch.substitutions': {'LaunchConfiguration': LaunchConfiguration},
-        'launch_ros.actions': {'Node': Collected},
+def test_launch_file_has_the_arguments_of_the_interface(file):
+    assert list(file.arguments) == [
+        'namespace', 'params_file', 'image_topic', 'camera_info_topic', 'image_transport',
+        'rectified', 'external_odometry', 'use_sim_time', 'autostart', 'learning', 'composed',
+        'device', 'weights', 'bag', 'camera', 'rate', 'rviz',
+    ]
+    assert file.arguments['autostart'] == file.arguments['learning'] == 'true'
+
+
+def test_the_nodes_are_started_as_the_arguments_say(started):
+    nodes = started()
+    assert list(nodes) == ['matcher', 'bundle', 'learner']
+    for role, node in nodes.items():
+        assert (node.package, node.name, node.namespace) == ('imatching_ros', role, '')
+        assert node.parameters == [
+            str(ROOT / 'config' / 'imatching.yaml'),
+            {'use_sim_time': False, 'autostart': True, 'image_transport': 'raw'},
+        ]
+        # a node ends the piece of work in hand, up to 20 s, before it is made to
+        assert float(node.sigterm_timeout) > 20 and node.output == 'screen'
+    nodes = started(
+        namespace='robot', learning='false', use_sim_time='true', autostart='False',
+        image_transport='compressed', rectified='always', device='cuda',
+    )
+    assert list(nodes) == ['matcher', 'bundle']
+    for node in nodes.values():
+        assert node.namespace == 'robot' and node.parameters[1] == {
+            'use_sim_time': True, 'autostart': False, 'image_transport': 'compressed',
+            'rectified': 'always', 'device': 'cuda',
+        }
+
+
+def test_composed_nodes_are_one_process_that_knows_which(started):
+    for learning, roles in (('true', [*parameters.NODES]), ('false', ['matcher', 'bundle'])):
+        (node,) = started(composed='true', learning=learning, namespace='robot').values()
+        assert (node.executable, node.name, node.namespace) == ('imatching_node', None, 'robot')
+        assert node.parameters[1]['nodes'] == roles
+
+
+@pytest.mark.parametrize('composed', ['false', 'true'])
+def test_a_node_that_is_killed_or_crashes_is_started_again_one_that_ends_is_not(
+    started, tmp_path, composed
+):
+    nodes = started(composed=composed, bag=str(tmp_path))
+    player = nodes.pop('player')
+    for node in nodes.values():
+        ended = {code: launch_file.is_ended(node, code) for code in (0, 2, 1, -9, -11)}
+        assert ended == {0: True, 2: True, 1: False, -9: False, -11: False}
+        assert 0 < node.respawn_delay < 10
+    # the recording is not played twice
+    assert all(launch_file.is_ended(player, code) for code in (0, 2, 1, -9))
+
+
+def test_the_player_gets_the_recording_and_the_clock(started, tmp_path, monkeypatch):
+    (tmp_path / 'room').mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = {'rate': '0.5', 'camera': '1 2 3 4', 'use_sim_time': 'true', 'namespace': 'robot'}
+    player = started(bag='room', **given)['player']
+    assert (player.name, player.namespace) == ('player', 'robot')
+    assert player.parameters[1] == {
+        'use_sim_time': True, 'clock': True, 'bag': str(tmp_path / 'room'), 'rate': 0.5,
+        'image_topic': '', 'camera': '1 2 3 4',
     }
-    for name, contents in stand_ins.items():
-        module = types.ModuleType(name)
-        vars(module).update(contents)
-        monkeypatch.setitem(sys.modules, name, module)
-    for parent in ('ament_index_python', 'launch_ros'):
-        monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
-
-    def start(**given):
-        nodes = runpy.run_path(str(LAUNCH))['start']({**arguments(), **given})
-        return {node.executable.removesuffix('_node'): node for node in nodes}
-
-    return start
+    assert started(bag='room')['player'].parameters[1] == {
+        'use_sim_time': False, 'clock': False, 'bag': str(tmp_path / 'room'), 'rate': 1.0,
+        'image_topic': '',
+    }
+    weights = tmp_path / 'w.safetensors'
+    weights.touch()
+    assert started(weights='w.safetensors')['learner'].parameters[1]['weights'] == str(weights)
 
 
 def test_a_camera_of_a_recording_with_several_is_chosen_by_the_topic_arguments(started, tmp_path):
@@ -120,13 +124,26 @@ def test_a_camera_of_a_recording_with_several_is_chosen_by_the_topic_arguments(s
     assert nodes['matcher'].parameters[1]['rectified'] == 'never'
     assert ('image', '/left/image_raw') in nodes['matcher'].remappings
     assert ('image', '/left/image_raw') in nodes['player'].remappings
+    assert all(('camera_info', '/left/info') in node.remappings for node in nodes.values())
     alone = started(bag=str(tmp_path))['player'].parameters[1]
     assert alone['image_topic'] == '' and not {'camera_info_topic', 'rectified'} & set(alone)
 
 
-def test_what_the_launch_file_cannot_use_is_refused(started):
-    with pytest.raises(ValueError, match='rectified:=sometimes must be auto, always or never'):
-        started(rectified='sometimes')
+@pytest.mark.parametrize(
+    ('given', 'says'),
+    [
+        ({'rectified': 'sometimes'}, 'rectified:=sometimes must be auto, always or never'),
+        ({'params_file': '/missing.yaml'}, 'params_file:=/missing.yaml does not exist'),
+        ({'weights': '/missing'}, 'weights:=/missing does not exist'),
+        ({'bag': '/missing'}, 'bag:=/missing does not exist'),
+        ({'image_transport': 'theora'}, 'image_transport:=theora must be raw or compressed'),
+        ({'learning': 'maybe'}, 'learning:=maybe must be true or false'),
+        ({'bag': '/', 'rate': 'fast'}, 'rate:=fast must be a number'),
+    ],
+)
+def test_what_the_launch_file_cannot_use_is_refused(started, given, says):
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        started(**given)
 
 
 def everything(started, folder):
@@ -137,12 +154,26 @@ def everything(started, folder):
     return started(**given, rviz='true'), started(**given, composed='true')
 
 
-def test_launch_file_starts_executables_that_are_installed(started, tmp_path):
+@pytest.fixture
+def package(monkeypatch):
+    """Return what setup.py tells setuptools."""
+    told = {}
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, 'setup', lambda **given: told.update(given))
+    runpy.run_path('setup.py')
+    return told
+
+
+def test_launch_file_starts_executables_that_are_installed(started, package, tmp_path):
     apart, composed = everything(started, tmp_path)
     assert set(apart) == {*parameters.NODES, 'player', 'rviz2'}
     assert set(composed) == {'imatching', 'player'}
-    ours = {*apart, *composed} - {'rviz2'}
-    assert {f'{role}_node' for role in ours} <= console_scripts()
+    scripts = dict(line.split(' = ') for line in package['entry_points']['console_scripts'])
+    assert set(scripts) == {'imatching', *(f'{role}_node' for role in {*apart, *composed} - {
+        'rviz2'})}
+    for place in scripts.values():
+        module, _, function = place.partition(':')
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_launch_file_sets_parameters_that_are_declared(started, tmp_path):
@@ -169,30 +200,44 @@ def test_launch_file_remaps_topics_that_the_nodes_have(started):
         }
 
 
-def test_views_show_topics_that_the_nodes_have():
-    nodes = ''.join(file.read_text() for file in (ROOT / 'imatching_ros' / 'nodes').glob('*.py'))
+def test_views_are_relative_to_the_namespace(started):
+    given = {'rviz': 'true', 'namespace': 'robot', 'image_topic': '/cam/image_raw/compressed'}
+    rviz = started(**given)['rviz2']
+    assert (rviz.package, rviz.namespace) == ('rviz2', 'robot')
+    assert rviz.arguments == ['-d', str(ROOT / 'config' / 'imatching.rviz')]
+    shown = re.findall(r'Value: /([\w/]+)$', Path(rviz.arguments[1]).read_text(), re.MULTILINE)
+    own = {f'/{topic}': topic for topic in shown if topic != 'image'}
+    assert dict(rviz.remappings) == {**own, '/image': '/cam/image_raw'}
+
+
+def test_views_show_topics_that_the_nodes_have(tmp_path):
+    """The nodes are real, and run: their topics are those that ROS has."""
+    from ros import Ros
+
     rviz = (ROOT / 'config' / 'imatching.rviz').read_text()
     shown = set(re.findall(r'Value: /([\w/]+)$', rviz, re.MULTILINE))
     assert {'image', 'debug/matches', 'landmarks', 'keyframes', 'odometry'} == shown
-    # each of them is remapped
-    assert shown - {'image'} == texts(ast.Tuple, 'elts') & shown - {'image'}
     foxglove = json.loads((ROOT / 'config' / 'foxglove.json').read_text())
     panels = foxglove['configById']
 
     def leaves(layout) -> list[str]:
-        return (
-            [layout]
-            if isinstance(layout, str)
-            else leaves(layout['first']) + leaves(layout['second'])
-        )
+        if isinstance(layout, str):
+            return [layout]
+        return leaves(layout['first']) + leaves(layout['second'])
 
     assert sorted(leaves(foxglove['layout'])) == sorted(panels)
     shown |= set(re.findall(r'"/([\w/]+)"', json.dumps(panels)))
     assert shown == {
         'image', 'debug/matches', 'landmarks', 'keyframes', 'odometry', 'learning', 'diagnostics',
     }
-    for topic in shown:
-        assert re.search(rf"'/?{topic}'", nodes), topic
+    ros = Ros(tmp_path)
+    try:
+        for role in parameters.NODES:
+            ros.start(role)
+        topics = ros.node.get_topic_names_and_types
+        ros.wait(lambda: {f'/{topic}' for topic in shown} <= {name for name, _ in topics()})
+    finally:
+        ros.close()
 
 
 def test_package_names_what_launch_and_nodes_import():
@@ -201,18 +246,16 @@ def test_package_names_what_launch_and_nodes_import():
     assert re.fullmatch(r'[^@\s]+@[^@\s]+\.[a-z]+', package.find('maintainer').get('email'))
     depends = {element.text for element in package if element.tag.endswith('depend')}
     imported = set()
-    for file in [LAUNCH, *(ROOT / 'imatching_ros' / 'nodes').glob('*.py')]:
+    for file in [launch_file.PATH, *(ROOT / 'imatching_ros' / 'nodes').glob('*.py')]:
         imported |= set(re.findall(r'^\s*(?:from|import) (\w+)', file.read_text(), re.MULTILINE))
     ros = {name for name in imported if name.endswith(('_msgs', '_srvs', '_interfaces', '_ros'))}
     ros = (ros | {'rclpy', 'launch', 'ament_index_python'}) - {'imatching_ros'}
     assert ros <= depends, ros - depends
-    version = re.search(
-        r"__version__ = '(.+)'", (ROOT / 'imatching_ros' / '__init__.py').read_text()
-    )[1]
-    assert (
-        package.findtext('version') == version
-        and f"version='{version}'" in (ROOT / 'setup.py').read_text()
-    )
+
+
+def test_a_version_is_told_once_everywhere(package):
+    described = ElementTree.parse(ROOT / 'package.xml').getroot().findtext('version')
+    assert package['version'] == described == __version__
 
 
 @pytest.fixture(scope='module')

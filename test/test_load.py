@@ -49,7 +49,8 @@ def test_load_windows_wait_for_steps_where_some_may_be_lost(fed, image_qos):  # 
         learner.feed('image', messages.image_to_message(picture(1.5 * frame), head(frame)))
         learner.feed('correspondences', rows)
     learner.drain()
-    learner.node.core.options = replace(learner.node.core.options, new_keyframes=1)
+    inputs = learner.node.core.inputs
+    inputs.options = replace(inputs.options, new_keyframes=1)
     held, parts = threading.Event(), windows()
     learner.node.worker.request(held.wait)
     for messages_of_one in zip(*parts.values(), strict=True):

@@ -13,7 +13,8 @@ from imatching_ros.bundle.motion import BLIND, MOVING, ROTATION, STANDSTILL
 from imatching_ros.bundle.observations import surviving
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.solve import refine
-from imatching_ros.data import synthetic, textures
+from imatching_ros.data import synthetic
+from imatching_ros.data.synthetic import textures
 from imatching_ros.geometry import lie, two_view
 from imatching_ros.geometry.camera import Camera
 from klt_tracks import KltTracker

@@ -52,7 +52,7 @@ def ros(tmp_path_factory):
 @pytest.fixture(scope='module')
 def first_weights(tmp_path_factory):
     torch.manual_seed(0)
-    from imatching_ros.matching.expectation import ExpectationMatcher
+    from imatching_ros.matching.families.expectation import ExpectationMatcher
 
     path = tmp_path_factory.mktemp('weights') / 'first.safetensors'
     try:
@@ -685,7 +685,7 @@ def test_node_parameters_carry_the_core_defaults():
     One that differs would make the node another program than the offline command.
     """
     from imatching_ros.bundle.options import BundleOptions
-    from imatching_ros.learning.learner import LearnerOptions
+    from imatching_ros.learning.options import LearnerOptions
 
     groups = {'tracker': TrackerOptions(), 'bundle': BundleOptions(), 'learner': LearnerOptions()}
     for parameter in parameters.TABLE:

@@ -97,7 +97,7 @@ def test_the_graphs_say_which_weights_they_are_of(graphs):
         assert session.get_modelmeta().custom_metadata_map == {
             'family': info.family, 'version': str(info.version), 'sha256': info.sha256,
             'width': str(size[0]), 'height': str(size[1]),
-        }  # fmt: skip
+        }
 
 
 @pytest.mark.parametrize(

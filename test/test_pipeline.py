@@ -101,7 +101,7 @@ def test_the_learner_keeps_what_it_has_learned_and_joins_no_images_of_two_camera
     for stamp, image in images[:5]:
         learner.add_image(stamp, image)
     learner.recalibrate(replace(camera, fx=1.001 * camera.fx))
-    assert len(learner._images) == 5 and learner.camera.fx == 1.001 * camera.fx
+    assert len(learner.inputs.images) == 5 and learner.camera.fx == 1.001 * camera.fx
     learner.recalibrate(replace(camera, fx=1.1 * camera.fx))
-    assert len(learner._images) == 0 and learner.camera.fx == 1.1 * camera.fx
+    assert len(learner.inputs.images) == 0 and learner.camera.fx == 1.1 * camera.fx
     assert learner.weights() == Learner(*shipped, camera).weights()

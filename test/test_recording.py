@@ -61,7 +61,7 @@ class Pen:
             'sensor_msgs/msg/CameraInfo', header=self.header(stamp), height=size[0], width=size[1],
             distortion_model='plumb_bob', d=np.array(d), k=k, r=np.eye(3).ravel(),
             p=np.array(p, float), binning_x=0, binning_y=0, roi=roi,
-        ))  # fmt: skip
+        ))
 
     def image(
         self, topic: str, stamp: int, encoding: str, data: bytes, step: int, size=SIZE,
@@ -72,13 +72,13 @@ class Pen:
             'sensor_msgs/msg/Image', header=header, height=size[0], width=size[1],
             encoding=encoding,
             is_bigendian=0, step=step, data=np.frombuffer(data, np.uint8),
-        ))  # fmt: skip
+        ))
 
     def compressed(self, topic: str, stamp: int, data: bytes):
         self.write(topic, stamp, self.make(
             'sensor_msgs/msg/CompressedImage', header=self.header(stamp), format='jpeg',
             data=np.frombuffer(data, np.uint8),
-        ))  # fmt: skip
+        ))
 
     def pose(self, topic: str, stamp: int, x: float):
         point = self.make('geometry_msgs/msg/Point', x=x, y=2.0, z=3.0)
@@ -206,7 +206,7 @@ def of_topic(folder, image_topic, kind='mcap', **info):
         ('/kitti/camera_gray_left/image', 'auto', 36.0), ('/cam/rect/image', 'auto', 36.0),
         ('/cam/image_raw', 'always', 36.0), ('/cam/image_rect', 'never', 30.0),
     ],
-)  # fmt: skip
+)
 def test_rectified_images_have_the_camera_of_p(tmp_path, kind, topic, rectified, fx):
     recording = open_recording(of_topic(tmp_path, topic, kind, **RAW), rectified=rectified)
     assert recording.camera.fx == fx

@@ -7,9 +7,16 @@ import json
 import re
 
 import cv2
+from imatching_ros.evaluation.figures import complete
 from imatching_ros.evaluation.matching import MatchingAccuracy, Pair, PairMatches
-from imatching_ros.evaluation.pictures import ERROR_CLASSES, error_counts, Event, matches_svg
-from imatching_ros.evaluation.report import complete, console_table, Pictures, write_report
+from imatching_ros.evaluation.pictures import (
+    ERROR_CLASSES,
+    error_counts,
+    Event,
+    matches_svg,
+    Pictures,
+)
+from imatching_ros.evaluation.report import console_table, write_report
 from imatching_ros.evaluation.trajectory import trajectory_accuracy
 from imatching_ros.geometry import lie
 import numpy as np

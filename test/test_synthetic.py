@@ -18,9 +18,9 @@ PATHS = ['handheld', 'driving']
 
 @pytest.fixture(scope='module', params=[('handheld', CAMERA), ('driving', CAMERA),
                                         ('handheld', BENT)],
-                ids=['handheld', 'driving', 'distorted'])  # fmt: skip
+                ids=['handheld', 'driving', 'distorted'])
 def pair(request):
-    """Two views a quarter of a second apart: camera, poses (2, 7), images and depths."""
+    """Return two views a quarter of a second apart: camera, poses (2, 7), images and depths."""
     path, camera = request.param
     scene, path_at = make_scene(path, 3, camera, 2.0)
     poses = torch.from_numpy(path_at(np.array([0.5, 0.75])))
@@ -30,9 +30,9 @@ def pair(request):
 
 def carried(camera, poses, depth):
     """
-    Where the first view's pixels lie in the second.
+    Return where the first view's pixels lie in the second, by exact geometry.
 
-    Pixels (H, W, 2) and depth (H, W) there, by exact geometry.
+    That are pixels (H, W, 2) and depth (H, W) there.
     """
     v, u = np.mgrid[:camera.height, : camera.width].astype(np.float64)
     xy = camera.normalise(torch.from_numpy(np.stack((u, v), -1)))
@@ -52,9 +52,9 @@ def looked_up(image, uv, how=cv2.INTER_LINEAR):
 
 def smooth_surface(depth):
     """
-    Pixels whose neighbours lie on the same plane.
+    Return the pixels whose neighbours lie on the same plane.
 
-    1 / depth is linear there (but for distortion).
+    There 1 / depth is linear (but for distortion).
     """
     return np.abs(cv2.Laplacian(1 / depth.astype(np.float64), cv2.CV_64F)) * depth < 2e-3
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import cv2
-from imatching_ros.data import textures
+from imatching_ros.data.synthetic import textures
 from imatching_ros.matching import weights
 import numpy as np
 import pytest
@@ -83,10 +83,11 @@ def scene(tmp_path_factory):
 
 @pytest.fixture
 def short(monkeypatch):
-    """Make a training's rests short."""
+    """Make a training's rests short, and what judges it small."""
     monkeypatch.setattr(pretrain, 'KEEP_EVERY', 8)
     monkeypatch.setattr(pretrain, 'JUDGED', 1)
     monkeypatch.setattr(pretrain, 'CALIBRATED', 2)
+    monkeypatch.setattr(pretrain, 'SCENE_SIZE', (320, 240))
 
 
 def command(out, *rest):
@@ -125,7 +126,7 @@ def offset(reference, target, queries, truth):
 
 
 def test_training_truth_is_where_the_same_surface_is_seen(pictures, scene):
-    """In windows of scenes, in frames at half their size, and in warped pictures, to 0.1 px."""
+    """It is so in windows of scenes, in frames at half their size and in pictures, to 0.1 px."""
     loaded = sources.Scene.load(scene)
     small, whole = (320, 240), sources.SCENE_SIZE
     for draw in (
@@ -157,7 +158,7 @@ def test_training_pictures_of_photographs_and_videos(photographs, video, tmp_pat
         for part in ('train', 'held_out')
     }
     first, second = ([f'{number:04}_{k:06}_0400' for k in range(count)] for number, count in
-                     ((0, 8), (1, 3)))  # fmt: skip
+                     ((0, 8), (1, 3)))
     assert names == {'train': first[:7] + second, 'held_out': first[7:]}
     assert sources.write_pictures([photographs, video], tmp_path) == digest
     assert sources.write_pictures([video, photographs], tmp_path) != digest
@@ -172,7 +173,7 @@ def test_training_pictures_of_photographs_and_videos(photographs, video, tmp_pat
     ('nothing', 'does not exist'), ('empty', 'holds no photographs'),
     ('text', 'cannot be read as a picture'), ('small', 'smaller than the views'),
     ('cut', 'frames; copy it again'), ('stub', 'cannot be read as a video'),
-])  # fmt: skip
+])
 def test_training_sources_that_are_of_no_use(case, says, video, tmp_path, capfd):
     path = tmp_path / {'cut': 'cut.avi', 'stub': 'stub.mp4', 'small': 'small.png'}.get(case, case)
     if case == 'empty':

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 import math
 
-from imatching_ros.matching.expectation import ExpectationMatcher
+from imatching_ros.matching.families.expectation import ExpectationMatcher
 from losses import encoded
 from pairs import Pair
 import torch
@@ -29,9 +29,9 @@ def calibrate(matcher: ExpectationMatcher, batches: Iterable[Pair]) -> None:
     """
     Fit the weights of the score's evidence by logistic regression on hits within a pixel.
 
-    And keep the covariance above the least that is believable. A point that the other view does
-    not show cannot be hit: the score must tell these too. By Newton's method, damped, so that
-    evidence that always agrees gives an answer too.
+    The covariance is kept above the least that is believable. A point that the other view does not
+    show cannot be hit: the score must tell these too. By Newton's method, damped, so that evidence
+    that always agrees gives an answer too.
     """
     count = len(matcher.log_odds)
     rows, hits = [], []

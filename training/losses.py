@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from imatching_ros.matching.expectation import (
-    COARSE,
-    ExpectationMatcher,
-    Features,
-    FINE,
-    FINE_RADIUS,
-)
+from imatching_ros.matching.encoder import COARSE, Features, FINE
+from imatching_ros.matching.families.expectation import ExpectationMatcher, FINE_RADIUS
 from pairs import Pair
 import torch
 from torch import Tensor
@@ -78,7 +73,7 @@ def encoded(matcher: ExpectationMatcher, batch: Pair) -> tuple[Features, Feature
 
 def cross_entropy(similarity: Tensor, at: Tensor, h: int, w: int) -> Tensor:
     """
-    Cross entropy (B, N) of a grid's similarities (B, N, h * w) with a place in it.
+    Return the cross entropy (B, N) of a grid's similarities (B, N, h * w) with a place in it.
 
     at: (B, N, 2), x and y in cells; its four neighbours share the target as in interpolation.
     """
@@ -98,10 +93,10 @@ def cross_entropy(similarity: Tensor, at: Tensor, h: int, w: int) -> Tensor:
 
 def student(matcher: ExpectationMatcher, error: Tensor, spread: Tensor) -> Tensor:
     """
-    Negative log likelihood (B, N) of errors (B, N, 2), px, under the matcher's covariance.
+    Return the negative log likelihood (B, N) of errors (B, N, 2), px, by the matcher's covariance.
 
-    By Student's t with 4 degrees of freedom instead of a Gaussian: a few gross errors must not set
-    the scale.
+    It is that of Student's t with 4 degrees of freedom instead of a Gaussian: a few gross errors
+    must not set the scale.
     """
     floor = torch.eye(2, device=error.device) * matcher.log_cov[1].exp()
     cov = spread * matcher.log_cov[0].exp() + floor
@@ -111,5 +106,5 @@ def student(matcher: ExpectationMatcher, error: Tensor, spread: Tensor) -> Tenso
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean over some; zero where there are none."""
+    """Return the mean over some, zero where there are none."""
     return (values * where).sum() / where.sum().clamp(min=1)

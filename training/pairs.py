@@ -182,7 +182,7 @@ def loader(dataset: Dataset, order: Sequence[int], workers: int) -> DataLoader:
         dataset, batch_size=None, sampler=order, num_workers=workers,
         multiprocessing_context='spawn' if workers else None,
         worker_init_fn=_one_thread, generator=torch.Generator(),
-    )  # fmt: skip
+    )
 
 
 def _one_thread(worker: int) -> None:
@@ -190,7 +190,7 @@ def _one_thread(worker: int) -> None:
 
 
 def _polygon(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
-    """Corners (K, 2) px of a random patch."""
+    """Return the corners (K, 2) px of a random patch."""
     angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 8)))
     radii = size[0] * rng.uniform(0.06, 0.28, (len(angles), 1))
     return rng.uniform(0.1, 0.9, 2) * size + radii * np.stack((np.cos(angles), np.sin(angles)), 1)

@@ -21,8 +21,9 @@ import signal
 import sys
 import time
 
+from imatching_ros import files
 from imatching_ros.matching import weights
-from imatching_ros.matching.expectation import ExpectationMatcher
+from imatching_ros.matching.families.expectation import ExpectationMatcher
 from judge import accuracy, calibrate, calibration_error
 from losses import losses, WEIGHTS
 from pairs import loader, Pair, Pairs
@@ -65,8 +66,8 @@ def train(options: argparse.Namespace) -> None:
     first = resume(progress, job, matcher, optimiser) if progress.exists() else 0
     scenes = render(cache / 'scenes', options.scenes, options.workers)
     held_out = scenes[max(len(scenes) - HELD_OUT_SCENES, 0):]
-    pictures = {part: sorted((cache / 'pictures' / part).iterdir()) for part in
-                ('train', 'held_out')}  # fmt: skip
+    parts = 'train', 'held_out'
+    pictures = {part: sorted((cache / 'pictures' / part).iterdir()) for part in parts}
     if not pictures['held_out']:
         print('too few pictures to hold any out: the same ones judge, under other warps')
         pictures['held_out'] = pictures['train']
@@ -76,7 +77,7 @@ def train(options: argparse.Namespace) -> None:
         pairs = Pairs(
             pictures['held_out'], held_out, (options.seed, purpose), options.batch, SCENE_SIZE,
             corners=1.0, **kind,
-        )  # fmt: skip
+        )
         return (to(batch, device) for batch in ahead(pairs, batches, options.workers))
 
     def judge(step: int) -> None:
@@ -84,10 +85,9 @@ def train(options: argparse.Namespace) -> None:
         if held_out:
             shown['scenes'] = held(JUDGING, range(JUDGED), rendered=1.0)
         matcher.eval()
-        values = '  '.join(f'{name} {accuracy(matcher, pairs):.3f}' for name, pairs in
-                           shown.items())  # fmt: skip
+        shares = [f'{name} {accuracy(matcher, pairs):.3f}' for name, pairs in shown.items()]
         matcher.train()
-        print(f'step {step}  held out, share within 1 px:  {values}', flush=True)
+        print(f'step {step}  held out, share within 1 px:  {"  ".join(shares)}', flush=True)
 
     batches = ahead(
         Pairs(
@@ -95,7 +95,7 @@ def train(options: argparse.Namespace) -> None:
             options.batch,
         ),
         range(first + 1, options.steps + 1), options.workers,
-    )  # fmt: skip
+    )
     with patience() as interrupted:
         figures, started = [], time.perf_counter()
         for step, batch in enumerate(batches, first + 1):
@@ -197,7 +197,7 @@ def keep(
         }
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {'step': str(step), 'job': json.dumps(job)}
-    weights.write(path, safetensors.torch.save(tensors, metadata))
+    files.write(path, safetensors.torch.save(tensors, metadata))
 
 
 def resume(

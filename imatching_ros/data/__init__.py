@@ -1,1 +1,1 @@
-"""Recordings: read from bags, or rendered with exact ground truth. Imports geometry only."""
+"""Recordings, read from bags or rendered with exact ground truth."""

@@ -72,7 +72,7 @@ class Bag:
 
     @property
     def folder(self) -> Path:
-        """Where ground truth is: beside the files, or beside the folder `bag/` of them."""
+        """The folder of the ground truth: beside the files, or beside the folder ``bag/``."""
         folder = self.path if self.path.is_dir() else self.path.parent
         return folder.resolve().parent if folder.resolve().name == 'bag' else folder
 

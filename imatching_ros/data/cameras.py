@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
-from imatching_ros.geometry.camera import Camera, is_rectified
 import numpy as np
 from ruamel.yaml import YAML, YAMLError
+
+from ..geometry.camera import Camera, is_rectified
 
 #: What `--camera` takes: numbers with an optional model's name, or a calibration file.
 Given = str | Path | Sequence[float | str]
@@ -91,7 +92,7 @@ def _read_yaml(
             distortion_model=about.get('distortion_model', ''),
             p=about.get('projection_matrix', {}).get('data', [0.0] * 12),
             roi=nowhere, binning_x=0, binning_y=0,
-        )  # fmt: skip
+        )
         return Camera.from_camera_info(info, rectified)
     except KeyError as error:
         raise ValueError(f'{file} cannot be used: it has no {error}') from None
@@ -107,7 +108,7 @@ def _chosen(about: dict, image_topic: str | None) -> dict:
     cameras = {
         name: camera for name, camera in about.items()
         if isinstance(camera, dict) and 'intrinsics' in camera
-    }  # fmt: skip
+    }
     if not cameras:
         raise ValueError("it is neither of ROS's camera_calibration nor of Kalibr")
     mine = [camera for camera in cameras.values() if camera.get('rostopic') == image_topic]

@@ -165,7 +165,7 @@ class _Chunked:
         except RecordingError:
             raise
         except (ValueError, OSError, RuntimeError, EOFError, LookupError, struct.error,
-                zstd.ZstdError):  # fmt: skip
+                zstd.ZstdError):
             self.damage.add(base + record.at)
             return
         yield from self._records(content, 0)

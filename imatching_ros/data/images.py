@@ -43,12 +43,12 @@ ENCODINGS = {
 PACKED = {
     'yuv422': 1, 'uyvy': 1, 'vyuy': 1, 'yuv422_uyvy': 1,
     'yuv422_yuy2': 0, 'yuyv': 0, 'yuy2': 0, 'yvyu': 0,
-}  # fmt: skip
+}
 #: Planar, the luma first: rows of all planes together for each row of the image.
 PLANAR = {
     'nv12': 1.5, 'nv21': 1.5, 'i420': 1.5, 'yuv420': 1.5, 'yv12': 1.5,
     'nv16': 2.0, 'nv61': 2.0, 'nv24': 3.0, 'nv42': 3.0,
-}  # fmt: skip
+}
 _KNOWN = {name.lower(): name for name in (*ENCODINGS, *PACKED, *PLANAR)}
 
 PIXELS = 1 << 27  #: of the largest compressed picture that is decoded: a short file may claim more
@@ -140,11 +140,11 @@ def decode_image(
     """
     Return the grey picture (height, width) uint8 of a sensor_msgs/Image's fields.
 
-    `data` is any buffer of bytes; `step` is a row's length in bytes, padding included. Colours are
-    weighed as OpenCV weighs them; of YUV the luma is taken as it is. `greys` brings values of more
-    than eight bits to eight: give the same one for all images of a camera; without it, 16-bit
-    values v become round(v / 257). Raises ValueError, one sentence, for an unknown encoding, an
-    empty image or too few bytes.
+    ``data`` is any buffer of bytes; ``step`` is a row's length in bytes, padding included. Colours
+    are weighed as OpenCV weighs them; of YUV the luma is taken as it is. ``greys`` brings values
+    of more than eight bits to eight: give the same one for all images of a camera; without it,
+    16-bit values v become round(v / 257). Raises ValueError, one sentence, for an unknown
+    encoding, an empty image or too few bytes.
     """
     name = _KNOWN.get(encoding.strip().lower())
     if name is None:
@@ -221,7 +221,7 @@ def decode_compressed(data, greys: Greys | None = None) -> np.ndarray:
 
     A sensor_msgs/CompressedImage carries such: JPEG, PNG, TIFF, WebP, BMP or PNM. Pixels stay
     where the file has them: an orientation mark is ignored, for the calibration does not know of
-    it. `greys` is as for :func:`decode_image`. Raises ValueError, one sentence, where the bytes
+    it. ``greys`` is as for :func:`decode_image`. Raises ValueError, one sentence, where the bytes
     are no picture, are cut short or claim more than ``PIXELS``.
     """
     data = bytes(data)

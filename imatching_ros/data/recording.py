@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 import contextlib
 from dataclasses import dataclass, field
-from decimal import Decimal, DecimalException
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -16,16 +15,18 @@ from textwrap import shorten
 from typing import Any
 
 import cv2
-from imatching_ros.data.bags import Bag, BAG_FILES, is_part, Message
-from imatching_ros.data.cameras import Given, given_camera, HOW, rectified_images
-from imatching_ros.data.images import compressed_size, decode_compressed, decode_image, Greys
-from imatching_ros.data.sieve import BROKEN, LOST, Sieve
-from imatching_ros.data.stamps import goes_on
-from imatching_ros.data.storage import Channel, RecordingError
-from imatching_ros.geometry.camera import Camera, FOLLOWED_PX, unclear
 import numpy as np
 import torch
 from torch import Tensor
+
+from .bags import Bag, BAG_FILES, is_part, Message
+from .cameras import Given, given_camera, HOW, rectified_images
+from .images import compressed_size, decode_compressed, decode_image, Greys
+from .sieve import BROKEN, LOST, Sieve
+from .stamps import goes_on
+from .storage import Channel, RecordingError
+from ..files import read_tum
+from ..geometry.camera import Camera, FOLLOWED_PX, unclear
 
 __all__ = ['BAG_FILES', 'open_recording', 'Recording', 'RecordingError']
 
@@ -90,7 +91,7 @@ class Recording:
         """
         Yield (stamp ns, "image" or "camera", message) in the bag's order.
 
-        An image is a message of `rosbags` with ROS 2's field names, also where the bag is of ROS
+        An image is a message of ``rosbags`` with ROS 2's field names, also where the bag is of ROS
         1, and its stamp goes on from the one before. A camera is a Camera: one before the first
         image, another whenever the calibration has changed.
         """
@@ -133,11 +134,11 @@ class Recording:
     @cached_property
     def ground_truth(self) -> tuple[Tensor, Tensor] | None:
         """
-        Stamps (N,) int64, ns, and T_world_camera (N, 7) float64, or None.
+        Stamps (N,) int64, ns, and T_world_camera (N, 7) float64, or None where there are none.
 
-        From the bag's topic of PoseStamped that has "ground" and "truth" in its name, else from
-        `groundtruth.txt` (TUM: seconds tx ty tz qx qy qz qw). Poses that are not finite are left
-        out, and those of a topic whose stamps do not go on.
+        They are from the bag's topic of PoseStamped that has "ground" and "truth" in its name,
+        else from ``groundtruth.txt`` (TUM: seconds tx ty tz qx qy qz qw). Poses that are not
+        finite are left out, and those of a topic whose stamps do not go on.
         """
         topics = sorted(
             channel.topic for channel in _filled(self._bag, POSE)
@@ -156,11 +157,14 @@ class Recording:
                 stamps.append(stamp)
                 rows.append((p.x, p.y, p.z, q.x, q.y, q.z, q.w))
         elif (file := self.folder / 'groundtruth.txt').is_file():
-            stamps, rows = _read_tum(file)
+            try:
+                stamps, rows = read_tum(file)
+            except ValueError as error:
+                raise RecordingError(str(error)) from None
         else:
             return None
-        times = torch.tensor(stamps, dtype=torch.int64)
-        poses = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
+        times = torch.as_tensor(stamps, dtype=torch.int64)
+        poses = torch.as_tensor(rows, dtype=torch.float64).reshape(-1, 7)
         good = poses.isfinite().all(-1) & (poses[:, 3:].norm(dim=-1) > 0)
         return (times[good], poses[good]) if good.any() else None
 
@@ -168,8 +172,8 @@ class Recording:
         """
         Return the depth of the image of this stamp, or None where it has none.
 
-        (H, W) float32 along the optical axis, metres, 0 where unknown; from
-        `depth/<stamp in ns>.npz` (array `depth`), `.npy`, or 16-bit `.png` in millimetres. Raises
+        It is (H, W) float32 along the optical axis, metres, 0 where unknown; from ``depth/<stamp
+        in ns>.npz`` (array ``depth``), ``.npy``, or 16-bit ``.png`` in millimetres. Raises
         RecordingError where that file is broken or of another size.
         """
         base = self.folder / 'depth' / str(int(stamp))
@@ -237,12 +241,12 @@ def open_recording(
     camera: Given | None = None, rectified: str = 'auto',
 ) -> Recording:
     """
-    Open a bag's file, a folder of the files of one recording, or one that holds these in `bag/`.
+    Open a bag's file, a folder of the files of one recording, or one that holds these in ``bag/``.
 
-    Where the bag has one image topic it is taken, else `image_topic` must choose.
-    `camera_info_topic` is by default the one beside the image topic (``/camera/image_raw`` has
-    ``/camera/camera_info``), else the bag's only one; where `camera` is given
-    (``cameras.given_camera``) none is needed. `rectified`: "always", "never", or "auto", which
+    Where the bag has one image topic it is taken, else ``image_topic`` must choose.
+    ``camera_info_topic`` is by default the one beside the image topic (``/camera/image_raw`` has
+    ``/camera/camera_info``), else the bag's only one; where ``camera`` is given
+    (``cameras.given_camera``) none is needed. ``rectified``: "always", "never", or "auto", which
     reads it from the image topic's name. Raises RecordingError, one sentence: no such path, no bag
     there, nothing in it that can be read, no images, several image topics and none chosen, no
     camera_info, an uncalibrated camera.
@@ -320,7 +324,7 @@ def _given_camera(bag: Bag, images: list[Channel], given: Given, rectified: bool
             height, width = (
                 compressed_size(image.data) if images[0].kind == COMPRESSED
                 else (image.height, image.width)
-            )  # fmt: skip
+            )
         except ValueError as error:  # a broken picture
             refusal = refusal or error
             continue
@@ -404,26 +408,6 @@ def _choose_info(bag: Bag, wanted: str | None, image_topic: str) -> str:
             f'choose one with --camera-info-topic: {listed}'
         )
     return infos[0]
-
-
-def _read_tum(file: Path) -> tuple[list[int], list[list[float]]]:
-    stamps, rows = [], []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        words = line.split()
-        if not words or words[0].startswith('#'):
-            continue
-        try:
-            # As a float, a stamp of today has lost its last 200 nanoseconds.
-            stamps.append(int(Decimal(words[0]) * 10**9))
-            row = [float(word) for word in words[1:]]
-            if len(row) != 7:
-                raise ValueError
-        except (ValueError, DecimalException):
-            raise RecordingError(
-                f"{file}, line {number}: 'seconds tx ty tz qx qy qz qw' is expected"
-            ) from None
-        rows.append(row)
-    return stamps, rows
 
 
 def _first_line(error: Exception) -> str:

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
-from imatching_ros.geometry.camera import Camera
 import numpy as np
 
 from .stamps import BACK, RESTART, Stamps
 from .storage import RecordingError
+from ..geometry.camera import Camera
 
 #: Why an image is left out, beside its stamp; each completes "3 images were left out: 2 …".
 BROKEN = 'that cannot be read'
@@ -19,7 +19,7 @@ LOST = 'in a damaged part of the file'
 
 
 class Sieve:
-    """Each image that is left out is counted once, however often the recording is read."""
+    """What leaves images out, and counts each once, however often the recording is read."""
 
     def __init__(self) -> None:
         self._reasons: dict[int, str] = {}  # by the image's number in the recording

@@ -29,7 +29,12 @@ class Stamps:
     """
 
     def __init__(self, trusting: bool = False) -> None:
-        """``trusting``: whoever sends them has judged them, so a jump is believed at once."""
+        """
+        Begin with no stamp.
+
+        Where ``trusting``, whoever sends the stamps has judged them, so a jump is believed at
+        once.
+        """
         self.last: int | None = None  #: the newest that was good, ns
         self._before: int | None = None  # the good one before that
         self._doubtful: int | None = None  # the newest, where it jumped

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
-from imatching_ros.data.bags import BAG_FILES, STORE
-from imatching_ros.data.cameras import camera_beside, Given, given_camera, HOW
-from imatching_ros.data.images import decode_compressed, Greys
-from imatching_ros.data.recording import open_recording, Recording, RecordingError
-from imatching_ros.data.sieve import Sieve
-from imatching_ros.geometry.camera import Camera
 import numpy as np
+
+from .bags import BAG_FILES, STORE
+from .cameras import camera_beside, Given, given_camera, HOW
+from .images import decode_compressed, Greys
+from .recording import open_recording, Recording, RecordingError
+from .sieve import Sieve
+from ..geometry.camera import Camera
 
 VIDEOS = ('.mp4', '.mov', '.avi', '.mkv', '.webm', '.m4v')
 PICTURES = (

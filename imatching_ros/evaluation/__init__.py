@@ -1,1 +1,1 @@
-"""Matching accuracy, relative-pose accuracy, trajectory error, and the report that shows them."""
+"""Matching accuracy, accuracy of poses, trajectory error, and the report that shows them."""

@@ -1,5 +1,5 @@
 """
-Matching accuracy (MMA) against depth and poses, and accuracy of the relative pose (AUC).
+Mean matching accuracy (MMA) by depth and poses, and accuracy of the relative pose (AUC).
 
 A matcher is measured on every query that is visible in both images: it cannot win by rejecting the
 hard ones.
@@ -68,9 +68,10 @@ class PairMatches:
 @dataclass(frozen=True)
 class MatchingAccuracy:
     """
-    Percentages.
+    How well a matcher matched, percent.
 
-    None where the recording has no depth (mma) or no pair with poses and a baseline (auc).
+    ``mma`` is None where the recording has no depth, ``auc`` where no pair has poses and a
+    baseline.
     """
 
     mma_1px: float | None
@@ -88,11 +89,11 @@ def evaluation_pairs(
     per_step: int = 20,
 ) -> list[Pair]:
     """
-    Return at most ``per_step`` pairs for each step (images apart), spread evenly.
+    Return pairs of images that lie 5, 10 and 20 images apart, spread evenly over a recording.
 
-    They are of the images first to last, inclusive, of those that can be used. Both images of a
-    pair have a true pose and, if the recording has depth at all, depth. Empty without ground
-    truth.
+    There are at most ``per_step`` for each of ``steps``, of the images ``first_index`` to
+    ``last_index``, inclusive, counted among those that can be used. Both images of a pair have a
+    true pose and, if the recording has depth at all, depth. Without ground truth there are none.
     """
     if recording.ground_truth is None:
         return []
@@ -121,11 +122,7 @@ def evaluation_pairs(
 def match_pairs(
     matcher: Matcher, recording: Recording, pairs: Sequence[Pair], queries: int = 500
 ) -> Iterator[PairMatches]:
-    """
-    Match each pair at up to ``queries`` points of the frozen detector.
-
-    The same points for every matcher.
-    """
+    """Yield each pair matched at up to ``queries`` of the detector's points, the same for all."""
     needed = {stamp for pair in pairs for stamp in (pair.reference, pair.target)}
     images = {stamp: image for stamp, image in recording if stamp in needed}
     for pair in pairs:
@@ -149,16 +146,12 @@ def match_pairs(
 def evaluate_matching(
     matcher: Matcher, recording: Recording, pairs: Sequence[Pair], queries: int = 500
 ) -> MatchingAccuracy:
-    """Accuracy of a matcher on ``pairs`` of a recording."""
+    """Return the accuracy of a matcher on pairs of a recording."""
     return accuracy(match_pairs(matcher, recording, pairs, queries))
 
 
 def accuracy(matches: Iterable[PairMatches]) -> MatchingAccuracy:
-    """
-    Return mean matching accuracy and the area under the recall of relative poses.
-
-    The former is taken per pair and then averaged.
-    """
+    """Return the matching accuracy, a mean over pairs, and the area under the recall of poses."""
     mma: list[list[float]] = []
     errors: list[float] = []
     pairs = points = 0
@@ -179,12 +172,11 @@ def accuracy(matches: Iterable[PairMatches]) -> MatchingAccuracy:
 
 def pose_auc(errors: Sequence[float], threshold: float) -> float:
     """
-    Area under recall over angular error, from 0 to ``threshold`` degrees.
+    Return the area under the recall over the angular error, percent (SuperGlue, section 5.2).
 
-    In percent of the whole (SuperGlue, 5.2).
-
-    Recall is linear from (0, 0) through each sorted error (e_k, k / n), then constant up to the
-    threshold. A failed pair is an infinite error.
+    ``errors`` and ``threshold``, where the area ends, are in degrees; a pair that failed is an
+    infinite error. Recall is linear from (0, 0) through each sorted error (e_k, k / n), then
+    constant up to the threshold.
     """
     error = np.sort(np.asarray(errors, np.float64))
     below = error[error < threshold]
@@ -199,14 +191,13 @@ def true_matches(
     depth_target: np.ndarray | None,
 ) -> tuple[Tensor, Tensor]:
     """
-    Where queries (N, 2), px, truly lie in the target.
+    Return where queries (N, 2), px, truly lie in the target, and whether they are visible there.
 
-    Uv (N, 2) float32, NaN where not visible, and visible (N,).
-
-    Depths are (H, W), metres along the optical axis, 0 where unknown, or None. A query is visible
-    if its depth is known and its point lands in the target's frame on a surface of the same depth.
-    At an edge of the depth image the truth is uncertain, in the reference as in the target: such a
-    query is not counted.
+    The former is (N, 2) float32, NaN where a query is not visible, the latter (N,) bool. Depths
+    are (H, W), metres along the optical axis, 0 where unknown, or None. A query is visible if its
+    depth is known and its point lands in the target's frame on a surface of the same depth. At an
+    edge of the depth image the truth is uncertain, in the reference as in the target: such a query
+    is not counted.
     """
     unknown = torch.full_like(queries, torch.nan), torch.zeros(len(queries), dtype=torch.bool)
     if depth_reference is None or depth_target is None or not len(queries):
@@ -226,11 +217,10 @@ def true_matches(
 
 def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Depth (N,) at pixels (N, 2), and whether it is certain.
+    Return the depth (N,) at pixels (N, 2), and whether it is certain.
 
-    All four neighbours known, on one surface.
-
-    Inverse depth is interpolated: on a plane it is linear in the pixel.
+    It is where all four neighbours are known and on one surface. The inverse of depth is
+    interpolated: on a plane it is linear in the pixel.
     """
     image = torch.as_tensor(np.asarray(depth, np.float64))
     height, width = image.shape
@@ -247,9 +237,10 @@ def _depth_at(depth: np.ndarray, uv: Tensor) -> tuple[Tensor, Tensor]:
 
 def pose_errors(camera: Camera, pair: Pair, uv_i: Tensor, uv_j: Tensor) -> tuple[float, float]:
     """
-    Angular errors, degrees, of rotation and of the direction of translation.
+    Return the errors, degrees, of a pair's rotation and of its direction of translation.
 
-    Infinite where there is no pose.
+    The pose is that of the matches ``uv_i`` and ``uv_j`` (N, 2), px; where there is none, both
+    errors are infinite.
     """
     found = relative_pose(
         camera.normalise(uv_i.double()), camera.normalise(uv_j.double()), POSE_THRESHOLD_PX,

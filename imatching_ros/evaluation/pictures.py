@@ -34,7 +34,7 @@ STYLE = {
     'axes.grid': True, 'grid.color': GREY, 'grid.alpha': 0.25, 'grid.linewidth': 0.6,
     'legend.frameon': False, 'legend.fontsize': 10, 'axes.titlesize': 10.5,
     'axes.titlelocation': 'left',
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,38 @@ class Event:
     version: int | None = None  #: of the weights that were promoted or gone back to
     reason: str = ''
 
+    @classmethod
+    def of_verdict(
+        cls, step: int, promoted: bool, rolled_back: bool, version: int, reason: str
+    ) -> Event:
+        """Return the mark of what the gate decided after a step."""
+        kind = 'rollback' if rolled_back else 'promoted' if promoted else 'refused'
+        return cls(step, kind, version, reason)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What the report draws; of a piece that is missing it says so."""
+
+    before: PairMatches | None = None  #: a pair matched with the first weights
+    after: PairMatches | None = None  #: the same pair with the last weights
+    trajectory: TrajectoryAccuracy | None = None
+    loss: Sequence[tuple[int, float]] = ()  #: (step, loss)
+    events: Sequence[Event] = ()  #: verdicts of the gate, and rollbacks
+
 
 def error_counts(matches: PairMatches) -> list[int]:
-    """How many visible queries fall in each of ``ERROR_CLASSES``."""
+    """Return how many visible queries fall into each of ``ERROR_CLASSES``."""
     error = matches.error_px[matches.visible].numpy()
     return np.bincount(_classes(error), minlength=len(ERROR_CLASSES)).tolist()
 
 
 def matches_svg(matches: PairMatches) -> str:
     """
-    Draw reference and target side by side: each visible query, coloured by its error.
+    Return reference and target side by side, each visible query coloured by its error.
 
     In the target a line leads from the match to where it truly lies. Without depth the truth is
-    not known: the matches are drawn in one colour, with the way they came.
+    not known: then all matches have one colour, and the line leads to the query's pixel.
     """
     height, width = matches.reference.shape
     gap = round(width * 0.015)
@@ -98,11 +117,7 @@ def matches_svg(matches: PairMatches) -> str:
 
 
 def trajectory_svg(trajectory: TrajectoryAccuracy) -> str:
-    """
-    Return the aligned path over the true one, and the error along the way.
-
-    The paths are seen along the axis of least extent.
-    """
+    """Return the aligned path over the true one, in their longest axes, and its error."""
     truth, estimate = trajectory.truth, trajectory.estimate
     first, second = sorted(np.argsort(np.ptp(truth, axis=0))[1:])
     with matplotlib.rc_context(STYLE):
@@ -136,7 +151,7 @@ def trajectory_svg(trajectory: TrajectoryAccuracy) -> str:
 
 
 def learning_svg(loss: Sequence[tuple[int, float]], events: Sequence[Event]) -> str:
-    """Loss over gradient steps, with the gate's verdicts and rollbacks where they fell."""
+    """Return the loss over gradient steps, with verdicts and rollbacks where they fell."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 3.4), layout='constrained')
         axes = figure.subplots()
@@ -190,11 +205,7 @@ def _jpeg(image: np.ndarray) -> str:
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """
-    Return a figure as an SVG element for inclusion in HTML.
-
-    No prolog, no namespaces, the page's text colour.
-    """
+    """Return a figure as an SVG element of a page: no prolog, no namespace, the page's colour."""
     # the ids of two figures on one page must differ
     with matplotlib.rc_context({'svg.hashsalt': name}):
         buffer = io.StringIO()

@@ -1,7 +1,7 @@
 """
-Absolute trajectory error after Sim(3) alignment.
+Absolute trajectory error after Sim(3) alignment, by evo.
 
-Monocular scale, orientation and origin are arbitrary.
+One camera alone knows neither its scale nor where, and how, the world's frame lies.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from evo.core.geometry import GeometryException
 from evo.core.metrics import APE, PoseRelation, StatisticsType
+from evo.core.sync import matching_time_indices
 from evo.core.trajectory import PosePath3D
 import numpy as np
 
@@ -33,22 +34,17 @@ def associate(
     stamps: np.ndarray, others: np.ndarray, tolerance_ns: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Return indices into ``stamps`` (N,) and ``others`` (M,), int64 ns.
+    Return which stamps (N,) have one among ``others`` (M,) within the tolerance, and which.
 
-    They are those of stamps that are nearest and within tolerance.
+    All are int64, ns; the result is two arrays of indices of the same length.
     """
     stamps, others = np.asarray(stamps, np.int64), np.asarray(others, np.int64)
-    if not len(stamps) or not len(others):
+    if not len(others):
         return np.empty(0, np.int64), np.empty(0, np.int64)
-    order = np.argsort(others, kind='stable')
-    ordered = others[order]
-    after = np.searchsorted(ordered, stamps).clip(0, len(others) - 1)
-    before = (after - 1).clip(0)
-    nearest = np.where(
-        np.abs(ordered[before] - stamps) <= np.abs(ordered[after] - stamps), before, after
-    )
-    index = np.flatnonzero(np.abs(ordered[nearest] - stamps) <= tolerance_ns)
-    return index, order[nearest[index]]
+    order = np.argsort(others, kind='stable')  # evo searches what is in order
+    # evo adds its offset in place: a float would not go into whole nanoseconds
+    index, nearest = matching_time_indices(stamps, others[order], tolerance_ns, offset_2=0)
+    return np.array(index, np.int64), order[nearest]
 
 
 def trajectory_accuracy(
@@ -58,13 +54,12 @@ def trajectory_accuracy(
     tolerance_ns: int = TOLERANCE_NS,
 ) -> TrajectoryAccuracy:
     """
-    Return the error of poses (N, 7) ``tx ty tz qx qy qz qw``.
+    Return how far an estimated path is from the true one.
 
-    They are at ``stamps`` (N,), int64 ns, in order of time.
-
-    ``ground_truth`` is (stamps (M,), T_world_camera (M, 7)), or None where the recording has none.
-    Arrays or tensors. Without at least three matched poses on a path that fixes a Sim(3) the error
-    is None.
+    The estimate is T_world_camera (N, 7) ``tx ty tz qx qy qz qw`` at ``stamps`` (N,), int64 ns, in
+    order of time; ``ground_truth`` is (stamps (M,), T_world_camera (M, 7)), or None where the
+    recording has none; arrays or tensors. Without at least three poses that have a true one, on a
+    path that fixes a Sim(3), the error is None.
     """
     nothing = np.empty((0, 3))
     if ground_truth is None:

@@ -9,8 +9,8 @@ by itself. In COLMAP the upper left corner of the image is (0, 0) and the first 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 from dataclasses import dataclass
-import os
 from pathlib import Path
 import sqlite3
 
@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import replacing, write
 from ..geometry import lie
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 from ..geometry.two_view import relative_pose
-from ..matching.weights import write
 
 DATABASE, IMAGES, MODEL = 'database.db', 'images', 'sparse'
 PAIR = 2**31 - 1  #: COLMAP numbers a pair of images PAIR * first + second
@@ -75,6 +75,22 @@ def image_name(stamp: int) -> str:
     return f'{stamp}.png'
 
 
+def begin(folder: Path, camera: Camera) -> None:
+    """
+    Make room for the pictures in ``folder``.
+
+    Raises before the work what ``write_colmap`` would after it: ValueError where COLMAP has no
+    model for the camera, FileExistsError where there is a database already.
+    """
+    _accepted(folder, camera)
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+
+
+def write_picture(folder: Path, stamp: int, image: np.ndarray) -> None:
+    """Write a keyframe's image, (H, W) uint8, into ``images/``."""
+    write(folder / IMAGES / image_name(stamp), cv2.imencode('.png', image)[1].tobytes())
+
+
 def write_colmap(
     folder: Path,
     camera: Camera,
@@ -84,9 +100,7 @@ def write_colmap(
     prune_px: float,
 ) -> Exported:
     """
-    Write ``database.db`` and the model ``sparse/`` beside ``images/``.
-
-    That holds each keyframe as a file already.
+    Write ``database.db`` and the model ``sparse/`` beside the keyframes' pictures in ``images/``.
 
     ``keyframes`` are the correspondences of each keyframe, in the order of their stamps;
     ``T_world_camera`` their poses (7,) by stamp, those that have one; ``landmarks`` points (3,) by
@@ -94,56 +108,37 @@ def write_colmap(
     landmark if two images or more observe it so. Raises ValueError where COLMAP has no model for
     the camera, FileExistsError where ``folder`` holds a database already.
     """
-    model = camera_model(camera)
-    database = folder / DATABASE
-    if database.exists():
-        raise FileExistsError(f'{database} exists; choose another folder')
+    model, database = _accepted(folder, camera)
     images = _images(keyframes)
     pairs = list(_pairs(keyframes, images))
     geometries = [
         geometry for i, j, matches in pairs if (geometry := _two_view(camera, i, j, matches))
     ]
-    part = database.with_suffix('.part')
-    part.unlink(missing_ok=True)
-    with sqlite3.connect(part) as connection:
-        connection.executescript(SCHEMA)
-        connection.execute('INSERT INTO cameras VALUES (1, ?, ?, ?, ?, 1)', (
-            model[1], camera.width, camera.height, np.array(model[2], np.float64).tobytes()
-        ))  # fmt: skip
-        for image in images.values():
-            connection.execute('INSERT INTO images VALUES (?, ?, 1)', (image.number, image.name))
-            uv = (image.uv.numpy() + CENTRE).astype(np.float32)
-            connection.execute(
-                'INSERT INTO keypoints VALUES (?, ?, 2, ?)', (image.number, len(uv), uv.tobytes())
-            )
-        for i, j, matches in pairs:
-            connection.execute(
-                'INSERT INTO matches VALUES (?, ?, 2, ?)',
-                (_pair(i, j), len(matches), matches.tobytes()),
-            )
-        connection.executemany(
-            'INSERT INTO two_view_geometries VALUES (?, ?, 2, ?, ?, NULL, ?, NULL, ?, ?)',
-            geometries,
-        )
-    connection.close()
-    os.replace(part, database)
+    _write_database(database, camera, model, images, pairs, geometries)
     points = _points(camera, images, T_world_camera, landmarks, prune_px)
     _write_model(folder, camera, model, images, T_world_camera, points)
     errors = np.concatenate([point.errors for point in points]) if points else np.empty(0)
     return Exported(
-        images=len(images), posed=sum(stamp in T_world_camera for stamp in images),
+        images=len(images),
+        posed=sum(stamp in T_world_camera for stamp in images),
         pairs=len(pairs),
-        verified=len(geometries), points=len(points), observations=len(errors),
+        verified=len(geometries),
+        points=len(points),
+        observations=len(errors),
         error_px=float(np.sqrt(np.mean(errors**2))) if len(errors) else float('nan'),
-    )  # fmt: skip
+    )
+
+
+def _accepted(folder: Path, camera: Camera) -> tuple[tuple[str, int, list[float]], Path]:
+    """Return the camera's model and where the database will be."""
+    model, database = camera_model(camera), folder / DATABASE
+    if database.exists():
+        raise FileExistsError(f'{database} exists; choose another folder')
+    return model, database
 
 
 def camera_model(camera: Camera) -> tuple[str, int, list[float]]:
-    """
-    Return COLMAP's name, number and parameters of the camera.
-
-    Raises ValueError where it has no such model.
-    """
+    """Return COLMAP's name, number and parameters of a camera; ValueError where it has none."""
     pinhole = [camera.fx, camera.fy, camera.cx + CENTRE, camera.cy + CENTRE]
     d = list(camera.distortion)
     if camera.distortion_model == 'none':
@@ -159,9 +154,38 @@ def camera_model(camera: Camera) -> tuple[str, int, list[float]]:
     return 'FULL_OPENCV', 6, pinhole + (d + [0.0] * 4)[:8]
 
 
+def _write_database(
+    database: Path, camera: Camera, model: tuple[str, int, list[float]],
+    images: Mapping[int, _Image], pairs: Sequence[tuple[_Image, _Image, np.ndarray]],
+    geometries: Sequence[tuple],
+) -> None:
+    """Write the camera, the images' key points, the matches and the two-view geometries."""
+    _, number, parameters = model
+    row = number, camera.width, camera.height, np.array(parameters, np.float64).tobytes()
+    with replacing(database) as part, contextlib.closing(sqlite3.connect(part)) as connection:
+        connection.executescript(SCHEMA)
+        connection.execute('INSERT INTO cameras VALUES (1, ?, ?, ?, ?, 1)', row)
+        for image in images.values():
+            connection.execute('INSERT INTO images VALUES (?, ?, 1)', (image.number, image.name))
+            uv = (image.uv.numpy() + CENTRE).astype(np.float32)
+            connection.execute(
+                'INSERT INTO keypoints VALUES (?, ?, 2, ?)', (image.number, len(uv), uv.tobytes())
+            )
+        for i, j, matches in pairs:
+            connection.execute(
+                'INSERT INTO matches VALUES (?, ?, 2, ?)',
+                (_pair(i, j), len(matches), matches.tobytes()),
+            )
+        connection.executemany(
+            'INSERT INTO two_view_geometries VALUES (?, ?, 2, ?, ?, NULL, ?, NULL, ?, ?)',
+            geometries,
+        )
+        connection.commit()
+
+
 def _images(keyframes: Sequence[Correspondences]) -> dict[int, _Image]:
     """
-    Each keyframe's points, one for each track, by stamp.
+    Return each keyframe's key points, one for each track, by stamp.
 
     Where a later keyframe was matched against this one, its reference points are this one's
     keypoints; the other tracks are where the most certain of its own rows has them.
@@ -177,29 +201,25 @@ def _images(keyframes: Sequence[Correspondences]) -> dict[int, _Image]:
         for stamp, track, uv in references:
             if stamp in found:
                 found[stamp][track] = uv
-    return {
-        stamp: _Image(
-            number, image_name(stamp), {track: place for place, track in enumerate(points)},
-            torch.stack(list(points.values())).double() if points
-            else torch.empty(0, 2, dtype=torch.float64),
-        )
-        for number, (stamp, points) in enumerate(found.items(), 1)
-    }  # fmt: skip
+    images = {}
+    for number, (stamp, points) in enumerate(found.items(), 1):
+        place = {track: index for index, track in enumerate(points)}
+        uv = torch.stack(list(points.values())) if points else torch.empty(0, 2)
+        images[stamp] = _Image(number, image_name(stamp), place, uv.double())
+    return images
 
 
 def _pairs(
     keyframes: Sequence[Correspondences], images: Mapping[int, _Image]
 ) -> Iterator[tuple[_Image, _Image, np.ndarray]]:
-    """Older image, newer image, and their matches (M, 2) uint32, indices of keypoints."""
+    """Yield older image, newer image, and their matches (M, 2) uint32, indices of key points."""
     for message in keyframes:
         for stamp in torch.unique(message.ref_stamp).tolist():
             if stamp in images:
                 i, j = images[stamp], images[message.stamp]
                 tracks = message.track[message.ref_stamp == stamp].tolist()
-                yield (
-                    i, j,
-                    np.array([(i.place[track], j.place[track]) for track in tracks], np.uint32),
-                )
+                places = [(i.place[track], j.place[track]) for track in tracks]
+                yield i, j, np.array(places, np.uint32)
 
 
 def _pair(i: _Image, j: _Image) -> int:
@@ -219,11 +239,8 @@ def _two_view(camera: Camera, i: _Image, j: _Image, matches: np.ndarray) -> tupl
     R, t = lie.matrix(T).split((3, 1), -1)
     E = torch.linalg.cross(t.expand(3, 3), R, dim=0)
     kept = matches[inliers.numpy()]
-    return (
-        _pair(i, j), len(kept), kept.tobytes(), CALIBRATED,
-        E.contiguous().numpy().tobytes(), T[[6, 3, 4, 5]].numpy().tobytes(),
-        T[:3].contiguous().numpy().tobytes(),
-    )  # fmt: skip
+    geometry = (tensor.contiguous().numpy().tobytes() for tensor in (E, T[[6, 3, 4, 5]], T[:3]))
+    return _pair(i, j), len(kept), kept.tobytes(), CALIBRATED, *geometry
 
 
 @dataclass(frozen=True)
@@ -241,7 +258,7 @@ def _points(
     landmarks: Mapping[int, Tensor],
     prune_px: float,
 ) -> list[_Point]:
-    """Return the landmarks that two images or more observe."""
+    """Return the landmarks that two images or more observe within ``prune_px``."""
     seen: dict[int, list[tuple[int, int, float]]] = {}
     for stamp, image in images.items():
         tracks = [track for track in image.place if track in landmarks]
@@ -275,7 +292,7 @@ def _write_model(
     T_world_camera: Mapping[int, Tensor],
     points: Sequence[_Point],
 ) -> None:
-    """cameras.txt, images.txt and points3D.txt."""
+    """Write the model: cameras.txt, images.txt and points3D.txt."""
     name, _, parameters = model
     lines = ['# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[]']
     lines.append(
@@ -325,4 +342,4 @@ def _write_model(
 
 
 def _write_lines(path: Path, lines: Sequence[str]) -> None:
-    write(path, ('\n'.join(lines) + '\n').encode())
+    write(path, '\n'.join([*lines, '']))

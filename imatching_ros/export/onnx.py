@@ -10,8 +10,10 @@ import warnings
 import torch
 from torch import nn, Tensor
 
-from ..matching.expectation import ExpectationMatcher, Features
-from ..matching.weights import WeightsInfo, write
+from .. import files
+from ..matching.encoder import Features
+from ..matching.families.expectation import ExpectationMatcher
+from ..matching.weights import WeightsInfo
 
 ENCODE, MATCH = 'encode.onnx', 'match.onnx'
 OPSET = 18  # TensorRT 10 reads it
@@ -86,12 +88,12 @@ def write_onnx(
     said = {
         'family': info.family, 'version': str(info.version), 'sha256': info.sha256,
         'width': str(width), 'height': str(height),
-    }  # fmt: skip
+    }
     for name, program in graphs.items():
         program.model.metadata_props.update(said)
         graph = program.model.graph
         graph.inputs[:] = [value for value in graph.inputs if value.uses()]
-        write(folder / name, program.model_proto.SerializeToString())
+        files.write(folder / name, program.model_proto.SerializeToString())
 
 
 def _export(

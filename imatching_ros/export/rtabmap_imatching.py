@@ -1,7 +1,5 @@
 """
-RTAB-Map's Python detector and matcher (``PyDetector/Path`` and ``PyMatcher/Path``).
-
-Give both this file.
+RTAB-Map's detector and matcher in Python: give this file to PyDetector/Path and PyMatcher/Path.
 
 RTAB-Map shows images to its detector, and key points with descriptors, but no images, to its
 matcher. So the features of the last images are kept here, and found again by their descriptors.
@@ -14,7 +12,8 @@ from dataclasses import dataclass
 
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect as corners
-from imatching_ros.matching.expectation import COARSE, ExpectationMatcher, Features
+from imatching_ros.matching.encoder import COARSE, Features
+from imatching_ros.matching.families.expectation import ExpectationMatcher
 from imatching_ros.matching.tracker import round_trip, TrackerOptions
 import numpy as np
 import torch
@@ -37,10 +36,10 @@ _images: deque[_Image] = deque(maxlen=KEPT)
 
 def init(*given) -> None:
     """
-    Load the matcher.
+    Load the matcher, as PyDetector, or PyMatcher, of RTAB-Map asks for it.
 
-    PyDetector gives (cuda), PyMatcher (dimension, threshold, iterations, cuda, model); model may
-    be a file.
+    PyDetector gives (cuda), PyMatcher (dimension, threshold, iterations, cuda, model), where model
+    may be the path of a weights file.
     """
     global _matcher
     cuda, model = (given[0], '') if len(given) == 1 else given[3:]
@@ -75,7 +74,11 @@ def detect(image) -> tuple[np.ndarray, np.ndarray]:
 def match(
     kpts_from, kpts_to, scores_from, scores_to, descriptors_from, descriptors_to, width, height
 ) -> np.ndarray:
-    """Pairs (M, 2) int64 of key points (N, 2), (K, 2) px: the same point in both images."""
+    """
+    Return the pairs (M, 2) int64 of key points, indices, that are the same point in both images.
+
+    Key points are (N, 2) and (K, 2), px, descriptors (N, 64) and (K, 64); scores are not used.
+    """
     one, two = _find(descriptors_from), _find(descriptors_to)
     if one is None or two is None:
         closeness = torch.from_numpy(np.array(descriptors_from) @ np.array(descriptors_to).T)

@@ -1,5 +1,1 @@
-"""
-Cameras, two-view geometry, pose from points, triangulation.
-
-Knows nothing of the other rooms.
-"""
+"""Cameras, two-view geometry, pose from points and triangulation, which know of no other room."""

@@ -17,7 +17,7 @@ NAMES = {
     'rational_polynomial': 'rational_polynomial', 'rational': 'rational_polynomial',
     'equidistant': 'equidistant', 'equi': 'equidistant', 'fisheye': 'equidistant',
     'kannala_brandt': 'equidistant', 'kannala_brandt4': 'equidistant',
-}  # fmt: skip
+}
 #: A focal length below this share of the image's size is none: beyond 173 degrees on a flat image
 #: plane, beyond 5 radians from the axis of a fisheye.
 SHORTEST = {'equidistant': 0.1}

@@ -61,10 +61,10 @@ def unclear(info: Any, topic: str) -> float | None:
 @dataclass(frozen=True)
 class Camera:
     """
-    Intrinsics of one camera. An integer pixel coordinate is a pixel's centre.
+    Intrinsics of one camera, for which an integer pixel coordinate is a pixel's centre.
 
-    Frames: optical, x right, y down, z forward. ``fx fy cx cy`` in pixels; ``distortion`` in the
-    coefficient order of sensor_msgs/CameraInfo (OpenCV's).
+    Frames: optical, x right, y down, z forward. ``fx fy cx cy`` are in pixels, ``distortion`` in
+    the coefficient order of sensor_msgs/CameraInfo (OpenCV's).
     """
 
     width: int
@@ -92,8 +92,8 @@ class Camera:
         if len(self.distortion) not in DISTORTION_MODELS[self.distortion_model]:
             raise ValueError(
                 f"distortion model '{self.distortion_model}' takes "
-                f'{DISTORTION_MODELS[self.distortion_model]} '
-                f'coefficients, {len(self.distortion)} were given'
+                f'{DISTORTION_MODELS[self.distortion_model]} coefficients, '
+                f'{len(self.distortion)} were given'
             )
         if any(self.distortion[12:]):
             raise ValueError(
@@ -195,29 +195,28 @@ class Camera:
 
     @property
     def focal(self) -> float:
-        """Mean focal length in pixels: the scale between normalised and pixel residuals."""
+        """The mean focal length in pixels, which scales normalised residuals to pixels."""
         return 0.5 * (self.fx + self.fy)
 
     def scaled(self, sx: float, sy: float) -> Camera:
         """
-        Return the same camera for an image resized by ``sx``, ``sy``.
+        Return the same camera for an image resized by ``sx`` and ``sy``.
 
-        Pixel centres stay at integers.
+        Pixel centres stay at integers: cx' = (cx + 0.5) sx - 0.5.
         """
         return replace(
             self,
             width=round(self.width * sx), height=round(self.height * sy),
             fx=self.fx * sx, fy=self.fy * sy,
             cx=(self.cx + 0.5) * sx - 0.5, cy=(self.cy + 0.5) * sy - 0.5,
-        )  # fmt: skip
+        )
 
     def cropped(self, x: int, y: int, width: int, height: int) -> Camera:
         """
         Return the same camera for the window of the image whose first pixel is (x, y).
 
-        All zero: the whole image.
-
-        Raises ValueError where the window leaves the image.
+        The window is ``width`` by ``height`` px; where all four numbers are zero, it is the whole
+        image. Raises ValueError where it leaves the image.
         """
         if not (x or y or width or height):
             return self
@@ -231,9 +230,7 @@ class Camera:
 
     def binned(self, x: int, y: int) -> Camera:
         """
-        Return the same camera for a binned image.
-
-        Each pixel of it is the mean of ``x`` times ``y`` pixels.
+        Return the same camera for an image whose pixels are means of ``x`` times ``y`` pixels.
 
         The new pixel u covers the old ones from x u to x u + x - 1, so its centre lies at x u + (x
         - 1) / 2: therefore cx' = (cx + 0.5) / x - 0.5, which image_geometry's cx / x misses by up
@@ -245,10 +242,10 @@ class Camera:
 
     def normalise(self, uv: Tensor) -> Tensor:
         """
-        Pixels (..., 2) to undistorted coordinates on the plane z = 1 (..., 2). Differentiable.
+        Return where pixels (..., 2) lie, undistorted, on the plane z = 1 (..., 2), differentiable.
 
-        NaN where the distortion model cannot produce the pixel, as far outside what was calibrated
-        it may not.
+        They are NaN where the distortion model cannot produce the pixel, as far outside what was
+        calibrated it may not.
         """
         distorted = (uv - uv.new_tensor([self.cx, self.cy])) / uv.new_tensor([self.fx, self.fy])
         if self.distortion_model == 'none':
@@ -265,11 +262,8 @@ class Camera:
         # One more step of Newton's method, from the solution: by the implicit function theorem all
         # of its gradient.
         value, jacobian = self._distort_with_jacobian(xy)
-        return torch.where(
-            valid[..., None],
-            xy - _solve2(jacobian.detach(), value.detach() - distorted),
-            torch.nan,
-        )
+        solution = xy - _solve2(jacobian.detach(), value.detach() - distorted)
+        return torch.where(valid[..., None], solution, torch.nan)
 
     def _undistorted_guess(self, distorted: Tensor) -> Tensor:
         if self.distortion_model != 'equidistant':
@@ -282,31 +276,27 @@ class Camera:
         for _ in range(12):
             t2 = theta * theta
             value = theta * (1 + t2 * (k1 + t2 * (k2 + t2 * (k3 + t2 * k4)))) - theta_d
-            theta = theta - value / (
-                1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4)))
-            )
+            slope = 1 + t2 * (3 * k1 + t2 * (5 * k2 + t2 * (7 * k3 + t2 * 9 * k4)))
+            theta = theta - value / slope
         theta = torch.where((theta >= 0) & (theta < 1.55), theta, torch.nan)
-        return distorted * torch.where(
-            theta_d > 1e-8, torch.tan(theta) / theta_d.clamp_min(1e-8), 1.0
-        )
+        longer = torch.tan(theta) / theta_d.clamp_min(1e-8)
+        return distorted * torch.where(theta_d > 1e-8, longer, 1.0)
 
     def project(self, xy: Tensor) -> Tensor:
         """
-        Undistorted coordinates on the plane z = 1 (..., 2) to pixels (..., 2).
+        Return the pixels (..., 2) of undistorted points (..., 2) on the plane z = 1.
 
-        Differentiable.
+        It is differentiable.
         """
-        return self._distort(xy) * xy.new_tensor([self.fx, self.fy]) + xy.new_tensor(
-            [self.cx, self.cy]
-        )
+        focal, centre = xy.new_tensor([[self.fx, self.fy], [self.cx, self.cy]])
+        return self._distort(xy) * focal + centre
 
     def undistorted_covariance(self, xy: Tensor, cov: Tensor) -> Tensor:
         """
-        Covariances (..., 3) of raw pixels as those of the undistorted pixels ``(fx x, fy y)``.
+        Return covariances of raw pixels as those of the undistorted pixels ``(fx x, fy y)``.
 
-        Uu, uv, vv, px^2.
-
-        xy: (..., 2) the undistorted points, on the plane z = 1.
+        Both are (..., 3): uu, uv, vv in px^2. ``xy`` (..., 2) are the undistorted points, on the
+        plane z = 1.
         """
         if self.distortion_model == 'none':
             return cov
@@ -327,11 +317,7 @@ class Camera:
         return self._distort_with_jacobian(xy)[0]
 
     def _distort_with_jacobian(self, xy: Tensor) -> tuple[Tensor, Tensor]:
-        """
-        Return distorted coordinates (..., 2) and their 2x2 Jacobian (..., 2, 2).
-
-        The formulas are OpenCV's.
-        """
+        """Return distorted coordinates (..., 2) and their Jacobian (..., 2, 2), as OpenCV does."""
         x, y = xy.unbind(-1)
         r2 = x * x + y * y
         if self.distortion_model == 'equidistant':
@@ -348,31 +334,24 @@ class Camera:
             )
             tx = ty = dtx_x = dtx_y = dty_x = dty_y = torch.zeros_like(x)
         else:
-            k1, k2, p1, p2, k3, k4, k5, k6, s1, s2, s3, s4 = (*self.distortion[:12], *[0.0] * 12)[
-                :12
-            ]
+            known = (*self.distortion[:12], *[0.0] * 12)[:12]
+            k1, k2, p1, p2, k3, k4, k5, k6, s1, s2, s3, s4 = known
             top, d_top = 1 + r2 * (k1 + r2 * (k2 + r2 * k3)), k1 + r2 * (2 * k2 + r2 * 3 * k3)
             low, d_low = 1 + r2 * (k4 + r2 * (k5 + r2 * k6)), k4 + r2 * (2 * k5 + r2 * 3 * k6)
             scale, slope = top / low, (d_top * low - top * d_low) / (low * low)
             tx = 2 * p1 * x * y + p2 * (r2 + 2 * x * x) + r2 * (s1 + r2 * s2)
             ty = p1 * (r2 + 2 * y * y) + 2 * p2 * x * y + r2 * (s3 + r2 * s4)
             dsx, dsy = s1 + 2 * r2 * s2, s3 + 2 * r2 * s4
-            dtx_x, dtx_y = (
-                2 * p1 * y + 6 * p2 * x + 2 * x * dsx,
-                2 * p1 * x + 2 * p2 * y + 2 * y * dsx,
-            )
-            dty_x, dty_y = (
-                2 * p1 * x + 2 * p2 * y + 2 * x * dsy,
-                6 * p1 * y + 2 * p2 * x + 2 * y * dsy,
-            )
+            dtx_x = 2 * p1 * y + 6 * p2 * x + 2 * x * dsx
+            dtx_y = 2 * p1 * x + 2 * p2 * y + 2 * y * dsx
+            dty_x = 2 * p1 * x + 2 * p2 * y + 2 * x * dsy
+            dty_y = 6 * p1 * y + 2 * p2 * x + 2 * y * dsy
         value = torch.stack((x * scale + tx, y * scale + ty), -1)
-        jacobian = torch.stack(
-            (
-                scale + 2 * x * x * slope + dtx_x, 2 * x * y * slope + dtx_y,
-                2 * x * y * slope + dty_x, scale + 2 * y * y * slope + dty_y,
-            ),
-            -1,
-        ).unflatten(-1, (2, 2))  # fmt: skip
+        jacobian = (
+            scale + 2 * x * x * slope + dtx_x, 2 * x * y * slope + dtx_y,
+            2 * x * y * slope + dty_x, scale + 2 * y * y * slope + dty_y,
+        )
+        jacobian = torch.stack(jacobian, -1).unflatten(-1, (2, 2))
         return value, jacobian
 
 
@@ -382,10 +361,8 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _solve2(A: Tensor, b: Tensor) -> Tensor:
-    """A^-1 b for (..., 2, 2) and (..., 2); not finite where A is singular."""
+    """Return A^-1 b of (..., 2, 2) and (..., 2), not finite where A is singular."""
     (a00, a01), (a10, a11) = (row.unbind(-1) for row in A.unbind(-2))
     b0, b1 = b.unbind(-1)
-    return (
-        torch.stack((a11 * b0 - a01 * b1, a00 * b1 - a10 * b0), -1)
-        / (a00 * a11 - a01 * a10)[..., None]
-    )
+    determinant = a00 * a11 - a01 * a10
+    return torch.stack((a11 * b0 - a01 * b1, a00 * b1 - a10 * b0), -1) / determinant[..., None]

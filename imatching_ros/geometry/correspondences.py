@@ -1,8 +1,4 @@
-"""
-What one image says of its past keyframes.
-
-The rows that travel from matcher to bundle and learner.
-"""
+"""What travels from matcher to bundle and learner: where points of keyframes are seen."""
 
 from __future__ import annotations
 

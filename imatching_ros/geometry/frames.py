@@ -12,11 +12,11 @@ def carried(
     T_world_body: Tensor, covariance: Tensor | None, T_body_camera: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """
-    T_world_camera (7,) and its covariance (6, 6) from those of the body that carries the camera.
+    Return T_world_camera (7,) and its covariance (6, 6) from those of what carries the camera.
 
-    Covariances as ``lie.retract``, which is geometry_msgs/PoseWithCovariance: position, then
-    rotation about the world's axes. A turn of the body moves the camera by the lever between them:
-    c = t + R b, so dc = dt + w x R b.
+    Covariances are as in ``lie.retract``, which is geometry_msgs/PoseWithCovariance: position,
+    then rotation about the world's axes. A turn of the body moves the camera by the lever between
+    them: c = t + R b, so dc = dt + w x R b.
     """
     T = lie.compose(T_world_body, T_body_camera)
     if covariance is None:

@@ -14,20 +14,20 @@ from torch import Tensor
 
 
 def identity(*shape: int) -> Tensor:
-    """Identity poses (*shape, 7), float64."""
+    """Return identity poses (*shape, 7), float64."""
     T = torch.zeros(*shape, 7, dtype=torch.float64)
     T[..., 6] = 1.0
     return T
 
 
 def matrix(T: Tensor) -> Tensor:
-    """Poses (..., 7) as [R | t] (..., 3, 4). A quaternion off unit norm is normalised."""
+    """Return poses (..., 7) as [R | t] (..., 3, 4); a quaternion off unit norm is normalised."""
     R = rotation(T[..., 3:])
     return torch.cat((R, T[..., :3, None]), -1)
 
 
 def rotation(q: Tensor) -> Tensor:
-    """Quaternions x y z w (..., 4), of any positive norm, as rotation matrices (..., 3, 3)."""
+    """Return rotation matrices (..., 3, 3) of quaternions x y z w (..., 4), of any norm but 0."""
     q = q / q.norm(dim=-1, keepdim=True)
     products = (q[..., :, None] * q[..., None, :]).flatten(-2)
     return (products @ _from_products(q.dtype, q.device)).unflatten(-1, (3, 3))
@@ -51,24 +51,20 @@ def _from_products(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def from_matrix(Rt: Tensor) -> Tensor:
-    """[R | t] (..., 3, 4) as poses (..., 7) with qw >= 0. R must be a rotation."""
+    """Return [R | t] (..., 3, 4), where R must be a rotation, as poses (..., 7) with qw >= 0."""
     m = Rt[..., :3, :3]
     a, b, c = m[..., 0, 0], m[..., 1, 1], m[..., 2, 2]
     # Four ways to write the quaternion, each scaled by one of its components; the largest divides
     # safely.
-    ways = torch.stack(
-        (
-            1 + a - b - c, m[..., 0, 1] + m[..., 1, 0], m[..., 0, 2] + m[..., 2, 0],
-            m[..., 2, 1] - m[..., 1, 2],
-            m[..., 0, 1] + m[..., 1, 0], 1 - a + b - c, m[..., 1, 2] + m[..., 2, 1],
-            m[..., 0, 2] - m[..., 2, 0],
-            m[..., 0, 2] + m[..., 2, 0], m[..., 1, 2] + m[..., 2, 1], 1 - a - b + c,
-            m[..., 1, 0] - m[..., 0, 1],
-            m[..., 2, 1] - m[..., 1, 2], m[..., 0, 2] - m[..., 2, 0], m[..., 1, 0] - m[..., 0, 1],
-            1 + a + b + c,
-        ),
-        -1,
-    ).unflatten(-1, (4, 4))  # fmt: skip
+    xy, xz, yz = (m[..., j, i] + m[..., i, j] for i, j in ((0, 1), (0, 2), (1, 2)))
+    wx, wy, wz = (m[..., j, i] - m[..., i, j] for i, j in ((1, 2), (2, 0), (0, 1)))
+    ways = (
+        1 + a - b - c, xy, xz, wx,
+        xy, 1 - a + b - c, yz, wy,
+        xz, yz, 1 - a - b + c, wz,
+        wx, wy, wz, 1 + a + b + c,
+    )
+    ways = torch.stack(ways, -1).unflatten(-1, (4, 4))
     best = ways.diagonal(dim1=-2, dim2=-1).argmax(-1)
     q = torch.take_along_dim(ways, best[..., None, None], -2).squeeze(-2)
     q = q / q.norm(dim=-1, keepdim=True)
@@ -78,9 +74,9 @@ def from_matrix(Rt: Tensor) -> Tensor:
 
 def cross(a: Tensor, b: Tensor) -> Tensor:
     """
-    Return a x b, (..., 3), broadcasting.
+    Return a x b, (..., 3), whatever leading shapes the two have, as long as they broadcast.
 
-    (torch.linalg.cross wants equally many dimensions, and copies).
+    ``torch.linalg.cross`` wants equally many dimensions, and copies.
     """
     if a.shape == b.shape:
         return torch.linalg.cross(a, b)
@@ -89,7 +85,7 @@ def cross(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiply(p: Tensor, q: Tensor) -> Tensor:
-    """Product of quaternions x y z w (..., 4)."""
+    """Return the product p q of quaternions x y z w (..., 4)."""
     a, b = p[..., :3], q[..., :3]
     vector = p[..., 3:] * b + q[..., 3:] * a + cross(a, b)
     scalar = p[..., 3:] * q[..., 3:] - (a * b).sum(-1, keepdim=True)
@@ -97,14 +93,14 @@ def multiply(p: Tensor, q: Tensor) -> Tensor:
 
 
 def rotate(q: Tensor, p: Tensor) -> Tensor:
-    """Points (..., 3) turned by unit quaternions (..., 4)."""
+    """Return points (..., 3) turned by unit quaternions (..., 4)."""
     v = q[..., :3]
     twice = 2 * cross(v, p)
     return p + q[..., 3:] * twice + cross(v, twice)
 
 
 def compose(A: Tensor, B: Tensor) -> Tensor:
-    """Compose A B: first B, then A. (..., 7)."""
+    """Return the poses A B (..., 7), which take a point by B first, then by A."""
     q = multiply(A[..., 3:], B[..., 3:])
     return torch.cat((act(A, B[..., :3]), q / q.norm(dim=-1, keepdim=True)), -1)
 
@@ -116,7 +112,7 @@ def inverse(T: Tensor) -> Tensor:
 
 
 def act(T: Tensor, p: Tensor) -> Tensor:
-    """Points (..., 3) taken by poses (..., 7); leading shapes broadcast."""
+    """Return points (..., 3) taken by poses (..., 7); leading shapes broadcast."""
     return rotate(T[..., 3:], p) + T[..., :3]
 
 
@@ -130,9 +126,8 @@ def retract(T: Tensor, delta: Tensor) -> Tensor:
     """
     half = 0.5 * delta[..., 3:]
     angle = half.norm(dim=-1, keepdim=True)
-    q = multiply(
-        torch.cat((torch.sinc(angle / torch.pi) * half, torch.cos(angle)), -1), T[..., 3:]
-    )
+    turn = torch.cat((torch.sinc(angle / torch.pi) * half, torch.cos(angle)), -1)
+    q = multiply(turn, T[..., 3:])
     return torch.cat((T[..., :3] + delta[..., :3], q / q.norm(dim=-1, keepdim=True)), -1)
 
 
@@ -140,7 +135,7 @@ def local(T: Tensor, T_moved: Tensor) -> Tensor:
     """
     Return the delta (..., 6) that :func:`retract` takes from T (..., 7) to T_moved.
 
-    Its rotation the shorter way round.
+    Its rotation goes the shorter way round.
     """
     turn = multiply(T_moved[..., 3:], torch.cat((-T[..., 3:6], T[..., 6:]), -1))
     return torch.cat((T_moved[..., :3] - T[..., :3], log(turn)), -1)
@@ -150,30 +145,26 @@ def log(q: Tensor) -> Tensor:
     """Return unit quaternions (..., 4) as rotation vectors (..., 3) of at most pi."""
     q = torch.where(q[..., 3:] < 0, -q, q)
     sine = q[..., :3].norm(dim=-1, keepdim=True)
-    # the angle's ratio to its sine is then that of the limit, and would be 0 / 0
+    # The angle's ratio to its sine is then that of the limit, and would be 0 / 0
     tiny = sine < 1e-150
-    return q[..., :3] * torch.where(
-        tiny, 2.0, 2 * torch.atan2(sine, q[..., 3:]) / torch.where(tiny, 1.0, sine)
-    )
+    ratio = 2 * torch.atan2(sine, q[..., 3:]) / torch.where(tiny, 1.0, sine)
+    return q[..., :3] * torch.where(tiny, 2.0, ratio)
 
 
 def left_jacobian_inverse(phi: Tensor) -> Tensor:
     """
-    Return (..., 3, 3), by which phi (..., 3) changes when R = Exp(phi) becomes Exp(w) R.
+    Return the matrices (..., 3, 3) by which phi changes when R = Exp(phi) becomes Exp(w) R.
 
-    To first order in w.
-
-    I - [phi]x / 2 + (1 - h cot h) / |phi|^2 [phi]x^2, h = |phi| / 2 (Barfoot, State Estimation for
-    Robotics, 7.1.5).
+    To first order in w, phi (..., 3) grows by the matrix times w. It is I - [phi]x / 2 + (1 - h
+    cot h) / |phi|^2 [phi]x^2, h = |phi| / 2 (Barfoot, State Estimation for Robotics, 7.1.5).
     """
     angle = phi.norm(dim=-1)
     small = angle < 0.05
     safe = torch.where(small, 1.0, angle)
     square = angle.square()
     series = 1 / 12 + square / 720 + square.square() / 30240
-    b = torch.where(small, series, (1 - safe / 2 / torch.tan(safe / 2)) / safe.square())[
-        ..., None, None
-    ]
+    b = torch.where(small, series, (1 - safe / 2 / torch.tan(safe / 2)) / safe.square())
+    b = b[..., None, None]
     x, y, z = phi.unbind(-1)
     zero = torch.zeros_like(x)
     hat = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).unflatten(-1, (3, 3))

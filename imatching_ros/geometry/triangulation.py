@@ -1,10 +1,11 @@
-"""Points from many views at once: batched, masked, robust."""
+"""Where points lie that many views see: many at once, and though some views are wrong."""
 
 from __future__ import annotations
 
-from imatching_ros.geometry import lie
 import torch
 from torch import Tensor
+
+from . import lie
 
 _AT_ONCE = 256  #: tracks whose pairs of views are tried at once
 
@@ -19,7 +20,7 @@ def rays(T_world_camera: Tensor, xy: Tensor) -> Tensor:
 
 def reproject(T_world_camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Points (..., 3) on the plane z = 1 of cameras (..., 7): coordinates (..., 2) and depth (...).
+    Return where cameras (..., 7) see points (..., 3): (..., 2) on the plane z = 1, depth (...).
 
     Behind the camera (depth <= 0) the coordinates are not meaningful.
     """
@@ -29,9 +30,9 @@ def reproject(T_world_camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 
 def _in_camera(T_world_camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
-    R^T (p - c), coordinate by coordinate.
+    Return R^T (p - c), the points in the cameras' frames, as three coordinates (...).
 
-    Several times faster than tensors whose last dimension is 3.
+    This is several times faster than tensors whose last dimension is 3.
     """
     R, c = lie.rotation(T_world_camera[..., 3:]), T_world_camera[..., :3]
     x, y, z = (points[..., i] - c[..., i] for i in range(3))
@@ -40,12 +41,12 @@ def _in_camera(T_world_camera: Tensor, points: Tensor) -> tuple[Tensor, Tensor, 
 
 def triangulate(T_world_camera: Tensor, xy: Tensor, mask: Tensor, sweeps: int = 3) -> Tensor:
     """
-    Points that many views see, by the angular error of their rays.
+    Return the points (..., 3) that many views see, by the angular error of their rays.
 
     T_world_camera: (..., V, 7). xy: (..., V, 2) on the plane z = 1. mask: (..., V) bool, views
-    that count. Leading shapes broadcast. Returns (..., 3), NaN where fewer than two views count or
-    all rays are parallel. Weighted midpoint: a ray's distance is divided by the point's distance
-    of the sweep before.
+    that count. Leading shapes broadcast. A point is NaN where fewer than two views count or all
+    rays are parallel. It is a weighted midpoint: a ray's distance is divided by the point's
+    distance of the sweep before.
     """
     direction = rays(T_world_camera, torch.where(mask[..., None], xy, torch.zeros_like(xy)))
     return intersect(T_world_camera[..., :3], direction, mask, sweeps)
@@ -53,9 +54,9 @@ def triangulate(T_world_camera: Tensor, xy: Tensor, mask: Tensor, sweeps: int = 
 
 def intersect(centre: Tensor, direction: Tensor, mask: Tensor, sweeps: int = 3) -> Tensor:
     """
-    :func:`triangulate` from the rays themselves.
+    Return what :func:`triangulate` does, from the rays themselves.
 
-    Centres (..., V, 3) and unit directions (..., V, 3).
+    They have centres (..., V, 3) and unit directions (..., V, 3), in the world's axes.
     """
     weight = mask.to(direction.dtype)
     origin = (centre * weight[..., None]).sum(-2) / weight.sum(-1, keepdim=True).clamp_min(1)
@@ -81,9 +82,9 @@ def _solve3(
     xx: Tensor, xy: Tensor, xz: Tensor, yy: Tensor, yz: Tensor, zz: Tensor, *b: Tensor
 ) -> Tensor:
     """
-    Solve symmetric systems with these elements for b, three of (...), by cofactors.
+    Solve symmetric 3x3 systems with these elements (...) for b, three of (...), by cofactors.
 
-    The solution is (..., 3), NaN where singular to rounding.
+    The solution is (..., 3), NaN where a system is singular to rounding.
     """
     u, v, w = yy * zz - yz * yz, xz * yz - xy * zz, xy * yz - xz * yy
     determinant = xx * u + xy * v + xz * w
@@ -101,7 +102,7 @@ def parallax(T_world_camera: Tensor, xy: Tensor, mask: Tensor) -> Tensor:
     """
     Return the largest angle (...), radians, between any two rays of a point.
 
-    Arguments as in ``triangulate``.
+    The arguments are those of :func:`triangulate`.
     """
     direction = rays(T_world_camera, torch.where(mask[..., None], xy, torch.zeros_like(xy)))
     cosine = direction @ direction.mT
@@ -113,9 +114,9 @@ def inliers_of(
     points: Tensor, T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float
 ) -> Tensor:
     """
-    Return the views (..., V) bool that count.
+    Return the views (..., V) bool that count, see the point in front, and agree with it.
 
-    They see the point (..., 3) in front and reproject within ``threshold`` (z = 1).
+    They do where the point (..., 3) reprojects within ``threshold`` on the plane z = 1.
     """
     X, Y, Z = _in_camera(T_world_camera, points[..., None, :])
     # Not divided by the depth: |X - x Z|^2 < (threshold Z)^2
@@ -127,10 +128,10 @@ def triangulate_robust(
     T_world_camera: Tensor, xy: Tensor, mask: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor]:
     """
-    Triangulation when some views are wrong (paper 3.1.2, RANSAC-based multi-view triangulation).
+    Triangulate though some views are wrong (paper 3.1.2, RANSAC-based multi-view triangulation).
 
     T_world_camera: (V, 7). xy: (L, V, 2). mask: (L, V). threshold: reprojection error on the plane
-    z = 1. Returns points (L, 3) (NaN where there is none) and the views that agree (L, V) bool.
+    z = 1. Returns points (L, 3), NaN where there is none, and the views that agree (L, V) bool.
     All views are tried together; where one of them disagrees, three sets of pairs besides: each
     view with the next, with the one a third and the one half of the track further (all pairs there
     are, up to six views). The hypothesis with most agreeing views is fitted again to them. Tried
@@ -160,7 +161,7 @@ def _best_pair(
     """
     Return, of the points that pairs of views give, the one that most views agree with.
 
-    (L, 3), (L, V).
+    Returned are points (L, 3) and the views that agree (L, V).
     """
     views = mask.sum(-1, keepdim=True)
     longest = int(views.max())
@@ -172,17 +173,14 @@ def _best_pair(
         firsts.append(seen)
         seconds.append(torch.take_along_dim(seen, partner, 1))
     pair = torch.stack((torch.cat(firsts, 1), torch.cat(seconds, 1)), -1)  # (L, H, 2)
-    centre, direction = (
-        T_world_camera[:, :3],
-        rays(T_world_camera, torch.where(mask[..., None], xy, 0.0)),
-    )
+    centre = T_world_camera[:, :3]
+    direction = rays(T_world_camera, torch.where(mask[..., None], xy, 0.0))
     row = torch.arange(len(mask))[:, None, None]
     both = mask[row, pair] & (pair[..., :1] != pair[..., 1:])
     points = intersect(centre[pair], direction[row, pair], both)  # (L, H, 3)
+    mine = row[..., 0]
     cameras = (
-        T_world_camera[seen][:, None],
-        xy[row[..., 0], seen][:, None],
-        mask[row[..., 0], seen][:, None],
+        T_world_camera[seen][:, None], xy[mine, seen][:, None], mask[mine, seen][:, None]
     )
     agree = inliers_of(points, *cameras, threshold)  # (L, H, longest)
     best = agree.sum(-1).argmax(-1)[:, None, None]
@@ -196,10 +194,10 @@ def _better(
     point: Tensor, agree: Tensor, where: Tensor, other: Tensor, other_agree: Tensor
 ) -> tuple[Tensor, Tensor]:
     """
-    Return the better of two solutions.
+    Return ``point`` and ``agree`` with those rows replaced that others are better than.
 
-    ``point`` and ``agree`` with those rows ``where`` the other ones agree with more views
-    replaced.
+    The others stand for the rows ``where``, and are better where at least as many views agree with
+    them.
     """
     more = other_agree.sum(-1) >= agree[where].sum(-1)
     point, agree = point.clone(), agree.clone()

@@ -1,7 +1,7 @@
 """
-Robust two-view pose and pose from points, by PoseLib, and which model two views call for.
+Robust pose of two views and pose from points, by PoseLib, and which model two views call for.
 
-Deterministic: RANSAC's seed is fixed.
+All is deterministic, for RANSAC's seed is fixed.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 
 import cv2
-from imatching_ros.geometry import lie
 import numpy as np
 import poselib
 import torch
 from torch import Tensor
 
+from . import lie
+
 _RELATIVE_MINIMUM = 8  #: five points give a model, eight begin to confirm it
 _ABSOLUTE_MINIMUM = 6
+_RANSAC = {'seed': 0, 'max_iterations': 2000, 'min_iterations': 100}
 HYPOTHESES = 64  #: pairs of rays that the rotation is first guessed from
 
 
@@ -24,7 +26,7 @@ def relative_pose(
     xy_i: Tensor, xy_j: Tensor, threshold_px: float, focal: float
 ) -> tuple[Tensor, Tensor] | None:
     """
-    Pose between two views by the essential matrix (paper 3.1.2, the anchor pair).
+    Return the pose between two views by the essential matrix (paper 3.1.2, the anchor pair).
 
     xy_i, xy_j: (N, 2) undistorted, on the plane z = 1; rows that are not finite are outliers.
     threshold_px: epipolar (Sampson) error of an inlier, in pixels of a camera of focal length
@@ -35,12 +37,12 @@ def relative_pose(
     if int(finite.sum()) < _RELATIVE_MINIMUM:
         return None
     camera = _camera(focal)
+    ransac = {'max_epipolar_error': threshold_px, **_RANSAC}
+    refinement = {'loss_type': 'CAUCHY', 'loss_scale': 0.5 * threshold_px}
     pose, info = poselib.estimate_relative_pose(
-        _pixels(xy_i[finite], focal), _pixels(xy_j[finite], focal), camera, camera,
-        {'max_epipolar_error': threshold_px, 'seed': 0, 'max_iterations': 2000,
-         'min_iterations': 100},
-        {'loss_type': 'CAUCHY', 'loss_scale': 0.5 * threshold_px},
-    )  # fmt: skip
+        _pixels(xy_i[finite], focal), _pixels(xy_j[finite], focal), camera, camera, ransac,
+        refinement,
+    )
     return _result(pose, info, finite, _RELATIVE_MINIMUM)
 
 
@@ -48,7 +50,7 @@ def absolute_pose(
     points: Tensor, xy: Tensor, threshold_px: float, focal: float
 ) -> tuple[Tensor, Tensor] | None:
     """
-    Pose of a camera that sees known points (paper 3.1.2, 2D-3D registration).
+    Return the pose of a camera that sees known points (paper 3.1.2, 2D-3D registration).
 
     points: (N, 3), world. xy: (N, 2) undistorted, on the plane z = 1. Rows that are not finite are
     outliers. threshold_px: reprojection error of an inlier, in pixels of a camera of focal length
@@ -58,12 +60,12 @@ def absolute_pose(
     finite = points.isfinite().all(-1) & xy.isfinite().all(-1)
     if int(finite.sum()) < _ABSOLUTE_MINIMUM:
         return None
-    pose, info = poselib.estimate_absolute_pose(
-        _pixels(xy[finite], focal), points[finite].double().numpy(), _camera(focal),
-        {'max_reproj_error': threshold_px, 'seed': 0, 'max_iterations': 1000,
-         'min_iterations': 20},
-        {'loss_type': 'CAUCHY', 'loss_scale': 0.5 * threshold_px},
-    )  # fmt: skip
+    seen, known = _pixels(xy[finite], focal), points[finite].double().numpy()
+    ransac = {
+        'max_reproj_error': threshold_px, 'seed': 0, 'max_iterations': 1000, 'min_iterations': 20,
+    }
+    refinement = {'loss_type': 'CAUCHY', 'loss_scale': 0.5 * threshold_px}
+    pose, info = poselib.estimate_absolute_pose(seen, known, _camera(focal), ransac, refinement)
     return _result(pose, info, finite, _ABSOLUTE_MINIMUM)
 
 
@@ -71,12 +73,10 @@ def relative_rotation(xy_i: Tensor, xy_j: Tensor, threshold: float) -> Tensor | 
     """
     Return the turn of a camera that stays where it is: T_j_i (7,) without translation.
 
-    None for fewer than two points.
-
-    xy_i, xy_j: (N, 2) undistorted, on the plane z = 1, finite. threshold: distance of an inlier,
-    on that plane. Two rays fix a rotation (frames built on them, Black 1964); of such guesses from
-    rays that lie far apart in the list the one with the least truncated error is refined on its
-    inliers (Kabsch 1976).
+    It is None for fewer than two points. xy_i, xy_j: (N, 2) undistorted, on the plane z = 1,
+    finite. threshold: distance of an inlier, on that plane. Two rays fix a rotation (frames built
+    on them, Black 1964); of such guesses from rays that lie far apart in the list the one with the
+    least truncated error is refined on its inliers (Kabsch 1976).
     """
     N = len(xy_i)
     if N < 2:
@@ -95,40 +95,30 @@ def relative_rotation(xy_i: Tensor, xy_j: Tensor, threshold: float) -> Tensor | 
         # (H, N) each, and (1, N) once refined
         X, Y, Z = (R.reshape(-1, 3) @ a).view(-1, 3, N).unbind(1)
         depth = Z.clamp_min(1e-6)
-        error2 = (
-            (X / depth - x)
-            .square_()
-            .add_((Y / depth - y).square_())
-            .masked_fill_(Z <= 0, torch.inf)
-        )
+        error2 = (X / depth - x).square_() + (Y / depth - y).square_()
+        error2.masked_fill_(Z <= 0, torch.inf)
         if turn == 0:
             error2 = error2[int(error2.clamp_max(threshold**2).sum(-1).argmin())]
         weight = (error2.view(-1) < threshold**2).double()
         U, _, Vt = torch.linalg.svd((weight * b) @ a.T)
         sign = torch.det(U @ Vt).sign()
         R = U @ torch.diag(torch.stack((torch.ones_like(sign), torch.ones_like(sign), sign))) @ Vt
-    return (
-        lie.from_matrix(torch.cat((R, torch.zeros(3, 1, dtype=R.dtype)), -1))
-        if R.isfinite().all()
-        else None
-    )
+    if not R.isfinite().all():
+        return None
+    return lie.from_matrix(torch.cat((R, torch.zeros(3, 1, dtype=R.dtype)), -1))
 
 
 def homography(xy_i: Tensor, xy_j: Tensor, threshold_px: float, focal: float) -> Tensor | None:
     """
-    H_j_i (3, 3) float64 of points (N, 2) on the plane z = 1 that lie on one plane in space.
+    Return H_j_i (3, 3) float64 of points (N, 2) that lie on one plane in space, or None.
 
-    None without a model.
-
-    Arguments as in :func:`relative_pose`; rows must be finite.
+    Points are undistorted, on the plane z = 1, and must be finite; other arguments are those of
+    :func:`relative_pose`.
     """
     if len(xy_i) < _RELATIVE_MINIMUM:
         return None
-    H, info = poselib.estimate_homography(
-        _pixels(xy_i, focal), _pixels(xy_j, focal),
-        {'max_reproj_error': threshold_px, 'seed': 0, 'max_iterations': 2000,
-         'min_iterations': 100}, {},
-    )  # fmt: skip
+    ransac = {'max_reproj_error': threshold_px, **_RANSAC}
+    H, info = poselib.estimate_homography(_pixels(xy_i, focal), _pixels(xy_j, focal), ransac, {})
     H = torch.from_numpy(np.asarray(H, np.float64))
     if sum(info['inliers']) < _RELATIVE_MINIMUM or not H.isfinite().all():
         return None
@@ -141,12 +131,10 @@ def homography(xy_i: Tensor, xy_j: Tensor, threshold_px: float, focal: float) ->
 
 def homography_motions(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> list[Tensor]:
     """
-    Return the motions T_j_i (7,) that a plane's homography allows.
+    Return the motions T_j_i (7,) that a plane's homography allows, with translations of length 1.
 
-    Two, where the points are in front of both cameras.
-
-    Malis and Vargas 2007, by OpenCV; translations of length 1. xy_i, xy_j: (N, 2), inliers. The
-    candidates whose points lie in front of the cameras as often as those of the best are kept.
+    xy_i, xy_j: (N, 2), inliers. Of the four candidates (Malis and Vargas 2007, by OpenCV) those
+    are kept, mostly two, whose points lie in front of both cameras as often as those of the best.
     """
     _, rotations, translations, normals = cv2.decomposeHomographyMat(H.numpy(), np.eye(3))
     motions, fronts = [], []
@@ -165,9 +153,9 @@ def homography_motions(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> list[Tensor]:
 
 def transfer_error(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
     """
-    Distance (N,) of points xy_j from where a homography (3, 3) puts xy_i.
+    Return how far (N,) points xy_j lie from where a homography (3, 3) puts xy_i.
 
-    Inf where that is not in front.
+    It is infinite where that is not in front.
     """
     moved = _homogeneous(xy_i.double()) @ H.mT
     error = (moved[:, :2] / moved[:, 2:].clamp_min(1e-9) - xy_j).norm(dim=-1)
@@ -176,9 +164,7 @@ def transfer_error(H: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
 
 def gric(squared: Tensor, dimension: int, parameters: int) -> float:
     """
-    Torr's geometric robust information criterion of a two-view model.
-
-    The model with the least explains best.
+    Return Torr's robust information criterion of a two-view model; the least explains best.
 
     squared: (N,) squared errors over their variance. A model has a manifold of ``dimension`` (3: a
     point lies on its epipolar line; 2: it lies where the model puts it) in the four coordinates of
@@ -193,12 +179,10 @@ def gric(squared: Tensor, dimension: int, parameters: int) -> float:
 
 def sampson_error(T_j_i: Tensor, xy_i: Tensor, xy_j: Tensor) -> Tensor:
     """
-    Return the first-order distance of correspondences from the epipolar geometry.
+    Return the first-order distance (N,) of correspondences from the epipolar geometry.
 
-    It is that of Hartley and Zisserman, 11.4.3.
-
-    T_j_i: (7,). xy_i, xy_j: (N, 2) undistorted, on the plane z = 1. Returns (N,), in units of that
-    plane.
+    T_j_i: (7,). xy_i, xy_j: (N, 2) undistorted, on the plane z = 1, in whose units it is. By
+    Hartley and Zisserman, Multiple View Geometry, 11.4.3.
     """
     R, t = lie.matrix(T_j_i).split((3, 1), -1)
     E = torch.linalg.cross(t.expand(3, 3), R, dim=0)
@@ -215,7 +199,7 @@ def _homogeneous(xy: Tensor) -> Tensor:
 
 
 def _frame(a: Tensor, b: Tensor) -> Tensor:
-    """Orthonormal frames (H, 3, 3), as columns, built on two directions (H, 3) each."""
+    """Return orthonormal frames (H, 3, 3), as columns, built on two directions (H, 3) each."""
     x = torch.nn.functional.normalize(a + b, dim=-1)
     z = torch.nn.functional.normalize(torch.linalg.cross(a, b), dim=-1)
     return torch.stack((x, torch.linalg.cross(z, x), z), -1)

@@ -1,5 +1,1 @@
-"""
-The upper level.
-
-The objective at the bundle's optimum, the learner, and the gate that guards the robot.
-"""
+"""The upper level: the objective at the bundle's optimum, the learner, and its gate."""

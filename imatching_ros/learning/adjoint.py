@@ -27,14 +27,15 @@ def optimum(
     problem: Problem, kernel: Kernel, fixed: Tensor | None = None, exact: bool = True
 ) -> tuple[Tensor, Tensor]:
     """
-    T_world_camera (K, 7) and points (L, 3) of a solved problem, as functions of its ``xy`` (O, 2).
+    Return the state of a solved problem as a function of its observations ``xy`` (O, 2).
 
-    The values are the problem's own, nothing is solved anew. Backwards, what a loss asks of them
-    reaches ``xy`` through the adjoint (module docstring), so that any loss of T*, p* and f has its
-    total derivative (equation 4). kernel, fixed: as the problem was solved with. exact: with the
-    Hessian; else with the Gauss-Newton matrix, which leaves out the curvature of kernel and
-    projection. A pose prior counts by its Gauss-Newton matrix in both. Raises ValueError, when the
-    gradient is taken, where the system is singular: the bundle is degenerate.
+    The state is T_world_camera (K, 7) and points (L, 3), the problem's own: nothing is solved
+    anew. Backwards, what a loss asks of them reaches ``xy`` through the adjoint (module
+    docstring), so that any loss of T*, p* and f has its total derivative (equation 4). kernel,
+    fixed: as the problem was solved with. exact: with the Hessian; else with the Gauss-Newton
+    matrix, which leaves out the curvature of kernel and projection. A pose prior counts by its
+    Gauss-Newton matrix in both. Raises ValueError, when the gradient is taken, where the system is
+    singular: the bundle is degenerate.
     """
     return _Optimum.apply(problem.xy, problem, kernel, fixed, exact)
 
@@ -66,7 +67,7 @@ class _System:
     """
     The Hessian of 1/2 sum rho(s) at a state.
 
-    In the directions of ``lie.retract`` and of the points.
+    Its directions are those of ``lie.retract``, and of the points.
     """
 
     def __init__(self, problem: Problem, kernel: Kernel, exact: bool) -> None:
@@ -126,17 +127,15 @@ class _System:
             H[:, 3:6, 3:6].diagonal(dim1=1, dim2=2).sub_((n * d).sum(-1, keepdim=True))
         self.Hcc = torch.block_diag(*_sums(H[:, :6, :6], self.pose, self.K))
         if problem.prior is not None:
-            at = (
-                6 * problem.prior.pose[:, None] + torch.arange(6, device=self.pose.device)
-            ).flatten()
-            self.Hcc[at[:, None], at] += problem.prior.linearise(problem.T_world_camera.detach())[
-                0
-            ]
+            axes = torch.arange(6, device=self.pose.device)
+            at = (6 * problem.prior.pose[:, None] + axes).flatten()
+            of_prior = problem.prior.linearise(problem.T_world_camera.detach())[0]
+            self.Hcc[at[:, None], at] += of_prior
         self.Hpp = _sums(H[:, 6:, 6:], self.landmark, self.L)
         self.Hcp = _sums(H[:, :6, 6:], self.landmark * self.K + self.pose, self.L * self.K)
 
     def solve(self, of_pose: Tensor, of_point: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-        """H^-1 of (K, 6) and (L, 3), poses that are not ``free`` held."""
+        """Return H^-1 of (K, 6) and (L, 3), with the poses held that are not ``free``."""
         unseen = self.Hpp.diagonal(dim1=1, dim2=2).abs().sum(-1) == 0
         Hpp = self.Hpp + torch.diag_embed(unseen.to(self.Hpp.dtype)[:, None].expand(-1, 3))
         E = self.Hcp.view(self.L, self.K * 6, 3)
@@ -155,13 +154,13 @@ class _System:
         return pose.view(self.K, 6), torch.where(unseen[:, None], 0.0, point)
 
     def moved(self, pose: Tensor, point: Tensor) -> Tensor:
-        """How residuals (O, 2), px, move when poses and points move by (K, 6) and (L, 3)."""
+        """Return how residuals (O, 2), px, move when poses move by (K, 6) and points by (L, 3)."""
         state = torch.cat((pose[self.pose], point[self.landmark]), -1)
         return torch.einsum('oij,ojk,ok->oi', self.by_camera, self.by_state, state)
 
 
 def _hat(x: Tensor) -> Tensor:
-    """[x]x (..., 3, 3): [x]x y = x x y."""
+    """Return [x]x (..., 3, 3), for which [x]x y = x x y."""
     a, b, c = x.unbind(-1)
     zero = torch.zeros_like(a)
     return torch.stack((zero, -c, b, c, zero, -a, -b, a, zero), -1).unflatten(-1, (3, 3))

@@ -1,5 +1,5 @@
 """
-Checkpoints: what a learner needs to go on, in safetensors and one JSON manifest. Never a pickle.
+What a learner needs to go on, in safetensors and one JSON manifest, and never in a pickle.
 
 A folder holds ``version_*.safetensors``, weights that were in use; ``state_*.safetensors``,
 candidate, average and optimiser; and ``checkpoint_*.json``, manifests, each written last: what has
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 import safetensors.torch
 
 from .learner import Learner
+from ..files import write
 from ..matching import weights
 
 FORMAT = 1
@@ -40,21 +41,20 @@ def save(folder: str | Path, learner: Learner, keep: int = 3, **notes: Any) -> P
         path = folder / version_name(info.version)
         digest = hashlib.sha256(data).hexdigest()
         if not path.is_file() or _digest(path) != digest:
-            weights.write(path, data)
+            write(path, data)
         files.append({'file': path.name, 'sha256': digest})
     state = folder / f'state_{number:08d}.safetensors'
     data = safetensors.torch.save(tensors)
-    weights.write(state, data)
+    write(state, data)
     info = learner.history()[-1][1]
     manifest = {
         'format': FORMAT, 'version': info.version, 'parent': info.parent, 'family': info.family,
-        'sha256': info.sha256,
-        'weights': files, 'state': {'file': state.name,
-                                    'sha256': hashlib.sha256(data).hexdigest()},
+        'sha256': info.sha256, 'weights': files,
+        'state': {'file': state.name, 'sha256': hashlib.sha256(data).hexdigest()},
         'learner': facts, 'notes': notes,
-    }  # fmt: skip
+    }
     path = folder / f'checkpoint_{number:08d}.json'
-    weights.write(path, json.dumps(manifest, indent=1).encode())
+    write(path, json.dumps(manifest, indent=1).encode())
     _sync(folder)
     _rotate(folder, keep)
     return path
@@ -83,9 +83,7 @@ def read(
     path: Path,
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[bytes, weights.WeightsInfo]]]:
     """
-    Return a manifest, the tensors of its state, and the weights files of its history.
-
-    Each checked.
+    Return a manifest, the tensors of its state, and the weights files of its history, all checked.
 
     Raises ValueError, one sentence, where one is damaged, missing, or of another program or
     network.
@@ -129,7 +127,7 @@ def _checked(folder: Path, entry: dict[str, str]) -> bytes:
 
 
 def _rotate(folder: Path, keep: int) -> None:
-    """Old manifests first, then what only they named, and what crashes left."""
+    """Remove old manifests, then what only they named, and what crashes left."""
     old = manifests(folder)[keep:]
     named = _named(old)
     for path in old:
@@ -144,7 +142,7 @@ def _rotate(folder: Path, keep: int) -> None:
 
 
 def _named(manifests: list[Path]) -> set[str]:
-    """Files that these manifests name."""
+    """Return the files that these manifests name."""
     names = set()
     for path in manifests:
         try:

@@ -1,8 +1,4 @@
-"""
-The gate: new weights reach the robot only where they are better.
-
-On evidence that no training step saw.
-"""
+"""New weights reach the robot only where evidence that no training step saw is for them."""
 
 from __future__ import annotations
 
@@ -66,9 +62,7 @@ def gather(
     options: BundleOptions,
 ) -> Evidence:
     """
-    Return the evidence of one model on windows and on known warps.
-
-    Each window comes with the pairs to measure.
+    Return the evidence of one model on windows, each with the pairs to measure, and known warps.
 
     The lower level is solved for each model anew: T*, p* are its own.
     """
@@ -100,12 +94,12 @@ def epipolar_error(
     matcher: Matcher, lesson: Lesson, features: Mapping[int, Any]
 ) -> tuple[Tensor, Tensor]:
     """
-    Return Sampson distances (N,), undistorted px, of the corners of each pair's reference.
+    Return how far the corners of each pair's reference are matched from their epipolar lines.
 
-    At the window's poses; and the index (N,) of the image that each was sought in.
-
-    The rows of a window are matches that were kept; a matcher that fails half of the time has a
-    fair half of rows. Corners are the frozen detector's: they ask the matcher everywhere.
+    That is the Sampson distance (N,), undistorted px, at the window's poses, and the index (N,) of
+    the image that each corner was sought in. The rows of a window are matches that were kept; a
+    matcher that fails half of the time has a fair half of rows. Corners are the frozen detector's:
+    they ask the matcher everywhere.
     """
     camera, window = lesson.camera, lesson.window
     references = {pair.reference for pair in lesson.pairs}
@@ -128,17 +122,17 @@ def epipolar_error(
 
 def judge(candidate: Evidence, incumbent: Evidence) -> tuple[int, str, dict[str, float]]:
     """
-    +1 promote, 0 undecided, -1 worse; the reason; the figures.
+    Return +1 to promote, 0 where undecided, -1 where worse; the reason; and the figures.
 
-    Paired on the same points, with a certainty of 95 % (one-sided). Promoted is what explains the
-    held-out windows better, their mean error falls by more than ``MARGIN`` and more of their
-    points, by more than ``TOLERANCE``, lie within 1 px; and what is no worse at the known warps:
-    neither with certainty, nor so that, as a best guess, more than ``TOLERANCE`` and a standard
-    error of their points within 1 px are lost. A sure gain of ``AGREED`` in the windows is enough
-    where the known warps are matched better by ``MARGIN``. Known warps alone are no ground for
-    promotion: in good light a matcher became 10 % better at them while its matches of true motion
-    became worse, and the windows hardly moved. Points of one image err together: what counts as
-    independent is the image, not the point.
+    Models are paired on the same points, with a certainty of 95 % (one-sided). Promoted is what
+    explains the held-out windows better, their mean error falls by more than ``MARGIN`` and more
+    of their points, by more than ``TOLERANCE``, lie within 1 px; and what is no worse at the known
+    warps: neither with certainty, nor so that, as a best guess, more than ``TOLERANCE`` and a
+    standard error of their points within 1 px are lost. A sure gain of ``AGREED`` in the windows
+    is enough where the known warps are matched better by ``MARGIN``. Known warps alone are no
+    ground for promotion: in good light a matcher became 10 % better at them while its matches of
+    true motion became worse, and the windows hardly moved. Points of one image err together: what
+    counts as independent is the image, not the point.
     """
     window_mean, window_error = _mean_and_error(
         candidate.epipolar - incumbent.epipolar, incumbent.target
@@ -210,7 +204,7 @@ def _mean_and_error(x: Tensor, group: Tensor) -> tuple[float, float]:
     """
     Return the mean of x (N,) and its standard error.
 
-    There, x errs together within a ``group`` (N,) of points.
+    What lies in one ``group`` (N,) of points errs together.
     """
     if len(x) < 2:
         return 0.0, float('inf')

@@ -36,7 +36,8 @@ class Lesson:
     """
     What there is to learn from a window.
 
-    Its T*, p* (equation 1b), the correspondences that they explain, and the keyframes' images.
+    That are its T*, p* (equation 1b), the correspondences that they explain, and the keyframes'
+    images.
     """
 
     camera: Camera
@@ -47,9 +48,9 @@ class Lesson:
 
     def error_px(self) -> Tensor:
         """
-        Reprojection errors (M,), undistorted px, of the pairs' rows, pair by pair.
+        Return the reprojection errors (M,), undistorted px, of the pairs' rows, pair by pair.
 
-        Inf without a landmark.
+        They are infinite for rows without a landmark, and for landmarks behind the camera.
         """
         errors = []
         for pair in self.pairs:
@@ -70,11 +71,10 @@ def make_lesson(
     camera: Camera,
 ) -> Lesson | None:
     """
-    Join a window with the correspondences and the images (1, H, W) uint8 of its keyframes.
+    Join a window with the correspondences and the images of its keyframes, exactly by stamp.
 
-    Exactly by stamp.
-
-    None where one is missing, or no row lies between two of the keyframes.
+    Images are (1, H, W) uint8. Returns None where one is missing, or no row lies between two of
+    the keyframes.
     """
     stamps = window.stamps.tolist()
     if not all(stamp in images and stamp in messages for stamp in stamps):
@@ -105,13 +105,13 @@ def sparing(function: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def encode(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> dict[int, Any]:
-    """Features of the images of some pairs, each encoded once. Differentiable."""
+    """Return the features of the images of some pairs, each encoded once, differentiable."""
     used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
     return {k: encode_image(matcher, lesson.images[k][None]) for k in used}
 
 
 def encode_image(matcher: Matcher, image: Tensor) -> Any:
-    """Features of an image (1, 1, H, W) uint8. Differentiable."""
+    """Return the features of an image (1, 1, H, W) uint8, differentiable."""
     device = next(matcher.parameters()).device
     return sparing(lambda: matcher.encode(image.to(device, torch.float32) / 255))
 
@@ -120,12 +120,12 @@ def match(
     matcher: Matcher, lesson: Lesson, pairs: list[Pair],
     queries: Mapping[int, Tensor] | None = None,
     features: Mapping[int, Any] | None = None,
-) -> list[Matches]:  # fmt: skip
+) -> list[Matches]:
     """
-    Match some pairs again by f_theta.
+    Match some pairs again by f_theta, differentiable.
 
-    At the pairs' rows, or at the points (N, 2) px that ``queries`` has for each reference; with
-    the images' ``features``, or encoding them. Differentiable.
+    They are asked at the pairs' rows, or at the points (N, 2) px that ``queries`` has for each
+    reference; with the images' ``features``, or encoding them.
     """
     device = next(matcher.parameters()).device
     features = features or encode(matcher, lesson, pairs)
@@ -162,9 +162,7 @@ def rematch(matcher: Matcher, lesson: Lesson, features: Mapping[int, Any] | None
 
 def requery(lesson: Lesson, prune_px: float) -> Lesson:
     """
-    Return the lesson with each query moved to its landmark.
-
-    That is where this reprojects in the reference image.
+    Return the lesson with each query moved to where its landmark reprojects in the reference.
 
     A track that began in the reference is, by definition, at its corner. But a query that was
     itself found by matching carries that match's error, and f_theta, asked at the wrong place,
@@ -192,15 +190,14 @@ def resolve(lesson: Lesson, options: BundleOptions) -> Lesson | None:
     """
     Return the lesson with the lower level solved for its rows (equation 1b).
 
-    Under the prior that the bundle solved it with, warm-started at its T*, p*.
-
-    None where the bundle finds no stationary point with enough landmarks.
+    It is solved under the prior that the bundle solved it with, from its T*, p* on. Returns None
+    where the bundle finds no stationary point with enough landmarks.
     """
     window = lesson.window
     solved = solve(
         lesson.messages, window.T_world_camera, window.track, window.points, lesson.camera,
         options, window.prior
-    )  # fmt: skip
+    )
     if solved is None or not solved[1].converged:
         return None
     return replace(lesson, window=solved[0])
@@ -215,9 +212,9 @@ class Survivors:
 
     def of(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """
-        Return where a pair's rows stand among them (S,).
+        Return where a pair's rows stand among the survivors (S,).
 
-        Also which of the pair's rows these are (S,).
+        Beside it is returned which of the pair's rows these are (S,).
         """
         mine = self.observed.message == pair.target
         place = index_of(pair.rows, torch.where(mine, self.observed.row, -1))
@@ -234,14 +231,12 @@ def objective(
     lesson: Lesson, survivors: Survivors, pairs: list[Pair], matches: list[Matches], kernel: Kernel
 ) -> tuple[Tensor, Tensor, int]:
     """
-    Return the upper level at the bundle's optimum (equations 1a and 7).
+    Return the upper level at the bundle's optimum, over the rows of some pairs (equations 1a, 7).
 
-    Its sum over the rows of some pairs.
-
-    The same kernel, covariances and survivors as the lower level, T* and p* held fixed: at the
-    stationary point this partial derivative with respect to f_theta is the total one. Returns the
-    sum for the fine matches, the mean distance (px) of the coarse ones from the reprojected
-    landmarks, which is their target (paper 3.2.3), and the number of rows.
+    It has the same kernel, covariances and survivors as the lower level, with T* and p* held
+    fixed: at the stationary point this partial derivative with respect to f_theta is the total
+    one. Returns the sum for the fine matches, the mean distance (px) of the coarse ones from the
+    reprojected landmarks, which is their target (paper 3.2.3), and the number of rows.
     """
     # it has no part in the rows' sum, and theta none in it
     posed = replace(survivors.problem, prior=None)
@@ -259,9 +254,8 @@ def objective(
         # The residual of the coarse head is no part of the lower level: its target is a constant.
         # (With its total derivative, through `adjoint.optimum`, the same steps gave no better
         # matches.)
-        residual = replace(at_optimum, xy=lesson.camera.normalise(coarse_uv.double())).residual()[
-            0
-        ]
+        found = replace(at_optimum, xy=lesson.camera.normalise(coarse_uv.double()))
+        residual, _ = found.residual()
         coarse.append((residual.square().sum(-1) + 1).sqrt().sub(1).sum())
     if rows == 0:
         zero = torch.zeros((), dtype=torch.float64)

@@ -10,9 +10,7 @@ Item = TypeVar('Item')
 
 class Memory(Generic[Item]):
     """
-    At most so many items.
-
-    The newest half as they come, the others spread evenly over all the time before.
+    At most so many items, half of them the newest, half spread evenly over all the time before.
 
     A robot that leaves a place goes on rehearsing it, and being judged by it, however long ago it
     was there.

@@ -1,5 +1,5 @@
 """
-The known-warp probe: the robot's own images under random homographies, where the truth is exact.
+The robot's own images under random homographies, where the truth is known exactly.
 
 Reprojection error alone can be fooled; a matcher that got worse at plain matching shows it here.
 """
@@ -33,16 +33,14 @@ class Probe:
 
 def make_probe(image: np.ndarray, others: Sequence[np.ndarray], seed: int) -> Probe:
     """
-    Return a probe of an image (H, W) uint8; ``others`` are of the same camera.
+    Return a probe of an image (H, W) uint8, the same one for the same seed.
 
-    The same seed makes the same probe.
-
-    The scene is warped, the camera's noise is not: it stays with the pixels, as it does when a
-    robot moves. (Noise that moved along with the scene would be a texture like any other, and a
-    matcher that learned to look through the noise would seem to get worse.) What all images have
-    in common is the sensor's fixed pattern, what denoising takes away is its noise; both are put
-    back onto the warped scene. The noise is rolled to another place, so that what denoising takes
-    of the scene with it is no ghost of the scene.
+    ``others`` are images of the same camera. The scene is warped, the camera's noise is not: it
+    stays with the pixels, as it does when a robot moves. (Noise that moved along with the scene
+    would be a texture like any other, and a matcher that learned to look through the noise would
+    seem to get worse.) What all images have in common is the sensor's fixed pattern, what
+    denoising takes away is its noise; both are put back onto the warped scene. The noise is rolled
+    to another place, so that what denoising takes of the scene with it is no ghost of the scene.
     """
     rng = np.random.default_rng(seed)
     size = (image.shape[1], image.shape[0])
@@ -65,9 +63,9 @@ def make_probe(image: np.ndarray, others: Sequence[np.ndarray], seed: int) -> Pr
 
 def _fixed_pattern(images: Sequence[np.ndarray]) -> np.ndarray:
     """
-    Return what stays in the high frequencies while the scene moves (H, W).
+    Return what stays in the images' high frequencies while the scene moves (H, W).
 
-    Shrunk where it is not certain.
+    It is shrunk where it is not certain.
     """
     high = np.stack(
         [image - cv2.GaussianBlur(image, (0, 0), 5.0) for image in map(np.float32, images)]
@@ -80,7 +78,7 @@ def _fixed_pattern(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _denoise(image: np.ndarray) -> np.ndarray:
-    """Non-local means, as strong as the noise (median of the high frequencies) asks for."""
+    """Return the image by non-local means, as strong as its high frequencies ask for."""
     high = cv2.filter2D(image, -1, np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]], np.float32) / 6)
     deviation = float(np.median(np.abs(high))) / 0.6745
     grey = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
@@ -89,18 +87,18 @@ def _denoise(image: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def probe_error(matcher: Matcher, probe: Probe) -> Tensor:
-    """Distances from the truth (N,) px."""
+    """Return how far (N,) px matches are from the truth."""
     return (_match(matcher, probe).uv[0].cpu() - probe.truth).norm(dim=-1)
 
 
 def known_warp_loss(matcher: Matcher, probe: Probe) -> Tensor:
-    """Mean robust distance from the truth, of both stages. Differentiable."""
+    """Return the mean robust distance from the truth, of both stages together, differentiable."""
     matches = _match(matcher, probe)
     return sum(robust_distance(uv[0].cpu(), probe.truth) for uv in (matches.uv, matches.coarse_uv))
 
 
 def robust_distance(uv: Tensor, truth: Tensor) -> Tensor:
-    """Mean pseudo-Huber distance of matches from their truth, both (N, 2), px."""
+    """Return the mean pseudo-Huber distance of matches from their truth, both (N, 2), px."""
     return ((uv - truth).square().sum(-1) + 1).sqrt().mean() - 1
 
 

@@ -1,7 +1,5 @@
 """
-Self-supervision without bundle adjustment, to compare with.
-
-The SGP scheme with a CAPS-style student.
+Self-supervision without bundle adjustment, to compare with: SGP with a student after CAPS.
 
 SGP (Yang et al., Self-supervised Geometric Perception, CVPR 2021) alternates a teacher, RANSAC,
 which finds the relative pose of an image pair from the matches of the weights of now, with a
@@ -41,7 +39,7 @@ class Labels:
     T: dict[tuple[int, int], Tensor]
 
     def labelled(self, pairs: list[Pair]) -> list[Pair]:
-        """Those of the pairs that have a pose."""
+        """Return those of the pairs that have a pose."""
         return [pair for pair in pairs if (pair.reference, pair.target) in self.T]
 
 
@@ -50,7 +48,7 @@ def teach(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> Labels:
     """
     Return the teacher's relative poses of the pairs, by RANSAC.
 
-    Pairs without a pose to be believed have none.
+    Pairs whose pose is not to be believed have none.
     """
     corners = {
         i: torch.from_numpy(detect(lesson.images[i][0].numpy(), CORNERS))
@@ -70,11 +68,9 @@ def student_loss(
     matcher: Matcher, lesson: Lesson, labels: Labels, pairs: list[Pair]
 ) -> tuple[Tensor, int]:
     """
-    Return the student's CAPS loss of both stages.
+    Return the student's CAPS loss of both stages, summed over points, and the number of points.
 
-    Summed over the points of the pairs that have a label, px.
-
-    Returns it with the number of points. Differentiable.
+    The points are those of the pairs that have a label; the loss is in px, and differentiable.
     """
     pairs = labels.labelled(pairs)
     device = next(matcher.parameters()).device
@@ -100,9 +96,9 @@ def student_loss(
 
 def epipolar_distance(camera: Camera, T_j_i: Tensor, uv_i: Tensor, uv_j: Tensor) -> Tensor:
     """
-    Return distances (N,), undistorted px, of points from epipolar lines.
+    Return how far (N,) points in image j lie from the epipolar lines of points in image i.
 
-    Of points in image j (N, 2) from the epipolar lines of points in image i.
+    Both are (N, 2) px; the distance is in undistorted px.
     """
     R, t = lie.matrix(T_j_i).split((3, 1), -1)
     E = torch.linalg.cross(t.expand(3, 3), R, dim=0)
@@ -115,6 +111,6 @@ def epipolar_distance(camera: Camera, T_j_i: Tensor, uv_i: Tensor, uv_j: Tensor)
 
 
 def _certainty(matches: Matches) -> Tensor:
-    """(N,) with mean 1: the less the expectation spreads, the more a point counts."""
+    """Return how much each point counts (N,), 1 on average: the more, the surer its match."""
     certainty = matches.cov[0].detach().cpu().diagonal(dim1=-2, dim2=-1).sum(-1).rsqrt()
     return certainty / certainty.mean()

@@ -1,8 +1,4 @@
-"""
-Offline: the tracker, the bundle and the learner in one process, over recordings.
-
-Deterministic by seed.
-"""
+"""Tracker, bundle and learner in one process, offline over recordings, deterministic by seed."""
 
 from __future__ import annotations
 
@@ -16,7 +12,9 @@ from torch import nn
 
 from . import checkpoints
 from .gate import Verdict
-from .learner import Learner, LearnerOptions, StepResult
+from .learner import Learner, StepResult
+from .options import LearnerOptions
+from .. import files
 from ..bundle.bundle import Bundle
 from ..geometry.camera import Camera
 from ..matching import weights
@@ -30,7 +28,7 @@ PATIENCE = 5  #: verdicts in a row without a promotion, after which there is no 
 
 class Images(Protocol):
     """
-    A recording's images: (stamp ns, (H, W) uint8), in order, iterated once in each epoch.
+    A recording's images, (stamp ns, (H, W) uint8) in order, iterated once in each epoch.
 
     Where the camera changes among them they have ``camera_of(stamp)``, as a Recording does.
     """
@@ -50,7 +48,7 @@ Recording = tuple[Camera, Images]
 
 @dataclass
 class History:
-    """What happened, for the report."""
+    """What happened in a tune, for the report."""
 
     steps: list[StepResult] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -93,10 +91,10 @@ def tune(
 
     seen = {'done': 0, 'total': count(_last) + epochs * count(_first)}
     job = {
-        'start': info.sha256, 'images': [len(images) for _, images in recordings], 'steps': steps,
-        'epochs': epochs,
+        'start': info.sha256, 'images': [len(images) for _, images in recordings],
+        'steps': steps, 'epochs': epochs,
         'options': asdict(options), 'tracker': asdict(tracker_options or TrackerOptions()),
-    }  # fmt: skip
+    }
     learner = Learner(matcher, info, recordings[0][0], options)
     history, idle = History(), 0
     earlier = _earlier(folder, job)  # the weights that each epoch of an interrupted run began with
@@ -107,13 +105,11 @@ def tune(
         def watch(
             part: Callable[[int], tuple[int, int]], held_out: bool | None,
             in_use=in_use, version=in_use_info.version,
-        ) -> None:  # fmt: skip
+        ) -> None:
             for camera, images in recordings:
                 learner.start_recording(camera)
-                tracker, bundle = (
-                    Tracker(in_use, version, camera, tracker_options),
-                    Bundle(camera, learner.bundle),
-                )
+                tracker = Tracker(in_use, version, camera, tracker_options)
+                bundle = Bundle(camera, learner.bundle)
                 for frame in track_and_solve(images, tracker, bundle, *part(len(images))):
                     learner.recalibrate(frame.camera)
                     learner.add_image(frame.stamp, frame.image)
@@ -147,7 +143,7 @@ def tune(
                 idle = 0 if verdict.promoted else idle + 1
             if folder is not None and step and learner.settled:
                 if not (folder / _epoch_name(epoch)).is_file():
-                    weights.write(folder / _epoch_name(epoch), begins_with)
+                    files.write(folder / _epoch_name(epoch), begins_with)
                 checkpoints.save(
                     folder, learner, job=job, epoch=epoch, idle=idle, history=asdict(history)
                 )
@@ -155,8 +151,7 @@ def tune(
         if target and learner.step_count == 0:
             raise TooFewWindowsError(
                 f'the recordings gave {learner.windows} solved windows, too few to learn from '
-                'and to judge by; they '
-                'need more images, more sideways motion, or more texture'
+                'and to judge by; they need more images, more sideways motion, or more texture'
             )
     if idle >= PATIENCE:
         history.stopped = f'the gate found nothing certainly better in {idle} verdicts in a row'
@@ -169,7 +164,7 @@ def _first(count: int) -> tuple[int, int]:
 
 
 def _last(count: int) -> tuple[int, int]:
-    """Those that judge."""
+    """Return the images, first and last (exclusive), that judge."""
     return count - round(VALIDATION * count), count
 
 
@@ -183,9 +178,9 @@ def _epoch_name(epoch: int) -> str:
 
 def _earlier(folder: Path | None, job: dict) -> list[bytes]:
     """
-    Return the weights with which the epochs of an interrupted run of the same job began.
+    Return the weights that each epoch of an interrupted run of the same job began with.
 
-    None for a new run.
+    There are none for a new run. Raises ValueError where another job has left the folder.
     """
     for path in checkpoints.manifests(folder) if folder is not None else ():
         try:
@@ -205,7 +200,7 @@ def _take_up(folder: Path, learner: Learner, history: History) -> int:
     """
     Bring learner and history to where the interrupted run was.
 
-    Verdicts in a row without a promotion.
+    Returns how many verdicts in a row had promoted nothing.
     """
     notes, history.refused = checkpoints.resume(folder, learner)
     history.steps = [StepResult(**step) for step in notes['history']['steps']]

@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 
 from imatching_ros.jit import at, entry, F4, f4, FAST, i8, inner, void
-from imatching_ros.matching.expectation import (
-    COARSE,
+from imatching_ros.matching.encoder import COARSE, FINE, RELIABILITY
+from imatching_ros.matching.families.expectation import (
     COARSE_RADIUS,
-    FINE,
     FINE_RADIUS,
     MEAN_RADIUS,
-    RELIABILITY,
     SEARCH_RADIUS,
-)  # fmt: skip
+)
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic

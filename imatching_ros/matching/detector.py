@@ -1,4 +1,4 @@
-"""The frozen detector: where to ask. No gradient passes through it (paper 3.2.1)."""
+"""The frozen detector says where to ask; no gradient passes through it (paper 3.2.1)."""
 
 from __future__ import annotations
 

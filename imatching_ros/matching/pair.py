@@ -34,7 +34,8 @@ def match_pair(
     """
     Match points of a grey image (H, W) uint8 with another image of any size.
 
-    queries: (N, 2) float32 px; where None, up to ``points`` corners that the detector finds.
+    ``queries`` are (N, 2) float32 px; where None, up to ``points`` corners that the detector
+    finds.
     """
     if queries is None:
         queries = torch.from_numpy(detect(reference, points))

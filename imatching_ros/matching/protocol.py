@@ -15,7 +15,7 @@ class Matches:
     """
     Where the query points of a reference image lie in a target image (equation 2).
 
-    Differentiable.
+    All of it is differentiable.
     """
 
     uv: Tensor  #: (B, N, 2) px in the target
@@ -26,15 +26,17 @@ class Matches:
 
 class Matcher(Protocol):
     """
-    A family of matchers. ``encode`` once per image, ``match`` once per pair; both batched.
+    A family of matchers encodes each image once and matches each pair once, both in batches.
 
-    A family is a ``torch.nn.Module`` whose ``state_dict`` is the whole model.
+    It is a ``torch.nn.Module`` whose ``state_dict`` is the whole model, and it stands in
+    ``families.FAMILIES``: ``FAMILIES[family](**configuration)`` is an untrained one.
     """
 
     family: str  #: its name in the registry and in the weights' metadata
+    configuration: dict[str, Any]  #: what builds it beside the defaults, for JSON
 
     def encode(self, images: Tensor) -> Any:
-        """Features of images (B, 1, H, W), float in [0, 1]: what a keyframe caches."""
+        """Return the features of images (B, 1, H, W), float in [0, 1]: what a keyframe caches."""
 
     def match(
         self, reference: Any, target: Any, queries: Tensor, around: Tensor | None = None
@@ -46,4 +48,8 @@ class Matcher(Protocol):
         """
 
     def reliability(self, features: Any, uv: Tensor) -> Tensor:
-        """Log odds (B, N) that points uv (B, N, 2) px are found to a pixel, before any match."""
+        """
+        Return the log odds (B, N) that points uv (B, N, 2) px are found to a pixel.
+
+        They are known before any match, from the image alone.
+        """

@@ -1,8 +1,4 @@
-"""
-From a stream of images to tracks.
-
-Each image is matched with its past n keyframes (paper 3.1.1).
-"""
+"""From a stream of images to tracks: each is matched with its past n keyframes (paper 3.1.1)."""
 
 from __future__ import annotations
 
@@ -139,7 +135,7 @@ class Tracker:
 
     @property
     def keyframes(self) -> list[int]:
-        """Stamps of the keyframes that the next image is matched with, oldest first."""
+        """The stamps of the keyframes that the next image is matched with, oldest first."""
         return [keyframe.stamp for keyframe in self._keyframes]
 
     def reset(self) -> None:
@@ -162,9 +158,7 @@ class Tracker:
     @torch.no_grad()
     def track(self, stamp: int, image: np.ndarray) -> Correspondences:
         """
-        Return the rows of an image (H, W) uint8 with the past n keyframes.
-
-        None for the first image.
+        Return the rows of an image (H, W) uint8 with the past n keyframes; the first one has none.
 
         Raises ValueError where the image's size is not the camera's.
         """
@@ -203,7 +197,7 @@ class Tracker:
         return next(self._matcher.parameters()).device
 
     def _match(self, keyframe: _Keyframe, features: Any, stamp: int) -> tuple[Tensor, ...]:
-        """Columns of the rows with one keyframe that come back to where they started."""
+        """Return the columns of the rows with a keyframe that come back to where they started."""
         queries, around = keyframe.uv, self._expected(keyframe, stamp)
         if around is not None:
             around = around.to(self._device).unsqueeze(0)
@@ -235,9 +229,10 @@ class Tracker:
 
     def _expected(self, keyframe: _Keyframe, stamp: int) -> Tensor | None:
         """
-        Where the points of a keyframe are expected (N, 2) px: they go on as in the previous image.
+        Return where the points of a keyframe are expected (N, 2) px.
 
-        Those that it did not show have moved like the others; None where it showed none.
+        They go on as in the previous image, and those that it did not show have moved like the
+        others. None where it showed none.
         """
         seen = self._seen
         index, known = seen.where(keyframe.track)
@@ -249,7 +244,7 @@ class Tracker:
         return keyframe.uv + torch.where(known.unsqueeze(-1), motion, typical)
 
     def _agreeing(self, rows: list[Correspondences], stamp: int) -> Correspondences:
-        """All rows, without the tracks whose references disagree on where the point is."""
+        """Return all rows but those of tracks whose references disagree on where the point is."""
         if not rows:
             empty = torch.empty(0, 2)
             none = torch.empty(0, dtype=torch.int64)
@@ -310,12 +305,11 @@ def _mean_of_tracks(
     uv: Tensor, cov: Tensor, track: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """
-    Return tracks (T,), their mean positions (T, 2) and covariances (T, 3).
+    Return tracks (T,), their mean positions (T, 2) px and covariances (T, 3) px^2.
 
-    Also each row's index of its track (M,).
-
-    Rows count by their certainty. They look at the same pixels of the newer image, so their errors
-    are not taken as independent: the mean is no more certain than its rows.
+    Also returned is each row's index of its track (M,). Rows count by their certainty. They look
+    at the same pixels of the newer image, so their errors are not taken as independent: the mean
+    is no more certain than its rows.
     """
     ids, index = torch.unique(track, return_inverse=True)
     weight = 1 / (cov[:, 0] + cov[:, 2])

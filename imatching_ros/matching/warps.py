@@ -23,7 +23,7 @@ def random_homography(
 
 
 def apply_homography(H: np.ndarray, uv: np.ndarray) -> np.ndarray:
-    """Pixels (N, 2) through H (3, 3)."""
+    """Return the pixels (N, 2) that H (3, 3) takes pixels (N, 2) to."""
     return cv2.perspectiveTransform(uv.reshape(-1, 1, 2).astype(np.float64), H).reshape(-1, 2)
 
 
@@ -40,8 +40,8 @@ def photometric(rng: np.random.Generator, image: np.ndarray, strength: float = 1
 
 def in_frame(uv: np.ndarray, size: tuple[int, int], border: float = 4.0) -> np.ndarray:
     """
-    Return (N,) bool, which of the pixels (N, 2) lie in an image.
+    Return which of the pixels (N, 2) lie in an image of ``size`` (W, H), as (N,) bool.
 
-    It is of ``size`` (W, H), ``border`` px from its edge: (N,) bool.
+    They do where they are ``border`` px or more from its edge.
     """
     return ((uv >= border) & (uv <= np.array(size) - 1 - border)).all(-1)

@@ -1,4 +1,9 @@
-"""Weights: one safetensors file whose metadata say what they are. Never a pickle."""
+"""
+Weights are one safetensors file whose metadata say what they are, and never a pickle.
+
+The metadata name version, parent, family and sha256, and, where the matcher is not built by its
+family's defaults, its ``configuration`` in JSON.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +21,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .expectation import ExpectationMatcher
-
-#: The registry: family name in the metadata to the class that loads it.
-FAMILIES: dict[str, type[nn.Module]] = {ExpectationMatcher.family: ExpectationMatcher}
+from .families import FAMILIES
+from .families.expectation import ExpectationMatcher
+from .. import files
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,7 @@ def default_path(family: str = ExpectationMatcher.family) -> Path:
             return path
     raise FileNotFoundError(
         f'the shipped weights models/{family}.safetensors were not found; install the package '
-        'again, or name a '
-        'weights file'
+        'again, or name a weights file'
     )
 
 
@@ -67,6 +70,8 @@ def dumps(matcher: nn.Module, version: int, parent: int) -> tuple[bytes, Weights
         'version': str(version), 'parent': str(parent), 'family': info.family,
         'sha256': info.sha256,
     }
+    if matcher.configuration:
+        metadata['configuration'] = json.dumps(matcher.configuration, sort_keys=True)
     data = safetensors.torch.save(tensors, metadata)
     # The library shuffles the metadata: in order, the same weights are the same bytes.
     (length,) = struct.unpack('<Q', data[:8])
@@ -106,12 +111,8 @@ def loads(data: bytes, source: str = 'the weights') -> tuple[nn.Module, WeightsI
         ) from None
     if not (0 <= info.version < 2**32 and 0 <= info.parent < 2**32):
         raise ValueError(
-            f'{source}: version and parent must be counts below 2^32, as correspondences carry '
-            'them'
-        )
-    if not all(tensor.dtype == torch.float32 for tensor in tensors.values()):
-        raise ValueError(
-            f'{source}: some tensors are not of type float32; it was not written here'
+            f'{source}: version and parent must be counts below 2^32, as correspondences '
+            'carry them'
         )
     if _digest(tensors) != info.sha256:
         raise ValueError(
@@ -119,7 +120,18 @@ def loads(data: bytes, source: str = 'the weights') -> tuple[nn.Module, WeightsI
         )
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise ValueError(f'{source}: some weights are not finite; go back to an earlier version')
-    matcher = FAMILIES[family]()
+    try:
+        matcher = FAMILIES[family](**json.loads(metadata.get('configuration', '{}')))
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{source}: the configuration {metadata['configuration']} is none of the {family} "
+            'family of this version'
+        ) from None
+    own = matcher.state_dict()
+    if any(tensor.dtype != own[name].dtype for name, tensor in tensors.items() if name in own):
+        raise ValueError(
+            f"{source}: some tensors are not of the network's types; it was not written here"
+        )
     try:
         matcher.load_state_dict(tensors)
     except RuntimeError:
@@ -131,7 +143,7 @@ def loads(data: bytes, source: str = 'the weights') -> tuple[nn.Module, WeightsI
 
 def load(path: str | Path) -> tuple[nn.Module, WeightsInfo]:
     """
-    Return the matcher in a weights file.
+    Return the matcher in a weights file, and what the file says of itself.
 
     Raises FileNotFoundError or ValueError, one sentence each.
     """
@@ -141,25 +153,10 @@ def load(path: str | Path) -> tuple[nn.Module, WeightsInfo]:
     return loads(path.read_bytes(), str(path))
 
 
-def write(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(path: str | Path, matcher: nn.Module, version: int, parent: int) -> WeightsInfo:
     """Write a weights file atomically."""
     data, info = dumps(matcher, version, parent)
-    write(path, data)
+    files.write(path, data)
     return info
 
 

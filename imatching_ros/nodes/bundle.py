@@ -20,11 +20,11 @@ import torch
 from . import messages, parameters
 from .core_node import ACTIVE, CoreNode, lossless
 from .process import run
-from .run_files import write_map
 from ..bundle.bundle import Bundle, LOST
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
 from ..data.stamps import LEAP_NS
+from ..files import write_map
 from ..geometry.camera import Camera
 
 try:

@@ -22,11 +22,14 @@ from . import messages, parameters
 from .core_node import ACTIVE, CoreNode, latched
 from .diagnostics import OK, percentiles, Share, WARN
 from .process import run
+from .. import files
 from ..bundle.options import BundleOptions
 from ..data.stamps import Stamps
 from ..geometry.camera import Camera
 from ..learning import checkpoints
-from ..learning.learner import Learner, LearnerOptions, StepResult, Verdict
+from ..learning.gate import Verdict
+from ..learning.learner import Learner, StepResult
+from ..learning.options import LearnerOptions
 from ..matching import weights
 
 NICE = 10  #: whoever drives the robot comes first on a busy machine
@@ -239,7 +242,7 @@ class LearnerNode(CoreNode):
         if self.value('weights_dir'):
             path = self._folder() / checkpoints.version_name(version)
             try:
-                weights.write(path, data)
+                files.write(path, data)
             except OSError as error:
                 self.fault(f'{path} could not be written: {error}')
         if self.state == ACTIVE:

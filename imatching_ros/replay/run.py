@@ -17,11 +17,10 @@ from .domain import free_domain, on_this_machine
 from .feed import Feed
 from .observer import LearningEvent, Observer, observing
 from .processes import Processes, ReplayError
-from .. import kernels
+from .. import files, kernels
 from ..data.recording import Recording
 from ..matching import weights as weights_files
 from ..nodes import parameters
-from ..nodes.run_files import read_trajectory
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def replay(
     source = Path(weights or weights_files.default_path())
     _, info = weights_files.load(source)
     before = weights_dir / f'version_{info.version:04d}.safetensors'
-    weights_files.write(before, source.read_bytes())
+    files.write(before, source.read_bytes())
 
     roles = parameters.NODES if learn else parameters.NODES[:2]
     given = _parameters(recording.transport, run_dir, before, node_parameters or {})
@@ -220,7 +219,7 @@ def _result(
     observer: Observer, feed: Feed, run_dir: Path, before: Path, train_frames: int
 ) -> ReplayResult:
     nodes = observer.nodes
-    keyframe_stamps, keyframe_poses = read_trajectory(run_dir)
+    keyframe_stamps, keyframe_poses = files.read_tum(run_dir / files.TRAJECTORY)
     matched = np.array([(stamp, *of) for stamp, of in observer.matched.items()], np.int64)
     odometry = sorted(observer.odometry)
     versions = sorted((run_dir / 'weights').glob('version_*.safetensors'))

@@ -18,9 +18,9 @@ def fractal(
     rng: np.random.Generator, height: int, width: int, coarse: float, gain: float = 0.6
 ) -> np.ndarray:
     """
-    Noise of zero mean and unit deviation, (H, W) float32.
+    Return noise (H, W) float32 of zero mean and unit deviation.
 
-    Octaves from `coarse` texels down to one.
+    It has octaves from ``coarse`` texels down to one, each ``gain`` times as strong as the last.
     """
     total = np.zeros((height, width), np.float32)
     weight, cell = 1.0, float(coarse)
@@ -43,7 +43,7 @@ def plaster(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def stains(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Stone, concrete, worn floor: noise of many octaves with scratches."""
+    """Return stone, concrete or a worn floor: noise of many octaves with scratches."""
     out = _grey(
         rng.uniform(115, 175) + 28 * fractal(rng, height, width, min(height, width) / 6, 0.8)
     )
@@ -58,9 +58,9 @@ def stains(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def bricks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """
-    Bricks or tiles: cells of their own grey with joints and grain.
+    Return bricks or tiles, cells of their own grey with joints and grain.
 
-    Odd rows shifted by half a cell or not.
+    Odd rows are shifted by half a cell, or not.
     """
     rows = int(rng.integers(8, 18))
     cell_h = height / rows
@@ -77,7 +77,7 @@ def bricks(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def boards(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Wooden boards: noise stretched along the grain, each board of its own tone."""
+    """Return wooden boards: noise stretched along the grain, each board of its own tone."""
     grain = cv2.resize(
         fractal(rng, height, max(8, width // 12), height / 20, 0.8), (width, height)
     )
@@ -90,7 +90,7 @@ def boards(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def shapes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Overlapping discs, boxes and polygons of all sizes over noise."""
+    """Return overlapping discs, boxes and polygons of all sizes over noise."""
     out = _grey(rng.uniform(90, 180) + 12 * fractal(rng, height, width, width / 6, 0.75))
     for size in min(height, width) * np.geomspace(0.22, 0.015, 90):
         x, y = rng.uniform(0, (width, height)).astype(int).tolist()
@@ -109,7 +109,7 @@ def shapes(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def poster(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Print: blocks of text-like glyphs in several sizes, bars, a picture."""
+    """Return print: blocks of text-like glyphs in several sizes, bars, a picture."""
     paper = rng.uniform(150, 225) if rng.random() < 0.7 else rng.uniform(30, 80)
     out = _grey(paper + 5 * fractal(rng, height, width, width / 4))
     ink = 25.0 if paper > 120 else 225.0
@@ -139,9 +139,9 @@ def poster(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 def facade(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """
-    Return the front of a house.
+    Return the front of a house, of brick or plaster.
 
-    Windows with frames and reflections, storeys, a shop sign, over brick or plaster.
+    It has storeys, windows with frames and reflections, and a shop sign.
     """
     out = (bricks if rng.random() < 0.5 else stains)(rng, height, width)
     out = _grey(0.5 * out + rng.uniform(50, 120))

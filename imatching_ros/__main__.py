@@ -1,0 +1,5 @@
+"""``python -m imatching_ros`` is ``imatching``."""
+
+from .cli import main
+
+main()

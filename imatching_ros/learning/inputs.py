@@ -1,0 +1,162 @@
+"""What comes in: images, correspondences and windows become lessons, anchors and evidence."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .lesson import Lesson, make_lesson, Pair
+from .memory import Memory
+from .options import LearnerOptions
+from .probe import make_probe, Probe
+from ..bundle.window import Window
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
+
+TRAINED = 4000  #: newest stamps that trained, so that no window with one of them becomes evidence
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A window that never trains, and what to measure in it."""
+
+    lesson: Lesson
+    pairs: list[Pair]  #: of which neither image had trained
+    probes: list[Probe]  #: known warps of two of its images
+
+
+class Inputs:
+    """
+    What a robot has seen, joined by stamp, and kept in bounded memories.
+
+    Images, correspondences and windows may come in any order that a robot's messages come in. Of
+    the windows, most are lessons with an anchor each, the others are held out.
+    """
+
+    def __init__(self, camera: Camera, options: LearnerOptions) -> None:
+        self.camera, self.options = camera, options
+        self.images: OrderedDict[int, Tensor] = OrderedDict()  #: (1, H, W) uint8, by stamp
+        self.messages: OrderedDict[int, Correspondences] = OrderedDict()
+        self.lessons: Memory[Lesson] = Memory(options.lessons)
+        self.anchors: Memory[Probe] = Memory(options.lessons)
+        self.held_out: Memory[HeldOut] = Memory(options.judged)
+        self.windows = 0  #: remembered so far, held-out ones included
+        self.images_seen = 0
+        self.last_stamp: int | None = None  #: of the newest window, ns
+        self._trained: OrderedDict[int, None] = OrderedDict()
+        self._last_stamps: set[int] = set()
+
+    def start_recording(self, camera: Camera) -> None:
+        """
+        Take another camera, or another recording, from now on.
+
+        What was learned and remembered stays.
+        """
+        self.camera = camera
+        self.images.clear()
+        self.messages.clear()
+        self._last_stamps = set()
+
+    def forget(self) -> None:
+        """Forget all that was seen."""
+        self.start_recording(self.camera)
+        for memory in (self.lessons, self.anchors, self.held_out, self._trained):
+            memory.clear()
+
+    @property
+    def complete(self) -> bool:
+        """Whether there is something to learn from, and something to judge by."""
+        return all(map(len, (self.lessons, self.anchors, self.held_out)))
+
+    def add_image(self, stamp: int, image: np.ndarray) -> None:
+        """Take an image (H, W) uint8."""
+        self.images_seen += 1
+        _remember(self.images, stamp, torch.tensor(image).unsqueeze(0), self.options.images)
+
+    def add_correspondences(self, correspondences: Correspondences) -> None:
+        """Take the rows of an image."""
+        _remember(self.messages, correspondences.stamp, correspondences, self.options.images)
+
+    def is_new(self, window: Window) -> bool:
+        """Return whether a window shows enough keyframes that the last one did not."""
+        fresh = set(window.stamps.tolist()) - self._last_stamps
+        return len(fresh) >= self.options.new_keyframes
+
+    def oldest_model(self, window: Window) -> int | None:
+        """Return the oldest weights that made rows of a window, None where no rows are known."""
+        stamps = window.stamps.tolist()
+        known = (self.messages[stamp].model for stamp in stamps if stamp in self.messages)
+        return min(known, default=None)
+
+    def add_window(self, window: Window, held_out: bool | None) -> bool:
+        """
+        Take a solved window, and return whether it was remembered.
+
+        ``held_out`` says whether it is to judge by, not to learn from; where None, one of
+        ``LearnerOptions.held_out`` is.
+        """
+        lesson = make_lesson(window, self.messages, self.images, self.camera)
+        if lesson is None:
+            return False
+        stamps = window.stamps.tolist()
+        self._last_stamps, self.last_stamp = set(stamps), max(stamps)
+        self.windows += 1
+        # Windows overlap: some images may have trained
+        fresh = pairs_without(lesson, self._trained.keys())
+        if held_out is None:
+            due = not len(self.held_out) or (self.windows - 2) % self.options.held_out == 0
+            held_out = bool(len(self.lessons)) and due and bool(fresh)
+        if held_out:
+            if fresh:
+                shown = sorted({k for pair in fresh for k in (pair.reference, pair.target)})
+                chosen = shown[0], shown[len(shown) // 2]
+                probes = [self._probe(lesson, k) for k in chosen]
+                self.held_out.add(HeldOut(lesson, fresh, probes))
+            return bool(fresh)
+        self.lessons.add(lesson)
+        held = self._held_stamps()
+        free = [k for k, stamp in enumerate(stamps) if stamp not in held]
+        if free:
+            # The oldest: the windows to come, one of which will be held out, have left it behind
+            self.anchors.add(self._probe(lesson, free[0]))
+            self._note([stamps[free[0]]])
+        return True
+
+    def trainable(self, lesson: Lesson) -> list[Pair]:
+        """Return the pairs of a lesson of which neither image is held out."""
+        return pairs_without(lesson, self._held_stamps())
+
+    def note_trained(self, lesson: Lesson, pairs: list[Pair]) -> None:
+        """Remember that some pairs of a lesson have trained."""
+        stamps = lesson.window.stamps.tolist()
+        self._note({stamps[k] for pair in pairs for k in (pair.reference, pair.target)})
+
+    def _note(self, stamps: Iterable[int]) -> None:
+        for stamp in stamps:
+            _remember(self._trained, stamp, None, TRAINED)
+
+    def _held_stamps(self) -> set[int]:
+        return {stamp for held in self.held_out for stamp in held.lesson.window.stamps.tolist()}
+
+    def _probe(self, lesson: Lesson, k: int) -> Probe:
+        """Return a known warp of the k-th image of a lesson."""
+        some = list(self.images.values())[::1 + len(self.images) // 32]
+        others = [image[0].numpy() for image in some]
+        return make_probe(lesson.images[k][0].numpy(), others, int(lesson.window.stamps[k]))
+
+
+def pairs_without(lesson: Lesson, stamps: Collection[int]) -> list[Pair]:
+    """Return the pairs of which neither image has one of these stamps."""
+    free = [stamp not in stamps for stamp in lesson.window.stamps.tolist()]
+    return [pair for pair in lesson.pairs if free[pair.reference] and free[pair.target]]
+
+
+def _remember(buffer: OrderedDict, key: int, value: object, most: int) -> None:
+    buffer[key] = value
+    while len(buffer) > most:
+        buffer.popitem(last=False)

@@ -1,0 +1,106 @@
+"""What a step minimises: the bundle's own objective, or, to compare with, that of SGP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import sgp
+from .lesson import (
+    Lesson,
+    match,
+    objective,
+    Pair,
+    rematch,
+    requery,
+    resolve,
+    Survivors,
+    survivors_of,
+)
+from ..bundle.options import BundleOptions
+from ..bundle.robust import Kernel
+from ..matching.protocol import Matcher
+
+
+class Objective(Protocol):
+    """A window as the candidate sees it now, ready for some steps."""
+
+    lesson: Lesson
+
+    @classmethod
+    def of(
+        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions
+    ) -> Objective | None:
+        """Return the objective on a lesson's pairs; None where there is nothing to learn."""
+
+    def usable(self, pairs: list[Pair]) -> list[Pair]:
+        """Return those of the pairs that it says something about."""
+
+    def loss(self, matcher: Matcher, pairs: list[Pair]) -> tuple[Tensor, Tensor, int]:
+        """
+        Return the loss of some pairs, differentiable.
+
+        That is the sum over their rows for the fine matches, the mean for the coarse ones, and
+        the number of rows.
+        """
+
+
+@dataclass(frozen=True)
+class BundleObjective:
+    """The upper level at the optimum of a window that is solved for the candidate's rows."""
+
+    lesson: Lesson
+    survivors: Survivors
+    kernel: Kernel
+
+    @classmethod
+    def of(
+        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions
+    ) -> BundleObjective | None:
+        """Match the rows again and solve again; None without enough survivors at an optimum."""
+        lesson = requery(lesson, options.prune_px)
+        lesson = resolve(rematch(matcher, lesson), options)
+        if lesson is None:
+            return None
+        return cls(lesson, survivors_of(lesson, options.prune_px), options.adjust.kernel)
+
+    def usable(self, pairs: list[Pair]) -> list[Pair]:
+        """Return the pairs, for each of them has rows."""
+        return pairs
+
+    def loss(self, matcher: Matcher, pairs: list[Pair]) -> tuple[Tensor, Tensor, int]:
+        """Return the loss of some pairs by equation 7."""
+        matches = match(matcher, self.lesson, pairs)
+        return objective(self.lesson, self.survivors, pairs, matches, self.kernel)
+
+
+@dataclass(frozen=True)
+class TeacherObjective:
+    """The student's loss under the labels of a teacher: two views, RANSAC, no bundle."""
+
+    lesson: Lesson
+    labels: sgp.Labels
+
+    @classmethod
+    def of(
+        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions
+    ) -> TeacherObjective | None:
+        """Ask the teacher; None where it believes no pose."""
+        labels = sgp.teach(matcher, lesson, pairs)
+        return cls(lesson, labels) if labels.T else None
+
+    def usable(self, pairs: list[Pair]) -> list[Pair]:
+        """Return the pairs whose pose the teacher believes."""
+        return self.labels.labelled(pairs)
+
+    def loss(self, matcher: Matcher, pairs: list[Pair]) -> tuple[Tensor, Tensor, int]:
+        """Return the student's loss, of both stages in one."""
+        both, rows = sgp.student_loss(matcher, self.lesson, self.labels, pairs)
+        return both, torch.zeros(()), rows
+
+
+#: What ``LearnerOptions.objective`` may name.
+OBJECTIVES: dict[str, type[Objective]] = {'imatching': BundleObjective, 'sgp': TeacherObjective}
