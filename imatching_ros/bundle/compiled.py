@@ -157,20 +157,22 @@ def place_points(slots, order, points, origin, p, back):
 @entry(
     types.Tuple((i8, f8, f8, f8, b1))(
         i8, *[_rows] * 3, _numbers, _rows, _rows, f8, f8, i8[:, ::1], i8, f8, i8, f8, f8,
-        _ints, _rows, _rows, _numbers, f8, *[_ints] * 8, *[_numbers] * 6, _narrow, _narrow, _ints,
+        _ints, _rows, _rows, _numbers, f8, *[_ints] * 8, *[_numbers] * 7, _narrow, _narrow,
+        _numbers, _ints,
     )
 )  # fmt: skip
 def descend(
     blocks, q, c, points, origin, xy, cov, fx, fy, free, kernel, scale, max_iterations,
     relative_decrease, gradient, prior_pose, prior_T, prior_H, prior_g, prior_constant,
     order, cell_of_block, cell_pose, layer_of_cell, chunks, slot, lane, envelope,
-    t, p, rows, point, H, room, jacobian, e, held,
+    t, p, rows, point, H, reduced, room, jacobian, e, wide, held,
 ):  # fmt: skip
     """
     adjust.py's ``_minimise``: iterations, cost, relative decrease, gradient, converged.
 
     ``q`` (K, 4), ``c`` (K, 3), about the origin, and ``points`` are the start, and in the end the
-    solution. After the problem and its prior come what ``layout`` filled, and a ``Room``.
+    solution. After the problem and its prior come what ``layout`` filled, and a ``Room``. Where
+    that is ``wide``, the reduced system at the end is left in it, undamped.
     """
     K, P, observations = len(q), len(prior_pose), len(slot)
     xy, cov, free, held = at(xy, 0), at(cov, 0), at(free, 0), at(held, 0)
@@ -183,6 +185,7 @@ def descend(
     )
     t, p_start, rows, point, H = at(t, 0), at(p, 0), at(rows, 0), at(point, 0), at(H, 0)
     jacobian, e, q_start, c_start = at(jacobian, 0), at(e, 0), at(q, 0), at(c, 0)
+    exactly, wide, reduced = len(wide) > 0, at(wide, 0), at(reduced, 0)
     p_new = at(room, 0)
     q_new = at(p_new, 3 * N * blocks)
     c_new = at(q_new, 4 * K)
@@ -191,8 +194,7 @@ def descend(
     g = at(R_new, 9 * K)
     step = at(g, 6 * K)
     rhs = at(step, 6 * K)
-    reduced = at(rhs, 6 * N * K)
-    A = at(reduced, 36 * K * K)
+    A = at(rhs, 6 * N * K)
     d = at(A, 36 * K * K)
     J = at(d, 6 * P)
     G = at(J, 9 * P)
@@ -233,7 +235,7 @@ def descend(
         while damping < 1e12:
             eliminate(
                 t, c, p, K, blocks, cell_of_block, cell_pose, chunks, jacobian, point, damping,
-                held, envelope, reduced, rhs, e, cells,
+                held, envelope, reduced, rhs, False, e, wide, cells,
             )  # fmt: skip
             if solve_cameras(
                 K, H, g, reduced, rhs, free, damping, envelope, prior_pose, P, G, A, step
@@ -279,24 +281,15 @@ def descend(
         q, c, p, q_new, c_new, p_new = q_new, c_new, p_new, q, c, p
         iterations += 1
 
+    if exactly:
+        eliminate(
+            t, c, p, K, blocks, cell_of_block, cell_pose, chunks, jacobian, point, 0.0, held,
+            envelope, reduced, rhs, True, e, wide, cells,
+        )  # fmt: skip
     copy(q, q_start, 4 * K)
     copy(c, c_start, 3 * K)
     place_points(blocks * N, at(order, 0), at(points, 0), at(origin, 0), p, True)
     return iterations, cost, decrease, slope_norm, converged
-
-
-@entry(void(i8, _numbers, _rows, *[_numbers] * 2, *[_ints] * 4, _narrow, *[_numbers] * 3, _ints))
-def eliminate_exactly(
-    blocks, t, c, p, point, cell_of_block, cell_pose, chunks, envelope, jacobian, reduced, rhs, e,
-    held,
-):  # fmt: skip
-    """``eliminate`` without damping, its products in float64; no pose is held."""
-    K = len(c)
-    eliminate(
-        at(t, 0), at(c, 0), at(p, 0), K, blocks, at(cell_of_block, 0), at(cell_pose, 0),
-        at(chunks, 0), at(jacobian, 0), at(point, 0), 0.0, at(held, 0), at(envelope, 0),
-        at(reduced, 0), at(rhs, 0), at(e, 0), at(held, K),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -308,19 +301,21 @@ class Room:
     rows: np.ndarray  #: (layers, 5, LANES), x, y and the information's uu, uv, vv
     point: np.ndarray  #: (blocks, 9, LANES), Hpp and gp
     H: np.ndarray  #: (K, 21), Hcc: lower triangles, row by row
+    reduced: np.ndarray  #: (K, K, 6, 6), lower blocks of E E^T inside the envelope
     more: np.ndarray
     jacobian: np.ndarray  #: (cells, 6, LANES), W
     e: np.ndarray  #: (K, 18, LANES), a block's E
+    wide: np.ndarray  #: the same where products are wanted in float64, else empty
     held: np.ndarray  #: (2 K,)
 
     @classmethod
-    def of(cls, K: int, P: int, blocks: int, cells: int, layers: int) -> Room:
-        more = 3 * N * blocks + (37 + 6 * N) * K + 72 * K * K + 15 * P + 36 * P * P
+    def of(cls, K: int, P: int, blocks: int, cells: int, layers: int, wide: bool = False) -> Room:
+        more = 3 * N * blocks + (37 + 6 * N) * K + 36 * K * K + 15 * P + 36 * P * P
         return cls(
             np.zeros(SCRATCH), np.zeros(blocks * 3 * N), np.zeros(layers * 5 * N),
-            np.empty(blocks * 9 * N), np.empty(K * 21), np.empty(more),
+            np.empty(blocks * 9 * N), np.empty(K * 21), np.zeros(K * K * 36), np.empty(more),
             np.empty(cells * 6 * N, np.float32), np.empty(K * 18 * N, np.float32),
-            np.zeros(2 * K, np.int64),
+            np.empty(K * 18 * N if wide else 0), np.zeros(2 * K, np.int64),
         )  # fmt: skip
 
 
@@ -358,21 +353,15 @@ def reduced_system(T, points, pose, landmark, xy, cov, fx, fy, kernel, scale):
     K, origin = len(T), T[0, :3].copy()
     q, c, none = T[:, 3:].copy(), T[:, :3] - origin, np.zeros(0)
     sizes, places = _laid_out(pose, landmark, K, len(points))
-    room = Room.of(K, 0, *sizes)
+    room = Room.of(K, 0, *sizes, wide=True)
     descend(
         sizes[0], q, c, points.copy(), origin, xy, cov, fx, fy, np.ones((K, 6), np.int64), kernel,
         scale, 0, 0.0, 0.0, np.zeros(0, np.int64), np.zeros((0, 7)), np.zeros((0, 0)), none, 0.0,
         *places, *vars(room).values(),
     )  # fmt: skip
-    _, cell_of_block, cell_pose, _, chunks, _, _, envelope = places
-    reduced = np.zeros((K, K, 6, 6))
-    eliminate_exactly(
-        sizes[0], room.t, c, room.p, room.point, cell_of_block, cell_pose, chunks, envelope,
-        room.jacobian, reduced.reshape(-1), np.empty(K * 6 * N), np.empty(K * 18 * N), room.held,
-    )  # fmt: skip
     row, column = np.tril_indices(6)
     each = np.arange(K)[:, None]
-    whole = -reduced.swapaxes(1, 2)
+    whole = -room.reduced.reshape(K, K, 6, 6).swapaxes(1, 2)
     whole[each, row, each, column] += room.H.reshape(K, 21)
     lower = np.tril(whole.reshape(6 * K, 6 * K))
     return lower + np.tril(lower, -1).T

@@ -29,7 +29,8 @@ XX, XY, YY, BX, BY = 14 * N, 15 * N, 16 * N, 17 * N, 18 * N
 W0, W1, W2, W3, W4, W5 = 19 * N, 20 * N, 21 * N, 22 * N, 23 * N, 24 * N
 L00, L10, L11, L20, L21, L22 = 25 * N, 26 * N, 27 * N, 28 * N, 29 * N, 30 * N
 Q0, Q1, Q2 = 31 * N, 32 * N, 33 * N
-SCRATCH = 34 * N
+E = 34 * N
+SCRATCH = 52 * N
 # Multiples of N, for what is named by its number alone; numba multiplies nothing beforehand.
 N2, N3, N4, N5, N6, N7, N8, N9, N12, N15, N18 = (
     k * N for k in (2, 3, 4, 5, 6, 7, 8, 9, 12, 15, 18)
@@ -333,19 +334,17 @@ def solve_points(t):
         t[Q0 + i], t[Q1 + i], t[Q2 + i] = (z0 - l10 * z1 - l20 * z2) * l00, z1, z2
 
 
-@inner(*(
-    void(F8, F8, F8, i8, i8, I8, I8, I8, F4, F8, f8, I8, I8, F8, F8, E, I8) for E in (F4, F8)
-))  # fmt: skip
+@inner(void(F8, F8, F8, i8, i8, I8, I8, I8, F4, F8, f8, I8, I8, F8, F8, b1, F4, F8, I8))
 def eliminate(
     t, c, p, K, blocks, cell_of_block, cell_pose, chunks, jacobian, point, damping, held, envelope,
-    reduced, rhs, e, cells,
+    reduced, rhs, exactly, e, wide, cells,
 ):  # fmt: skip
     """
     Eliminate the landmarks.
 
     E E^T goes into ``reduced`` (K, K, 6, 6), lower blocks, and E y into the lanes of ``rhs`` (K, 6
-    * LANES), without the poses ``held``. e: (K, 18 * LANES), float32 or float64, room for a
-    block's E, and cells: (K,).
+    * LANES), without the poses ``held``. e: (K, 18 * LANES), room for a block's E; where products
+    are wanted in float64, ``exactly``, it is ``wide``. cells: (K,), room.
     """
     for k in range(K):
         clear(at(reduced, 36 * (K * k + envelope[k])), 36 * (k + 1 - envelope[k]))
@@ -359,9 +358,12 @@ def eliminate(
             k = cell_pose[cell]
             if not held[k]:
                 whiten(
-                    t, at(p, N3 * b), at(c, 3 * k), at(jacobian, N6 * cell),
-                    at(e, N18 * n), at(rhs, N6 * k),
-                )  # fmt: skip
+                    t, at(p, N3 * b), at(c, 3 * k), at(jacobian, N6 * cell), at(rhs, N6 * k)
+                )
+                if exactly:
+                    copy(at(t, E), at(wide, N18 * n), N18)
+                else:
+                    narrow(at(t, E), at(e, N18 * n), N18)
                 cells[n] = cell
                 n += 1
         for i in range(n):
@@ -373,23 +375,39 @@ def eliminate(
                 end = 3 * CHUNK * min(left[1], right[1])
                 if begin < end:
                     x = at(reduced, 36 * (K * k + cell_pose[cells[j]]))
-                    a, b_ = at(e, N18 * i + begin), at(e, N18 * j + begin)
-                    add_products(a, b_, x, end - begin)
-                    add_products(at(a, N9), b_, at(x, 18), end - begin)
-                    add_products(at(a, N9), at(b_, N9), at(x, 21), end - begin)
-                    if i > j:
-                        add_products(a, at(b_, N9), at(x, 3), end - begin)
+                    one, other = N18 * i + begin, N18 * j + begin
+                    if exactly:
+                        add_block(at(wide, one), at(wide, other), x, end - begin, i == j)
+                    else:
+                        add_block(at(e, one), at(e, other), x, end - begin, i == j)
 
 
-@inner(*(void(E, *[f8] * 6) for E in (F4, F8)))
+@inner(void(F8, F4, i8))
+def narrow(x, y, n):
+    """Copy n numbers from x to y."""
+    for i in range(n):
+        y[i] = x[i]
+
+
+@inner(*(void(kind, kind, F8, i8, b1) for kind in (F4, F8)))
+def add_block(a, b, x, n, diagonal):
+    """Add to a block x what two poses' E have in common; of a diagonal one the lower corners."""
+    add_products(a, b, x, n)
+    add_products(at(a, N9), b, at(x, 18), n)
+    add_products(at(a, N9), at(b, N9), at(x, 21), n)
+    if not diagonal:
+        add_products(a, at(b, N9), at(x, 3), n)
+
+
+@inner(void(F8, *[f8] * 6))
 def put(e, x, y, z, e0, e1, e2):
     """Write a column of E: three numbers and, after them, x, y, z times these."""
     e[0], e[N3], e[N6] = e0, e1, e2
     e[N9], e[N12], e[N15] = y * e2 - z * e1, z * e0 - x * e2, x * e1 - y * e0
 
 
-@inner(*(void(F8, F8, F8, F4, E, F8) for E in (F4, F8)))
-def whiten(t, p, c, w, e, rhs):
+@inner(void(F8, F8, F8, F4, F8))
+def whiten(t, p, c, w, rhs):
     """
     Write E = V (L^-1 W)^T of a cell to e (18 * LANES).
 
@@ -426,12 +444,12 @@ def whiten(t, p, c, w, e, rhs):
             v0 = b0 * t[L00 + i]
             v1 = (b1 - t[L10 + i] * v0) * t[L11 + i]
             v2 = (b2 - t[L20 + i] * v0 - t[L21 + i] * v1) * t[L22 + i]
-            put(at(e, o0), x, y, z, a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0)
-            put(at(e, o1), x, y, z, a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1)
-            put(at(e, o2), x, y, z, a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2)
+            put(at(t, E + o0), x, y, z, a0 * u0 + b0 * v0, a1 * u0 + b1 * v0, a2 * u0 + b2 * v0)
+            put(at(t, E + o1), x, y, z, a0 * u1 + b0 * v1, a1 * u1 + b1 * v1, a2 * u1 + b2 * v1)
+            put(at(t, E + o2), x, y, z, a0 * u2 + b0 * v2, a1 * u2 + b1 * v2, a2 * u2 + b2 * v2)
 
 
-@inner(*(void(E, E, F8, i8) for E in (F4, F8)))
+@inner(*(void(kind, kind, F8, i8) for kind in (F4, F8)))
 def add_products(a, b, x, n):
     """
     Add to a corner of a block x three rows of E times three, n numbers each: the innermost loop.
