@@ -9,10 +9,10 @@ from dataclasses import replace
 import itertools
 
 import cv2
-from imatching_ros.bundle.adjust import adjust, AdjustOptions
 from imatching_ros.bundle.bundle import Bundle
 from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.bundle.robust import Kernel
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions
+from imatching_ros.bundle.solver.robust import Kernel
 from imatching_ros.data.recording import open_recording
 from imatching_ros.evaluation.matching import evaluate_matching, evaluation_pairs
 from imatching_ros.geometry import lie

@@ -7,12 +7,12 @@ Each is recognised, makes no false landmarks and no false poses.
 from dataclasses import replace
 from functools import cache
 
-from imatching_ros.bundle.adjust import adjust, AdjustOptions, free_parameters
 from imatching_ros.bundle.bundle import Bundle, INITIALISING, LOST, NEW_MAP, TRACKING
 from imatching_ros.bundle.motion import BLIND, MOVING, ROTATION, STANDSTILL
 from imatching_ros.bundle.observations import surviving
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.solve import refine
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions, free_parameters
 from imatching_ros.data import synthetic, textures
 from imatching_ros.geometry import lie, two_view
 from imatching_ros.geometry.camera import Camera

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 import math
 
-from imatching_ros.bundle.adjust import compiled, free_parameters
-from imatching_ros.bundle.covariance import covariance
-from imatching_ros.bundle.initialise import initialise
-from imatching_ros.bundle.motion import (
+import torch
+from torch import Tensor
+
+from .initialise import initialise
+from .motion import (
     BLIND,
     motion_of,
     MOVING,
@@ -24,7 +25,7 @@ from imatching_ros.bundle.motion import (
     STANDSTILL,
     UNKNOWN,
 )
-from imatching_ros.bundle.observations import (
+from .observations import (
     index_of,
     Observations,
     own,
@@ -32,18 +33,18 @@ from imatching_ros.bundle.observations import (
     survives,
     surviving,
 )
-from imatching_ros.bundle.odometry import ExternalOdometry
-from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.bundle.prior import marginalise, Prior
-from imatching_ros.bundle.problem import Problem
-from imatching_ros.bundle.registration import register, Registration
-from imatching_ros.bundle.solve import solve
-from imatching_ros.bundle.window import Window
-from imatching_ros.geometry import lie, two_view
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.geometry.correspondences import Correspondences
-import torch
-from torch import Tensor
+from .odometry import ExternalOdometry
+from .options import BundleOptions
+from .prior import left_behind, Prior
+from .registration import register, Registration
+from .solve import solve
+from .solver.adjust import compiled, free_parameters
+from .solver.covariance import covariance
+from .solver.problem import Problem
+from .window import Window
+from ..geometry import lie, two_view
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
 
 __all__ = ['BLIND', 'MOVING', 'ROTATION', 'STANDSTILL', 'UNKNOWN', 'Bundle', 'Estimate']
 
@@ -212,7 +213,7 @@ class Bundle:
             LOST: 'Tracking is lost', NEW_MAP: 'A new map, with a scale of its own, is about '
                                                'to begin at the last pose',
             INITIALISING: 'There is no map yet',
-        }[status]  # fmt: skip
+        }[status]
         return Estimate(message.stamp, None, None, status, 0, None, motion, f'{what}: {why}.')
 
     def _predict(self) -> Tensor | None:
@@ -316,7 +317,7 @@ class Bundle:
         result = register(
             self.window.points[place], observed.xy, observed.cov, self._focal, guess,
             self.options.adjust, self.options.prune_px,
-        )  # fmt: skip
+        )
         if result is None:
             return None
         inliers = len(torch.unique_consecutive(place[result.inliers]))
@@ -366,7 +367,7 @@ class Bundle:
             landmark=torch.cat((posed.landmark, place))[order],
             xy=torch.cat((posed.xy, observed.xy))[order],
             cov=torch.cat((posed.cov, observed.cov))[order],
-        )  # fmt: skip
+        )
         # The window's own gauge: never a component of this pose, of which nothing would then be
         # unknown.
         fixed = torch.ones((K + 1) * 6, dtype=torch.bool)
@@ -457,7 +458,7 @@ class Bundle:
         gone &= ~torch.isin(window.track, message.track)
         if leaves[-1]:
             gone[:] = False  # it only turned: what it knows of landmarks, others know
-        prior = marginalise(posed, self.options.adjust.kernel, window.stamps, leaves, gone)
+        prior = left_behind(posed, self.options.adjust.kernel, window.stamps, leaves, gone)
         return prior, torch.cat((self._gone, window.track[gone]))
 
     def _only_turned(self, before: int, stamp: int) -> bool:
