@@ -344,7 +344,7 @@ def test_the_prior_is_a_part_of_the_windows_optimum():
         if window is None or window.prior is None:
             continue
         priors += 1
-        kept = [bundle._messages[s] for s in window.stamps.tolist()]
+        kept = [bundle.state.messages[s] for s in window.stamps.tolist()]
         _, posed = surviving(window, kept, CAMERA, options.prune_px)
         assert posed.prior is not None
         delta = torch.zeros(len(window.stamps), 6, dtype=torch.float64, requires_grad=True)
@@ -556,7 +556,7 @@ def test_the_gradient_of_equation_7_is_the_total_one_under_a_prior():
     options = BundleOptions(keyframes=4, adjust=exact)
     bundle, _ = run(world, options)
     window = bundle.window
-    _, posed = surviving(window, list(bundle._messages.values()), CAMERA, options.prune_px)
+    _, posed = surviving(window, list(bundle.state.messages.values()), CAMERA, options.prune_px)
     assert window.prior is not None and posed.prior is not None
     solved = adjust(posed, exact)
     xy = posed.xy.clone().requires_grad_()
