@@ -33,9 +33,9 @@ import time
 for variable in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'):
     os.environ[variable] = '1'
 
-from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled  # noqa: E402
-from imatching_ros.bundle.problem import Problem, problem  # noqa: E402
-from imatching_ros.bundle.robust import Kernel  # noqa: E402
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions, compiled  # noqa: E402
+from imatching_ros.bundle.solver.problem import Problem, problem  # noqa: E402
+from imatching_ros.bundle.solver.robust import Kernel  # noqa: E402
 from imatching_ros.geometry import lie, triangulation  # noqa: E402
 import numpy as np  # noqa: E402
 from rich.console import Console  # noqa: E402

@@ -36,9 +36,9 @@ from torch import Tensor  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bundle import KERNEL, SIZES, synthetic  # noqa: E402,I100
-from imatching_ros.bundle.adjust import adjust, AdjustOptions, free_parameters  # noqa: E402
-from imatching_ros.bundle.problem import Problem  # noqa: E402
-from imatching_ros.bundle.robust import Kernel  # noqa: E402
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions, free_parameters  # noqa: E402
+from imatching_ros.bundle.solver.problem import Problem  # noqa: E402
+from imatching_ros.bundle.solver.robust import Kernel  # noqa: E402
 from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.learning.adjoint import optimum  # noqa: E402
 

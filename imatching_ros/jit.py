@@ -76,11 +76,10 @@ def _declared(function: FunctionType, signatures, fastmath, **options) -> Dispat
 
 
 def entries(module: ModuleType) -> list[Dispatcher]:
-    """Return the entries that a module defines."""
+    """Return the entries that a module calls or defines."""
     return [
         each for each in vars(module).values()
         if isinstance(each, Dispatcher) and isinstance(each._cache, Cache)
-        and each.py_func.__module__ == module.__name__
     ]
 
 

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 MODULES = (
     'imatching_ros.matching.compiled',
     'imatching_ros.bundle.compiled_views',
-    'imatching_ros.bundle.compiled',
+    'imatching_ros.bundle.solver.compiled.minimise',
 )
 COMPILING = 'compiling for this processor, once'
 

@@ -5,9 +5,9 @@ import importlib.util
 from pathlib import Path
 import sys
 
-from imatching_ros.bundle.adjust import adjust, AdjustOptions
-from imatching_ros.bundle.problem import PosePrior, Problem, problem
-from imatching_ros.bundle.robust import Kernel
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions
+from imatching_ros.bundle.solver.problem import PosePrior, Problem, problem
+from imatching_ros.bundle.solver.robust import Kernel
 from imatching_ros.geometry import lie, triangulation
 from imatching_ros.learning.adjoint import optimum
 import pytest

@@ -5,12 +5,12 @@ from dataclasses import replace
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from imatching_ros import kernels
-from imatching_ros.bundle import adjust as module
-from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled, free_parameters
-from imatching_ros.bundle.prior import marginalise
-from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, problem
-from imatching_ros.bundle.robust import Kernel, KERNELS
-from imatching_ros.bundle.system import System
+from imatching_ros.bundle.prior import left_behind
+from imatching_ros.bundle.solver import adjust as module
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions, compiled, free_parameters
+from imatching_ros.bundle.solver.problem import BEHIND_PX, MIN_DEPTH, problem
+from imatching_ros.bundle.solver.robust import Kernel, KERNELS
+from imatching_ros.bundle.solver.system import System
 from imatching_ros.geometry import lie, triangulation
 import numpy as np
 import pytest
@@ -354,7 +354,6 @@ def test_without_numba_torch_steps_in_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(kernels.importlib, 'import_module', absent)
     monkeypatch.setattr(kernels, '_loaded', {})
     monkeypatch.setattr(kernels, '_state', '')
-    monkeypatch.setattr(kernels, '_warned', set())
     got = [adjust(posed) for _ in range(2)]
     assert all(torch.equal(one.points, want.points) for one in got)
     assert len(caplog.records) == 1 and "No module named 'numba'" in caplog.text
@@ -575,6 +574,6 @@ def test_the_loop_of_a_gpu_asks_nothing_for_seven_rounds_of_eight(name, monkeypa
 def leave_behind(posed):
     """Return the prior of all but the first pose, from a third of the landmarks."""
     stamps = torch.arange(len(posed.T_world_camera))
-    return marginalise(
+    return left_behind(
         posed, Kernel(), stamps, stamps == 0, torch.arange(len(posed.points)) < 20
     ).on(stamps)

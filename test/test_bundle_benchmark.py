@@ -5,7 +5,7 @@ from pathlib import Path
 import subprocess
 import sys
 
-from imatching_ros.bundle.adjust import compiled
+from imatching_ros.bundle.solver.adjust import compiled
 import pytest
 
 KEYS = {

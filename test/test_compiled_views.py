@@ -4,18 +4,18 @@ from dataclasses import replace
 import math
 
 from imatching_ros.bundle import motion
-from imatching_ros.bundle.adjust import (
+from imatching_ros.bundle.observations import observations
+from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.registration import refine, register
+from imatching_ros.bundle.solve import _Solver
+from imatching_ros.bundle.solver.adjust import (
     AdjustOptions,
     array,
     compiled,
     compiled_views,
 )
-from imatching_ros.bundle.observations import observations
-from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.bundle.problem import problem
-from imatching_ros.bundle.registration import refine, register
-from imatching_ros.bundle.robust import Kernel, KERNELS
-from imatching_ros.bundle.solve import _Solver
+from imatching_ros.bundle.solver.problem import problem
+from imatching_ros.bundle.solver.robust import Kernel, KERNELS
 from imatching_ros.geometry import lie, triangulation, two_view
 from imatching_ros.geometry.camera import Camera
 from imatching_ros.geometry.correspondences import Correspondences

@@ -100,8 +100,8 @@ def test_two_processes_that_begin_at_once_compile_once(package, tmp_path):
 
 
 @pytest.mark.parametrize('file, old, new, expected', [
-    ('bundle/problem.py', 'MIN_DEPTH = 1e-6', 'MIN_DEPTH = 1.0', [True, False]),
-    ('bundle/compiled_poses.py', '1 - 2 * (x * x + y * y)', '-1 - 2 * (x * x + y * y)',
+    ('bundle/solver/problem.py', 'MIN_DEPTH = 1e-6', 'MIN_DEPTH = 1.0', [True, False]),
+    ('bundle/solver/compiled/poses.py', '1 - 2 * (x * x + y * y)', '-1 - 2 * (x * x + y * y)',
      [False, False]),
 ])  # fmt: skip
 def test_what_other_files_say_is_noticed(package, file, old, new, expected):
@@ -144,7 +144,7 @@ sys.modules['numba'] = None
 import torch
 from imatching_ros import kernels
 from imatching_ros.bundle.registration import refine
-from imatching_ros.bundle.robust import Kernel
+from imatching_ros.bundle.solver.robust import Kernel
 kernels.prepare()
 T = torch.tensor([0.0, 0, 0, 0, 0, 0, 1]).double()
 points = torch.tensor([[0.0, 0, 2], [1, 0, 2], [0, 1, 3], [-1, 0, 4]]).double()

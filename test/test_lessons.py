@@ -4,8 +4,8 @@ import copy
 from dataclasses import replace
 
 import cv2
-from imatching_ros.bundle.adjust import adjust, AdjustOptions
 from imatching_ros.bundle.options import BundleOptions
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions
 from imatching_ros.learning import lesson as lesson_module
 from imatching_ros.learning.lesson import (
     encode,

@@ -7,12 +7,12 @@ Each is recognised, makes no false landmarks and no false poses.
 from dataclasses import replace
 from functools import cache
 
-from imatching_ros.bundle.adjust import adjust, AdjustOptions, free_parameters
 from imatching_ros.bundle.bundle import Bundle, INITIALISING, LOST, NEW_MAP, TRACKING
 from imatching_ros.bundle.motion import BLIND, MOVING, ROTATION, STANDSTILL
 from imatching_ros.bundle.observations import surviving
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.solve import refine
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions, free_parameters
 from imatching_ros.data import synthetic
 from imatching_ros.data.synthetic import textures
 from imatching_ros.geometry import lie, two_view
@@ -345,7 +345,7 @@ def test_the_prior_is_a_part_of_the_windows_optimum():
         if window is None or window.prior is None:
             continue
         priors += 1
-        kept = [bundle._messages[s] for s in window.stamps.tolist()]
+        kept = [bundle.state.messages[s] for s in window.stamps.tolist()]
         _, posed = surviving(window, kept, CAMERA, options.prune_px)
         assert posed.prior is not None
         delta = torch.zeros(len(window.stamps), 6, dtype=torch.float64, requires_grad=True)
@@ -557,7 +557,7 @@ def test_the_gradient_of_equation_7_is_the_total_one_under_a_prior():
     options = BundleOptions(keyframes=4, adjust=exact)
     bundle, _ = run(world, options)
     window = bundle.window
-    _, posed = surviving(window, list(bundle._messages.values()), CAMERA, options.prune_px)
+    _, posed = surviving(window, list(bundle.state.messages.values()), CAMERA, options.prune_px)
     assert window.prior is not None and posed.prior is not None
     solved = adjust(posed, exact)
     xy = posed.xy.clone().requires_grad_()

@@ -3,9 +3,9 @@
 import copy
 from dataclasses import replace
 
-from imatching_ros.bundle.adjust import adjust, AdjustOptions
 from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.bundle.robust import Kernel
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions
+from imatching_ros.bundle.solver.robust import Kernel
 from imatching_ros.learning.lesson import (
     make_lesson,
     match,

@@ -6,13 +6,13 @@ Against the batch solution, and what it says of its own certainty.
 
 from dataclasses import replace
 
-from imatching_ros.bundle.adjust import adjust, AdjustOptions, compiled
-from imatching_ros.bundle.covariance import covariance
-from imatching_ros.bundle.prior import marginalise
-from imatching_ros.bundle.problem import problem
+from imatching_ros.bundle.prior import left_behind
 from imatching_ros.bundle.registration import refine
-from imatching_ros.bundle.robust import Kernel
-from imatching_ros.bundle.system import System
+from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions, compiled
+from imatching_ros.bundle.solver.covariance import covariance
+from imatching_ros.bundle.solver.problem import problem
+from imatching_ros.bundle.solver.robust import Kernel
+from imatching_ros.bundle.solver.system import System
 from imatching_ros.geometry import lie, triangulation
 import numpy as np
 import pytest
@@ -60,7 +60,7 @@ def without_pose_0(posed, prior, keep):
 
 def leave(posed, landmarks, kernel=NONE):
     poses = torch.arange(len(posed.T_world_camera)) == 0
-    return marginalise(posed, kernel, torch.arange(len(poses)), poses, landmarks)
+    return left_behind(posed, kernel, torch.arange(len(poses)), poses, landmarks)
 
 
 def hessian(posed):
@@ -125,10 +125,10 @@ def test_poses_of_an_earlier_prior_leave_like_others():
     first = posed.landmark[posed.pose == 0].unique()
     second = posed.landmark[posed.pose == 1].unique()
     gone = [torch.isin(torch.arange(60), which) for which in (first, torch.cat((first, second)))]
-    both = marginalise(posed, NONE, pose, pose < 2, gone[1])
-    prior = marginalise(posed, NONE, pose, pose < 1, gone[0])
+    both = left_behind(posed, NONE, pose, pose < 2, gone[1])
+    prior = left_behind(posed, NONE, pose, pose < 1, gone[0])
     rest = without_pose_0(posed, prior, ~gone[0][posed.landmark])
-    again = marginalise(rest, NONE, pose[1:], pose[1:] < 2, gone[1])
+    again = left_behind(rest, NONE, pose[1:], pose[1:] < 2, gone[1])
     assert torch.equal(again.stamps, both.stamps) and len(both.stamps) == 4
     size = float(both.information.max())
     torch.testing.assert_close(again.information, both.information, rtol=0, atol=1e-11 * size)
@@ -304,7 +304,7 @@ def slide(T_true, p_true, posed, size, with_prior):
             gone = torch.zeros_like(known).index_fill_(0, rows.landmark[rows.pose == 0], True)
             gone[rows.landmark[rows.pose == size - 1]] = False
             if with_prior:
-                prior = marginalise(rows, Kernel(), stamps, stamps == begin, gone)
+                prior = left_behind(rows, Kernel(), stamps, stamps == begin, gone)
                 alive &= ~gone[posed.landmark]
             T = solution.T_world_camera
             ahead = lie.compose(T[-1], lie.compose(lie.inverse(T_true[end - 1]), T_true[end]))

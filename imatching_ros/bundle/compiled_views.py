@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 
-from imatching_ros.bundle.compiled_blocks import CAUCHY, GEMAN_MCCLURE, HUBER
-from imatching_ros.bundle.compiled_poses import clear, copy, dot, retract, rotations
-from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
-from imatching_ros.geometry.two_view import HYPOTHESES
-from imatching_ros.jit import at, b1, entry, F8, f8, I8, i8, inner, void
 import numpy as np
+
+from .solver.compiled.linearise import CAUCHY, GEMAN_MCCLURE, HUBER
+from .solver.compiled.poses import clear, copy, dot, retract, rotations
+from .solver.problem import BEHIND_PX, MIN_DEPTH
+from ..geometry.two_view import HYPOTHESES
+from ..jit import at, b1, entry, F8, f8, I8, i8, inner, void
 
 _vector, _rows, _indices, _mask = f8[::1], f8[:, ::1], i8[::1], b1[::1]
 
@@ -120,7 +121,7 @@ def _refine(T, points, xy, cov, fx, fy, kernel, scale, iterations, room):
             cost_new = normal_equations(
                 at(T_new, 3), T_new, N, points, xy, cov, fx, fy, kernel, scale, H_new,
                 at(H_new, 36), more,
-            )  # fmt: skip
+            )
         if cost_new < cost:
             done = cost - cost_new < 1e-6 * cost
             copy(T_new, c, 7)
@@ -320,7 +321,7 @@ def relative_rotation(xy_i, xy_j, threshold):
 @entry(i8(_rows, _rows, _mask, _indices, _indices, _rows, f8, f8, f8, f8, _mask, _vector))
 def _survivors(
     T, points, usable, pose, landmark, xy, fx, fy, prune_px, cosine, keep, room
-):  # fmt: skip
+):
     K, total, alive, end = len(T), len(pose), 0, 0
     T, points, xy, pose, landmark = (
         at(T, 0), at(points, 0), at(xy, 0), at(pose, 0), at(landmark, 0),

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations
 
-from imatching_ros.bundle.motion import motion_of, MOVING, Pair
-from imatching_ros.bundle.observations import observations, pose_problem
-from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.bundle.registration import register
-from imatching_ros.bundle.solve import Grid, solve
-from imatching_ros.bundle.window import Window
-from imatching_ros.geometry import lie, triangulation, two_view
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.geometry.correspondences import Correspondences
 import torch
 from torch import Tensor
+
+from .motion import motion_of, MOVING, Pair
+from .observations import observations, pose_problem
+from .options import BundleOptions
+from .registration import register
+from .solve import Grid, solve
+from .window import Window
+from ..geometry import lie, triangulation, two_view
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
 
 _ANCHORS_TRIED = 4
 _MIN_PARALLAX_PX = 2.0  #: of an anchor pair, below which no depth can be measured
@@ -78,7 +79,7 @@ def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int
     scored = [
         (n * px, pair) for n, px, pair in zip(count, parallax, pairs, strict=True)
         if n >= 2 * options.min_landmarks and px >= _MIN_PARALLAX_PX
-    ]  # fmt: skip
+    ]
     return [pair for _, pair in sorted(scored, reverse=True)[:_ANCHORS_TRIED]]
 
 
@@ -170,7 +171,7 @@ def _grow(
         result = register(
             points[usable], grid.xy[usable, k], cov.expand(int(usable.sum()), 3), focal, None,
             options.adjust, options.prune_px,
-        )  # fmt: skip
+        )
         if result is None or int(result.inliers.sum()) < max(
             options.min_landmarks, 0.3 * int(usable.sum())
         ):

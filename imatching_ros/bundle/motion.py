@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imatching_ros.bundle.adjust import array, compiled_views
-from imatching_ros.bundle.observations import index_of, QUERY_COV
-from imatching_ros.geometry import lie, two_view
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.geometry.correspondences import Correspondences
 import torch
 from torch import Tensor
+
+from .observations import index_of, QUERY_COV
+from .solver.adjust import array, compiled_views
+from ..geometry import lie, two_view
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
 
 MOVING = 'moving'
 STANDSTILL = 'standstill'
@@ -83,7 +84,7 @@ def motion_of(
     pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0,
     minimum: int = 20,
     backend: str = 'auto',
-) -> tuple[str, Tensor | None]:  # fmt: skip
+) -> tuple[str, Tensor | None]:
     """
     Return MOVING, or ROTATION with the turn T_j_i (7,), without translation, or BLIND.
 

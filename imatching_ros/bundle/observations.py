@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from imatching_ros.bundle.adjust import array, compiled_views
-from imatching_ros.bundle.problem import MIN_DEPTH, Problem, problem
-from imatching_ros.bundle.window import Window
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.geometry.correspondences import Correspondences
 import torch
 from torch import Tensor
+
+from .solver.adjust import array, compiled_views
+from .solver.problem import MIN_DEPTH, Problem, problem
+from .window import Window
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
 
 #: Covariance (uu, uv, vv), px^2, of the detected point that begins a track.
 QUERY_COV = (0.25, 0.0, 0.25)
@@ -101,7 +102,7 @@ def _rows(messages: Sequence[Correspondences], camera: Camera) -> Observations:
         torch.cat([message.track for message in messages]), xy,
         camera.undistorted_covariance(xy, cov), index,
         torch.arange(len(xy)) - (lengths.cumsum(0) - lengths)[index],
-    )  # fmt: skip
+    )
 
 
 def _arranged(
@@ -117,7 +118,7 @@ def _arranged(
     if views := compiled_views(backend):
         found = views.arranged(*map(array, (
             order, rows.track, rows.stamp, ref_stamp, rows.xy, rows.cov, valid
-        )))  # fmt: skip
+        )))
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
     # Image and track as one number (unique over pairs is a hundred times slower than over
     # numbers).

@@ -9,9 +9,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 
-from imatching_ros.geometry import lie
 import torch
 from torch import Tensor
+
+from ..geometry import lie
 
 _REMEMBERED = 4000  #: poses
 _GAP_NS = 500_000_000  #: two poses farther apart than this are not interpolated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from imatching_ros.bundle.adjust import AdjustOptions
+from .solver.adjust import AdjustOptions
 
 POSES = ('own', 'external')
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imatching_ros.bundle.adjust import AdjustOptions, array, compiled_views
-from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH
-from imatching_ros.bundle.robust import Kernel, KERNELS
-from imatching_ros.geometry import lie, triangulation, two_view
 import torch
 from torch import Tensor
+
+from .solver.adjust import AdjustOptions, array, compiled_views
+from .solver.problem import BEHIND_PX, MIN_DEPTH
+from .solver.robust import Kernel, KERNELS
+from ..geometry import lie, triangulation, two_view
 
 _GUESSED = 0.5  #: where the motion model agrees with this share of the points, PnP is not asked
 
@@ -24,7 +25,7 @@ def register(
     points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, guess: Tensor | None,
     options: AdjustOptions,
     inlier_px: float,
-) -> Registration | None:  # fmt: skip
+) -> Registration | None:
     """
     Pose by 2D-3D registration.
 
@@ -65,7 +66,7 @@ def register(
 def refine(
     T_world_camera: Tensor, points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, kernel: Kernel,
     iterations: int = 10, backend: str = 'auto',
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """
     Levenberg-Marquardt on one pose (7,).
 
@@ -76,7 +77,7 @@ def refine(
             *map(array, (T_world_camera, points, xy, cov)), *focal.tolist(),
             KERNELS.index(kernel.name),
             float(kernel.scale), iterations,
-        )  # fmt: skip
+        )
         return torch.from_numpy(T)
     uu, uv, vv = cov.unbind(-1)
     information = torch.stack((vv, -uv, uu)) / (uu * vv - uv * uv)

@@ -6,22 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 import math
 
-from imatching_ros.bundle.adjust import (
+import torch
+from torch import Tensor
+
+from .observations import index_of, observations, survives
+from .options import BundleOptions
+from .prior import Prior
+from .solver.adjust import (
     adjust,
     array,
     compiled_views,
     Solution,
 )
-from imatching_ros.bundle.observations import index_of, observations, survives
-from imatching_ros.bundle.options import BundleOptions
-from imatching_ros.bundle.prior import Prior
-from imatching_ros.bundle.problem import Problem
-from imatching_ros.bundle.window import Window
-from imatching_ros.geometry import triangulation
-from imatching_ros.geometry.camera import Camera
-from imatching_ros.geometry.correspondences import Correspondences
-import torch
-from torch import Tensor
+from .solver.problem import Problem
+from .window import Window
+from ..geometry import triangulation
+from ..geometry.camera import Camera
+from ..geometry.correspondences import Correspondences
 
 #: before the first adjustment the newest pose is only predicted: prune at this many times the
 #: bound
@@ -96,7 +97,7 @@ def solve(
     posed = Problem(
         T_world_camera.double(), start, pose, landmark, observed.xy, observed.cov,
         torch.tensor([camera.fx, camera.fy], dtype=torch.float64), prior and prior.on(stamps),
-    ).select(pose >= 0)  # fmt: skip
+    ).select(pose >= 0)
     window = _Solver(posed, start, camera.focal, options, rounds)
     if not window.adjust(_LOOSE * options.prune_px, once=True):
         return None
@@ -210,7 +211,7 @@ class _Solver:
                 *map(array, (self.T, self.points, finite)), *self.rows,
                 *self.posed.focal.tolist(), prune_px,
                 math.cos(math.radians(self.options.min_parallax_deg)),
-            )  # fmt: skip
+            )
             return torch.from_numpy(keep)
         keep = survives(self._problem(), prune_px) & finite[self.posed.landmark]
         keep &= self._wide(keep.nonzero().squeeze(-1))[self.posed.landmark]
@@ -318,5 +319,5 @@ class _Solver:
         posed = replace(
             posed, T_world_camera=window.T_world_camera, points=window.points,
             landmark=(alive.cumsum(0) - 1)[landmark], prior=prior,
-        )  # fmt: skip
+        )
         return window, self.solution, posed

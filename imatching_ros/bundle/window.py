@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from imatching_ros.bundle.prior import Prior
-from imatching_ros.geometry import lie
 import pypose
 import torch
 from torch import Tensor
+
+from .prior import Prior
+from ..geometry import lie
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Window:
         return replace(
             self, T_world_camera=lie.compose(T, self.T_world_camera),
             points=lie.act(T, self.points), prior=self.prior and self.prior.moved(T),
-        )  # fmt: skip
+        )
 
     def enlarged(self, scale: float, centre: Tensor) -> Window:
         """Return the window enlarged by ``scale`` about ``centre`` (3,)."""
@@ -44,7 +45,7 @@ class Window:
             self, T_world_camera=torch.cat((positions, self.T_world_camera[:, 3:]), -1),
             points=centre + scale * (self.points - centre),
             prior=self.prior and self.prior.enlarged(scale, centre),
-        )  # fmt: skip
+        )
 
     @property
     def poses(self) -> pypose.LieTensor:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..bundle.adjust import free_parameters
-from ..bundle.problem import MIN_DEPTH, Problem
-from ..bundle.robust import Kernel
+from ..bundle.solver.adjust import free_parameters
+from ..bundle.solver.problem import MIN_DEPTH, Problem
+from ..bundle.solver.robust import Kernel
 from ..geometry import lie
 
 

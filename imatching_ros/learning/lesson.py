@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..bundle.observations import index_of, Observations, select, surviving
 from ..bundle.options import BundleOptions
-from ..bundle.problem import Problem
-from ..bundle.robust import Kernel
 from ..bundle.solve import solve
+from ..bundle.solver.problem import Problem
+from ..bundle.solver.robust import Kernel
 from ..bundle.window import Window
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences

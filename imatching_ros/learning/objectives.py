@@ -21,7 +21,7 @@ from .lesson import (
     survivors_of,
 )
 from ..bundle.options import BundleOptions
-from ..bundle.robust import Kernel
+from ..bundle.solver.robust import Kernel
 from ..matching.protocol import Matcher
 
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imatching_ros.bundle.problem import BEHIND_PX, MIN_DEPTH, Problem
-from imatching_ros.bundle.robust import Kernel
-from imatching_ros.geometry import lie
 import torch
 from torch import Tensor
+
+from .problem import BEHIND_PX, MIN_DEPTH, Problem
+from .robust import Kernel
+from ...geometry import lie
 
 _WIDE = 24  #: more poses than this, and landmarks are told apart by where they are seen
 _STEP = 8  #: poses between two strips
@@ -26,7 +27,7 @@ _STEP = 8  #: poses between two strips
 
 @dataclass(frozen=True)
 class Projection:
-    """What a strip's observations say at a state. k poses, l landmarks, o observations."""
+    """What the o observations of a strip of k poses and l landmarks say at a state."""
 
     R: Tensor  # (k, 3, 3)
     d: Tensor  # (k, 3, l)
@@ -40,7 +41,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A state, what its observations say, and its cost. K poses, L landmarks."""
+    """A state of K poses and L landmarks, what its observations say, and its cost."""
 
     q: Tensor  # (K, 4)
     c: Tensor  # (K, 3)
@@ -54,8 +55,8 @@ class System:
     The normal equations of a problem.
 
     free: indices of the free ones among the 6 K pose parameters. dtype: of the Jacobian and of the
-    elimination's products; a single precision only the step feels, by about seven digits, and the
-    next one repairs it.
+    elimination's products; single precision costs a step about seven digits, which the next one
+    repairs.
 
     A window is one grid of all its poses and landmarks. Of a long path it would be mostly empty:
     there, landmarks that are first seen at about the same pose, and for about as long, form a
@@ -104,19 +105,21 @@ class System:
             begin, row = begin + count, row + len(seen)
 
     def start(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q (K, 4), c (K, 3), p (3, L), centred."""
+        """Return q (K, 4), c (K, 3) and p (3, L) of the problem, about its first pose."""
         T = self.problem.T_world_camera
         # Landmarks that nothing observes may be anything: keep them out of the arithmetic.
         points = torch.where(self.observed[:, None], self.problem.points, self.origin)
         return T[:, 3:], T[:, :3] - self.origin, (points - self.origin)[self.order].T.contiguous()
 
     def finish(self, at: Estimate) -> tuple[Tensor, Tensor]:
+        """Return the poses (K, 7) and points (L, 3) of a state, in the problem's world."""
         points = torch.empty_like(self.problem.points)
         points[self.order] = at.p.T + self.origin
         points = torch.where(self.observed[:, None], points, self.problem.points)
         return torch.cat((at.c + self.origin, at.q), -1), points
 
     def evaluate(self, q: Tensor, c: Tensor, p: Tensor) -> Estimate:
+        """Return what the observations say at a state, and the cost there."""
         R = lie.rotation(q)
         parts = tuple(strip.project(R, c, p) for strip in self.strips)
         cost = 0.5 * sum(self.kernel.rho(part.s).sum() for part in parts)
@@ -156,9 +159,9 @@ class System:
 
     def gradient_norm(self) -> Tensor:
         """
-        Return, a scalar, how far from stationary this is.
+        Return how far from stationary the state is, a scalar.
 
-        The largest cosine between the whitened residual and a column of its Jacobian.
+        It is the largest cosine between the whitened residual and a column of its Jacobian.
         """
         camera = self.gc.abs() / self.Hcc.diagonal().clamp_min(1e-300).sqrt()
         point = self.gp.T.abs() / self.Hpp.diagonal(dim1=0, dim2=1).clamp_min(1e-300).sqrt()
@@ -167,9 +170,9 @@ class System:
 
     def reduce(self, damping: Tensor | float) -> tuple[Tensor, Tensor]:
         """
-        Return the reduced camera system, landmarks eliminated.
+        Return the reduced camera system, which is what is left with all landmarks eliminated.
 
-        Its matrix (6 K, 6 K) and gradient (6 K,).
+        It is a matrix (6 K, 6 K) and a gradient (6 K,).
         """
         S, gradient = self.Hcc.clone(), self.gc.clone()
         S.diagonal().mul_(1 + damping)
@@ -183,10 +186,9 @@ class System:
 
     def solve(self, damping: Tensor | float) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """
-        Return the damped step, and whether the reduced system is definite.
+        Return the damped step of poses (6 K,) and landmarks (3, L).
 
-        The step is of poses (6 K,) and landmarks (3, L). If the system is not definite, the step
-        is zero.
+        Also whether the reduced system is definite; where it is not, the poses' step is zero.
         """
         S, gradient = self.reduce(damping)
         S.diagonal().add_(self.Hcc.diagonal() == 0)  # what nothing observes stays where it is
@@ -201,7 +203,7 @@ class System:
         return (camera, torch.cat(point, -1)), failed == 0
 
     def predicted_decrease(self, step: tuple[Tensor, Tensor], damping: Tensor) -> Tensor:
-        """How much the quadratic model falls along the step that solved it."""
+        """Return how much the quadratic model falls along the step that solved it, a scalar."""
         camera, point = step
         slope = (self.gc * camera).sum() + (self.gp * point).sum()
         held = (self.Hcc.diagonal() * camera * camera).sum()
@@ -212,11 +214,11 @@ class System:
         self, at: Estimate, step: tuple[Tensor, Tensor], careful: Tensor | bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """
-        Return the state after a step.
+        Return q, c and p after a step.
 
-        ``careful``: landmarks that would pass through the plane of a camera that sees them move
-        with the camera instead. The cost leaps there, and one of them could keep all others from
-        moving at all.
+        careful: whether landmarks that would pass through the plane of a camera that sees them
+        move with the camera instead. The cost leaps there, and one of them could keep all others
+        from moving at all.
         """
         T = lie.retract(torch.cat((at.c, at.q), -1), step[0].view(-1, 6))
         q, c, p = T[:, 3:], T[:, :3], at.p + step[1]
@@ -233,22 +235,20 @@ class System:
 
 class _Strip:
     """
-    Landmarks and the poses that see them, on a pose x landmark grid.
+    Landmarks and the poses that see them, as planes (k, l), so that every sum is one product.
 
-    Planes of (k, l), so that every sum is one product. Cells that no observation fills carry no
-    information.
+    Cells that no observation fills carry no information.
     """
 
     def __init__(
         self, problem: Problem, dtype: torch.dtype, poses: slice, landmarks: slice,
-        rows: Tensor | None = None,
-        place: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        rows: Tensor | None = None, place: Tensor | None = None,
+    ) -> None:
         """
-        Lay out the strip.
+        Lay out the strip of these poses and landmarks.
 
-        rows: its observations, all by default. place: of each landmark among the strips', as it is
-        by default.
+        rows: of its observations; all by default. place: (L,) where each landmark stands among
+        those of all strips; by default where it stands in the problem.
         """
         self.poses, self.landmarks, self.dtype = poses, landmarks, dtype
         self.l, self.k = landmarks.stop - landmarks.start, poses.stop - poses.start
@@ -265,6 +265,7 @@ class _Strip:
         self.E = self.x.new_empty(self.k, 6, 3, self.l, dtype=dtype)
 
     def project(self, R: Tensor, c: Tensor, p: Tensor) -> Projection:
+        """Return what the strip's observations say where cameras and landmarks are there."""
         R, d = R[self.poses], p[:, self.landmarks] - c[self.poses, :, None]
         X, Y, Z = (R.mT @ d).unbind(1)
         front = Z > MIN_DEPTH
@@ -280,7 +281,7 @@ class _Strip:
     def stay(
         self, at: Projection, R: Tensor, c: Tensor, c_new: Tensor, p: Tensor, p_new: Tensor
     ) -> Tensor:
-        """Return p_new (3, l), but for landmarks that passed a camera: p moved with it."""
+        """Return p_new (3, l), but p moved with the camera for landmarks that passed one."""
         c, c_new, ahead = c[self.poses], c_new[self.poses], R[self.poses, :, 2]
         p, p_new = p[:, self.landmarks], p_new[:, self.landmarks]
         front = ahead @ p_new - (ahead * c_new).sum(-1, keepdim=True) > MIN_DEPTH
@@ -292,10 +293,10 @@ class _Strip:
         self, at: Projection, kernel: Kernel, curved: Tensor | bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """
-        Return the normal equations' blocks.
+        Return the blocks of the normal equations and what is summed on the way.
 
-        The weighted residuals' square, the cost of points behind cameras, gp (3, l), gc (k, 6),
-        Hpp (3, 3, l), and the diagonal blocks Hcc (k, 6, 6).
+        These are the weighted residuals' square, the cost of points behind cameras, gp (3, l),
+        gc (k, 6), Hpp (3, 3, l), and the diagonal blocks Hcc (k, 6, 6).
         """
         seen = at.front.view(-1)[self.cell]
         weight = torch.where(seen, kernel.weight(at.s), 0.0)
@@ -329,9 +330,9 @@ class _Strip:
 
     def eliminate(self, Hpp: Tensor, gp: Tensor, lift: Tensor | float) -> tuple[Tensor, Tensor]:
         """
-        Return E E^T (6 k, 6 k) and E y (6 k,) of E = -Hcp L^-T and y = L^-1 gp.
+        Return E E^T (6 k, 6 k) and E y (6 k,), where E = -Hcp L^-T and y = L^-1 gp.
 
-        For the closed-form Cholesky factors L L^T of the damped Hpp (3, 3, l).
+        L L^T are the Cholesky factors, in closed form, of the damped Hpp (3, 3, l).
         """
         (h00, h10, h20), (_, h11, h21), (_, _, h22) = Hpp
         trace = h00 + h11 + h22

@@ -1,8 +1,4 @@
-"""
-Robust kernels: one definition for both levels of the bilevel problem.
-
-These are equations 1a and 1b of the paper.
-"""
+"""Robust kernels, defined once for both levels of the bilevel problem (equations 1a and 1b)."""
 
 from __future__ import annotations
 
@@ -17,12 +13,10 @@ KERNELS = ('none', 'huber', 'cauchy', 'geman_mcclure')
 @dataclass(frozen=True)
 class Kernel:
     """
-    rho(s) of a squared whitened residual s >= 0; rho(s) ~ s near zero.
+    The cost rho(s) of a squared whitened residual s >= 0, of which the objective is half the sum.
 
-    ``scale`` in standard deviations.
-
-    The objective is 1/2 sum rho(s). Raises ValueError for an unknown name or a scale that is not
-    positive.
+    Near zero rho(s) ~ s; ``scale`` is in standard deviations. Raises ValueError for an unknown
+    name or a scale that is not positive.
     """
 
     name: str = 'huber'
@@ -49,7 +43,7 @@ class Kernel:
         return s
 
     def weight(self, s: Tensor) -> Tensor:
-        """rho'(s): the weight of the residual in iteratively reweighted least squares."""
+        """Return rho'(s), the residual's weight in iteratively reweighted least squares."""
         c2 = self.scale**2
         if self.name == 'huber':
             return self.scale / s.clamp_min(c2).sqrt()
@@ -61,9 +55,10 @@ class Kernel:
 
     def radial(self, s: Tensor) -> Tensor:
         """
-        1 + 2 s rho''(s) / rho'(s): the true curvature along the residual as a part of the weight.
+        Return the true curvature along the residual, as a part of the weight.
 
-        One where the kernel is quadratic; zero or less where more residual costs ever less.
+        It is 1 + 2 s rho''(s) / rho'(s): one where the kernel is quadratic, zero or less where
+        more residual costs ever less.
         """
         c2 = self.scale**2
         if self.name == 'huber':

@@ -1,24 +1,25 @@
-"""How well a bundle knows its poses."""
+"""How well a solved problem knows its poses."""
 
 from __future__ import annotations
 
-from imatching_ros.bundle.adjust import arrays, compiled, free_parameters
-from imatching_ros.bundle.problem import Problem
-from imatching_ros.bundle.robust import Kernel, KERNELS
-from imatching_ros.bundle.system import System
 import torch
 from torch import Tensor
+
+from .adjust import arrays, compiled, free_parameters
+from .problem import Problem
+from .robust import Kernel, KERNELS
+from .system import System
 
 
 def covariance(
     problem: Problem, kernel: Kernel, fixed: Tensor | None = None, backend: str = 'auto'
 ) -> Tensor:
     """
-    Return covariances (K, 6, 6) of a solved problem's poses.
+    Return the covariances (K, 6, 6) of a solved problem's poses, in ``lie.retract``'s coordinates.
 
-    In the coordinates of ``lie.retract``: the diagonal blocks of the reduced camera system's
-    inverse, landmarks and prior included, in the gauge of ``adjust`` (``fixed`` as there, or (K,
-    6) bool, single parameters).
+    They are the diagonal blocks of the reduced camera system's inverse, landmarks and prior
+    included, in the gauge of ``adjust``. fixed: (K,) bool as there, or (K, 6) bool, single
+    parameters. backend: as in ``AdjustOptions``.
 
     The information of an observation is J^T cov^-1 J times the kernel's weight rho'(s) at the
     solution. For Gaussian noise this is right without a kernel, and for Huber at two standard

@@ -1,7 +1,7 @@
 """
-Levenberg-Marquardt with Schur elimination (paper, equation 1b).
+Levenberg-Marquardt with Schur elimination, which solves the paper's equation 1b.
 
-In torch on any device or compiled for the CPU.
+It runs in torch on any device, or compiled for the CPU.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from dataclasses import dataclass, fields, replace
 from itertools import count
 from types import ModuleType
 
-from imatching_ros import kernels
-from imatching_ros.bundle.problem import PosePrior, Problem
-from imatching_ros.bundle.robust import Kernel, KERNELS
-from imatching_ros.bundle.system import Estimate, System
 import numpy as np
 import torch
 from torch import Tensor
+
+from .problem import PosePrior, Problem
+from .robust import Kernel, KERNELS
+from .system import Estimate, System
+from ... import kernels
 
 BACKENDS = ('auto', 'eager', 'cpu')
 
 
 @dataclass(frozen=True)
 class AdjustOptions:
+    """The robust kernel, when ``adjust`` is done, and by what it computes."""
+
     kernel: Kernel = Kernel()
     max_iterations: int = 50
     #: of the cost in the last step, without what points behind their cameras cost
@@ -41,6 +44,8 @@ class AdjustOptions:
 
 @dataclass(frozen=True)
 class Solution:
+    """Where ``adjust`` ended, and how."""
+
     T_world_camera: Tensor  #: (K, 7) float64
     points: Tensor  #: (L, 3) float64; landmarks without observations as they came
     iterations: int  #: steps taken
@@ -86,8 +91,8 @@ def adjust(
 
 
 def compiled() -> ModuleType | None:
-    """Return compiled.py, ready, or None where numba is not to be had (kernels.py)."""
-    return kernels.load('imatching_ros.bundle.compiled')
+    """Return compiled/minimise.py, ready, or None where numba is not to be had (kernels.py)."""
+    return kernels.load('imatching_ros.bundle.solver.compiled.minimise')
 
 
 def compiled_views(backend: str) -> ModuleType | None:
@@ -102,14 +107,13 @@ def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -
     T, points, *rest = compiled().minimise(
         *arrays(problem), mask, KERNELS.index(options.kernel.name), float(options.kernel.scale),
         options.max_iterations, options.relative_decrease, options.gradient, pose, T, information,
-        gradient,
-        float(constant),
-    )  # fmt: skip
+        gradient, float(constant),
+    )
     return Solution(torch.from_numpy(T), torch.from_numpy(points), *rest)
 
 
 def arrays(problem: Problem) -> tuple:
-    """Return a problem as compiled.py takes it."""
+    """Return a problem's arrays as compiled/minimise.py takes them, without its prior."""
     rows = (
         problem.T_world_camera, problem.points, problem.pose, problem.landmark, problem.xy,
         problem.cov,
@@ -118,7 +122,7 @@ def arrays(problem: Problem) -> tuple:
 
 
 def prior_arrays(problem: Problem) -> tuple:
-    """Its prior's fields; of no pose where there is none."""
+    """Return a problem's prior likewise; it speaks of no pose where there is none."""
     if problem.prior is None:
         return _NO_PRIOR
     return tuple(array(getattr(problem.prior, field.name)) for field in fields(PosePrior))
@@ -128,14 +132,15 @@ _NO_PRIOR = np.zeros(0, np.int64), np.zeros((0, 7)), np.zeros((0, 0)), np.zeros(
 
 
 def array(tensor: Tensor) -> np.ndarray:
+    """Return a tensor on the CPU as a contiguous array, without a copy where it is one."""
     return tensor.detach().contiguous().numpy()
 
 
 def _minimise(system: System, options: AdjustOptions) -> Solution:
     """
-    Run the loop.
+    Minimise in torch, in a loop in which nothing waits for a GPU.
 
-    Nothing in it waits for a GPU: every round linearises, steps and judges, and what it judges is
+    Every round linearises, steps and judges, and what it judges is
     taken or left elementwise. Whether it is over is asked in every eighth round. On the CPU asking
     is free, and the judgement is made in numbers.
     """
@@ -185,7 +190,7 @@ def _minimise(system: System, options: AdjustOptions) -> Solution:
 
 
 def _asking_is_free(scalar: Tensor) -> bool:
-    """On a GPU, ``if scalar:`` waits until all that has been asked of it is done."""
+    """Return whether ``if scalar:`` is: a GPU first does all that has been asked of it."""
     return scalar.device.type == 'cpu'
 
 
@@ -202,7 +207,7 @@ def _branch(first: bool, one, other):
 
 
 def _choose(first: Tensor | np.bool_, one: Estimate, other: Estimate) -> Estimate:
-    """``one if first else other``, elementwise where that is the secret of a GPU."""
+    """Return ``one if first else other``, elementwise where only a GPU knows ``first``."""
     if not isinstance(first, Tensor):
         return one if first else other
     if isinstance(one, Tensor):
@@ -213,7 +218,12 @@ def _choose(first: Tensor | np.bool_, one: Estimate, other: Estimate) -> Estimat
 
 
 def free_parameters(T_world_camera: Tensor, fixed: Tensor | None) -> Tensor:
-    """Return indices of the free ones among the 6 K pose parameters: the gauge."""
+    """
+    Return the indices of those of the 6 K pose parameters that are free in ``adjust``'s gauge.
+
+    T_world_camera: (K, 7). fixed: (K,) bool, as in ``adjust``. Raises ValueError where no pose is
+    held.
+    """
     held = [0] if fixed is None else fixed.nonzero().flatten().tolist()
     if not held:
         raise ValueError('at least one pose must be held, or the bundle can float away')

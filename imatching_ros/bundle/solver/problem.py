@@ -1,17 +1,18 @@
 """
-The objective of both levels.
+The objective of both levels (equation 3).
 
-Robust, whitened reprojection error of a sparse list of observations (equation 3).
+It is the robust, whitened reprojection error of a sparse list of observations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from imatching_ros.bundle.robust import Kernel
-from imatching_ros.geometry import lie
 import torch
 from torch import Tensor
+
+from .robust import Kernel
+from ...geometry import lie
 
 #: A point behind its camera costs what a point this many pixels off would, and pulls nowhere.
 BEHIND_PX = 1000.0
@@ -21,9 +22,9 @@ MIN_DEPTH = 1e-6
 @dataclass(frozen=True)
 class PosePrior:
     """
-    ``prior.Prior`` on poses of a problem.
+    The cost 1/2 d'H d + g'd + constant of P of a problem's poses.
 
-    1/2 d'H d + g'd + constant, d (6P,) as ``lie.local``.
+    d (6P,) holds each pose's ``lie.local`` coordinates about its linearisation point.
     """
 
     pose: Tensor  #: (P,) int64, indices of the problem's poses
@@ -32,19 +33,32 @@ class PosePrior:
     gradient: Tensor  #: g (6P,)
     constant: Tensor  #: scalar, such that the cost is never negative
 
+    @classmethod
+    def of(
+        cls, pose: Tensor, T_world_camera: Tensor, information: Tensor, gradient: Tensor
+    ) -> PosePrior:
+        """
+        Return the prior whose least value is zero.
+
+        A quadratic may be negative, a cost that is compared relatively must not be.
+        """
+        values, vectors = torch.linalg.eigh(information)
+        along = vectors.T @ gradient
+        sound = values > 1e-12 * values.max()
+        least = torch.where(sound, along.square() / torch.where(sound, values, 1.0), 0.0).sum() / 2
+        return cls(pose, T_world_camera, information, gradient, least)
+
     def cost(self, T_world_camera: Tensor) -> Tensor:
-        """Of the problem's poses (K, 7), scalar."""
+        """Return what it adds to the cost, a scalar, at the problem's poses (K, 7)."""
         d = lie.local(self.T_world_camera, T_world_camera[self.pose]).flatten()
         return 0.5 * d @ (self.information @ d) + self.gradient @ d + self.constant
 
     def linearise(self, T_world_camera: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Hessian (6P, 6P) and gradient (6P,) at the problem's poses.
+        Return the Gauss-Newton Hessian (6P, 6P) and gradient (6P,) at the problem's poses (K, 7).
 
-        In the coordinates of ``lie.retract``.
-
-        Of Gauss-Newton: d moves with a step w of the rotation by the inverse left Jacobian, whose
-        own change is left out of the Hessian.
+        They are in the coordinates of ``lie.retract``: d moves with a step w of the rotation by
+        the inverse left Jacobian, whose own change is left out of the Hessian.
         """
         d = lie.local(self.T_world_camera, T_world_camera[self.pose])
         turn = torch.eye(6, dtype=d.dtype, device=d.device).repeat(len(d), 1, 1)
@@ -58,9 +72,8 @@ class Problem:
     """
     K poses, L landmarks and O observations, sorted by landmark.
 
-    Differentiable in every float field.
-
-    Build one with :func:`problem`, which checks and sorts. All float64, one device.
+    Build one with :func:`problem`, which checks and sorts. All floats are float64 on one device,
+    and its cost is differentiable in every one of them.
     """
 
     T_world_camera: Tensor  #: (K, 7)
@@ -73,7 +86,7 @@ class Problem:
     prior: PosePrior | None = None  #: on some of the poses
 
     def residual(self) -> tuple[Tensor, Tensor]:
-        """Residuals (O, 2) in undistorted pixels, predicted minus observed, and depths (O,)."""
+        """Return predicted minus observed (O, 2) in undistorted pixels, and depths (O,)."""
         # One rotation matrix per pose, not per observation; and rows of O numbers, which torch is
         # fastest at.
         R = (
@@ -92,15 +105,15 @@ class Problem:
         ), depth
 
     def squared(self) -> Tensor:
-        """Squared whitened residuals (O,): what the kernel takes."""
+        """Return the squared whitened residuals (O,), which the kernel takes."""
         residual, depth = self.residual()
         return torch.where(depth > MIN_DEPTH, whitened(residual, self.cov), BEHIND_PX**2)
 
     def cost(self, kernel: Kernel) -> Tensor:
         """
-        1/2 sum rho(s), and the prior's.
+        Return 1/2 sum rho(s) and the prior's cost, a scalar.
 
-        The scalar that the bundle minimises and the learner differentiates.
+        It is what the bundle minimises and the learner differentiates.
         """
         cost = 0.5 * kernel.rho(self.squared()).sum()
         return cost if self.prior is None else cost + self.prior.cost(self.T_world_camera)
@@ -115,7 +128,7 @@ class Problem:
 
 
 def whitened(residual: Tensor, cov: Tensor) -> Tensor:
-    """Squared Mahalanobis length (O,) of residuals (O, 2) under covariances (O, 3)."""
+    """Return squared Mahalanobis lengths (O,) of residuals (O, 2) under covariances (O, 3)."""
     uu, uv, vv = cov.unbind(-1)
     a, b = residual.unbind(-1)
     return (vv * a * a - 2 * uv * a * b + uu * b * b) / (uu * vv - uv * uv)
@@ -126,10 +139,10 @@ def problem(
     cov: Tensor, focal: Tensor,
 ) -> Problem:
     """
-    Return a :class:`Problem` from raw rows.
+    Return a :class:`Problem` from raw rows, sorted by landmark.
 
-    Those that are not finite, or whose covariance is not positive definite, are left out, the rest
-    sorted by landmark. Raises ValueError where the shapes do not fit or a pose is not finite.
+    Rows that are not finite, or whose covariance is not positive definite, are left out. Raises
+    ValueError where the shapes do not fit or a pose is not finite.
     """
     rows = len(pose)
     if not (
@@ -138,8 +151,8 @@ def problem(
         and cov.shape[1:] == (3,)
     ):
         raise ValueError(
-            'observations must have as many pose and landmark indices as xy (O, 2) and cov (O, '
-            '3) rows'
+            'observations must have as many pose and landmark indices as xy (O, 2) and '
+            'cov (O, 3) rows'
         )
     if T_world_camera.shape[1:] != (7,) or points.shape[1:] != (3,):
         raise ValueError('poses must be (K, 7) and points (L, 3)')
@@ -154,4 +167,4 @@ def problem(
     return Problem(
         T_world_camera.double(), points, pose[order], landmark[order], xy[order], cov[order],
         focal.to(xy).reshape(2),
-    )  # fmt: skip
+    )

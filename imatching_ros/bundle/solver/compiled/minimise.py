@@ -1,12 +1,8 @@
 """
 The solver of adjust.py compiled for the CPU.
 
-The same equations and the same decisions, landmarks side by side.
-
-Observed landmarks are sorted by the keyframes they span and stand in blocks of ``LANES``, one per
-SIMD lane. A block holds a *cell* for every pose that any of its landmarks is seen by, a cell one
-*layer* per row that observes it; what is missing has no information. Sums run in a fixed order on
-one thread, so that equal input gives equal bits.
+The same equations and the same decisions, landmarks side by side (layout.py). Sums run in a fixed
+order on one thread, so that equal input gives equal bits.
 
 State, residual, gradient, cost and Cholesky factors are float64. The Jacobian is rounded to
 float32 before anything is made of it, so that the normal equations are exactly those of one
@@ -18,161 +14,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from imatching_ros.bundle.compiled_blocks import (
-    CHUNK,
-    eliminate,
-    evaluate,
-    linearise,
-    N,
-    rho,
-    S,
-    SCRATCH,
-    stay,
-    steepest,
-    step_points,
-)  # fmt: skip
-from imatching_ros.bundle.compiled_poses import (
-    copy,
-    LANES,
-    linearise_prior,
-    prior_cost,
-    retract,
-    solve_cameras,
-)  # fmt: skip
-from imatching_ros.bundle.problem import BEHIND_PX
-from imatching_ros.jit import at, b1, entry, f4, F8, f8, I8, i8, inner, void
 from numba import types
 import numpy as np
 
+from .cameras import solve_cameras
+from .eliminate import eliminate, eliminate_exactly
+from .lanes import LANES, N, S, SCRATCH
+from .layout import layout, place_observations, place_points
+from .linearise import evaluate, linearise, rho, steepest
+from .poses import copy, retract
+from .prior import linearise_prior, prior_cost
+from .step import stay, step_points
+from ..problem import BEHIND_PX
+from ....jit import at, b1, entry, f4, f8, i8
+
 _ints, _numbers, _rows, _narrow = i8[::1], f8[::1], f8[:, ::1], f4[::1]
-
-
-@entry(types.UniTuple(i8, 3)(_ints, _ints, i8, i8, *[_ints] * 10))
-def layout(
-    pose, landmark, poses, landmarks, order, cell_of_block, cell_pose, layer_of_cell, chunks,
-    slot, lane, envelope, room, count,
-):  # fmt: skip
-    """
-    Say where every observation goes, and return how many blocks, cells and layers there are.
-
-    It fills the arrays of ``Layout``. room: (4 L + K^2 + K + 2,). count: (K * LANES,) zeros.
-    """
-    observations, pose, landmark = len(pose), at(pose, 0), at(landmark, 0)
-    low, high, place = at(room, 0), at(room, landmarks), at(room, 2 * landmarks)
-    first_row = at(room, 3 * landmarks)
-    start, base = at(first_row, landmarks + 1), at(first_row, landmarks + 2 + poses * poses)
-    order, cell_of_block, cell_pose = at(order, 0), at(cell_of_block, 0), at(cell_pose, 0)
-    layer_of_cell, chunks, count = at(layer_of_cell, 0), at(chunks, 0), at(count, 0)
-    slot, lane, envelope = at(slot, 0), at(lane, 0), at(envelope, 0)
-    cell_of_block[0] = layer_of_cell[0] = 0
-    for m in range(landmarks):
-        low[m], high[m], place[m], first_row[m + 1] = poses, -1, -1, 0
-    for o in range(observations):
-        m, k = landmark[o], pose[o]
-        low[m], high[m] = min(low[m], k), max(high[m], k)
-        first_row[m + 1] += 1
-    first_row[0] = 0
-    for m in range(landmarks):
-        first_row[m + 1] += first_row[m]
-    # Counting sort of the observed landmarks by first pose, two at a time, and last, these up and
-    # down: neighbours see much the same.
-    for n in range(poses * poses + 1):
-        start[n] = 0
-    for m in range(landmarks):
-        if high[m] >= 0:
-            pair = low[m] // 2
-            place[m] = pair * poses + (high[m] if pair % 2 else poses - 1 - high[m])
-            start[place[m] + 1] += 1
-    for n in range(poses * poses):
-        start[n + 1] += start[n]
-    blocks = (start[poses * poses] + LANES - 1) // LANES
-    for n in range(blocks * LANES):
-        order[n] = -1
-    for m in range(landmarks):
-        if place[m] >= 0:
-            order[start[place[m]]] = m
-            start[place[m]] += 1
-    for k in range(poses):
-        envelope[k] = k
-    cells, layers = 0, 0
-    for b in range(blocks):
-        begin, end, block = poses, -1, at(order, b * LANES)
-        for i in range(LANES):
-            m = block[i]
-            if m < 0:
-                continue
-            begin, end = min(begin, low[m]), max(end, high[m])
-            for o in range(first_row[m], first_row[m + 1]):
-                k = pose[o]
-                slot[o], lane[o] = count[k * LANES + i], i
-                count[k * LANES + i] += 1
-                envelope[k] = min(envelope[k], low[m])
-        for k in range(begin, end + 1):
-            deepest, left, right, seen = 0, LANES, 0, at(count, k * LANES)
-            for i in range(LANES):
-                if seen[i] > 0:
-                    left, right = min(left, i), i
-                    deepest = max(deepest, seen[i])
-                    seen[i] = 0
-            if deepest:
-                base[k] = layers
-                cell_pose[cells] = k
-                chunks[2 * cells], chunks[2 * cells + 1] = left // CHUNK, right // CHUNK + 1
-                layers += deepest
-                cells += 1
-                layer_of_cell[cells] = layers
-        cell_of_block[b + 1] = cells
-        for i in range(LANES):
-            m = block[i]
-            if m >= 0:
-                for o in range(first_row[m], first_row[m + 1]):
-                    slot[o] += base[pose[o]]
-    return blocks, cells, layers
-
-
-@inner(void(i8, I8, I8, F8, F8, F8))
-def place_observations(observations, slot, lane, xy, cov, rows):
-    """Write to rows (layers, 5 * LANES), which are zero, x, y and the information uu, uv, vv."""
-    for o in range(observations):
-        row, mean, v = at(rows, 5 * N * slot[o] + lane[o]), at(xy, 2 * o), at(cov, 3 * o)
-        determinant = v[0] * v[2] - v[1] * v[1]
-        row[0], row[N] = mean[0], mean[1]
-        row[2 * N], row[3 * N] = v[2] / determinant, -v[1] / determinant
-        row[4 * N] = v[0] / determinant
-
-
-@inner(void(i8, I8, F8, F8, F8, b1))
-def place_points(slots, order, points, origin, p, back):
-    """Write to p (blocks, 3 * LANES) the points (L, 3) about the origin, or those to these."""
-    for n in range(slots):
-        if order[n] >= 0:
-            there, here = at(p, 3 * N * (n // N) + n % N), at(points, 3 * order[n])
-            for j in range(3):
-                if back:
-                    here[j] = there[N * j] + origin[j]
-                else:
-                    there[N * j] = here[j] - origin[j]
 
 
 @entry(
     types.Tuple((i8, f8, f8, f8, b1))(
         i8, *[_rows] * 3, _numbers, _rows, _rows, f8, f8, i8[:, ::1], i8, f8, i8, f8, f8,
-        _ints, _rows, _rows, _numbers, f8, *[_ints] * 8, *[_numbers] * 7, _narrow, _narrow,
-        _numbers, _ints,
+        _ints, _rows, _rows, _numbers, f8, *[_ints] * 8, *[_numbers] * 6, _narrow, _narrow, _ints,
     )
-)  # fmt: skip
+)
 def descend(
     blocks, q, c, points, origin, xy, cov, fx, fy, free, kernel, scale, max_iterations,
     relative_decrease, gradient, prior_pose, prior_T, prior_H, prior_g, prior_constant,
     order, cell_of_block, cell_pose, layer_of_cell, chunks, slot, lane, envelope,
-    t, p, rows, point, H, reduced, room, jacobian, e, wide, held,
-):  # fmt: skip
+    t, p, rows, point, H, room, jacobian, e, held,
+):
     """
-    adjust.py's ``_minimise``: iterations, cost, relative decrease, gradient, converged.
+    Run adjust.py's ``_minimise``.
 
     ``q`` (K, 4), ``c`` (K, 3), about the origin, and ``points`` are the start, and in the end the
-    solution. After the problem and its prior come what ``layout`` filled, and a ``Room``. Where
-    that is ``wide``, the reduced system at the end is left in it, undamped.
+    solution. After the problem and its prior come what ``layout`` filled, and a ``Room``. Returns
+    iterations, cost, relative decrease, gradient, and whether it converged.
     """
     K, P, observations = len(q), len(prior_pose), len(slot)
     xy, cov, free, held = at(xy, 0), at(cov, 0), at(free, 0), at(held, 0)
@@ -185,7 +61,6 @@ def descend(
     )
     t, p_start, rows, point, H = at(t, 0), at(p, 0), at(rows, 0), at(point, 0), at(H, 0)
     jacobian, e, q_start, c_start = at(jacobian, 0), at(e, 0), at(q, 0), at(c, 0)
-    exactly, wide, reduced = len(wide) > 0, at(wide, 0), at(reduced, 0)
     p_new = at(room, 0)
     q_new = at(p_new, 3 * N * blocks)
     c_new = at(q_new, 4 * K)
@@ -194,7 +69,8 @@ def descend(
     g = at(R_new, 9 * K)
     step = at(g, 6 * K)
     rhs = at(step, 6 * K)
-    A = at(rhs, 6 * N * K)
+    reduced = at(rhs, 6 * N * K)
+    A = at(reduced, 36 * K * K)
     d = at(A, 36 * K * K)
     J = at(d, 6 * P)
     G = at(J, 9 * P)
@@ -219,7 +95,7 @@ def descend(
         energy, behind = linearise(
             t, R, q, c, p, K, blocks, cell_of_block, cell_pose, layer_of_cell, rows, fx, fy,
             kernel, scale, decrease < 1e-4, jacobian, point, H, g,
-        )  # fmt: skip
+        )
         if P:
             linearise_prior(prior_pose, P, prior_T, prior_H, prior_g, q, c, d, J, G, H, g)
             energy += 2 * prior_cost(
@@ -235,15 +111,15 @@ def descend(
         while damping < 1e12:
             eliminate(
                 t, c, p, K, blocks, cell_of_block, cell_pose, chunks, jacobian, point, damping,
-                held, envelope, reduced, rhs, False, e, wide, cells,
-            )  # fmt: skip
+                held, envelope, reduced, rhs, e, cells,
+            )
             if solve_cameras(
                 K, H, g, reduced, rhs, free, damping, envelope, prior_pose, P, G, A, step
             ):
                 slope, length = step_points(
                     t, c, p, blocks, cell_of_block, cell_pose, jacobian, point, damping, step,
                     p_new,
-                )  # fmt: skip
+                )
                 for k in range(K):
                     for j in range(6):
                         x = step[6 * k + j]
@@ -256,13 +132,13 @@ def descend(
                         retract(
                             at(q, 4 * k), at(c, 3 * k), at(step, 6 * k), at(q_new, 4 * k),
                             at(c_new, 3 * k),
-                        )  # fmt: skip
+                        )
                 predicted = 0.5 * (damping * length - slope)
                 if refused:
                     stay(
                         t, R, R_new, q, c, p, q_new, c_new, K, blocks, cell_of_block, cell_pose,
                         layer_of_cell, rows, p_new,
-                    )  # fmt: skip
+                    )
                 cost_new = evaluate(
                     t, R, q_new, c_new, p_new, K, blocks, cell_of_block, cell_pose, layer_of_cell,
                     rows, fx, fy, kernel, scale,
@@ -281,11 +157,6 @@ def descend(
         q, c, p, q_new, c_new, p_new = q_new, c_new, p_new, q, c, p
         iterations += 1
 
-    if exactly:
-        eliminate(
-            t, c, p, K, blocks, cell_of_block, cell_pose, chunks, jacobian, point, 0.0, held,
-            envelope, reduced, rhs, True, e, wide, cells,
-        )  # fmt: skip
     copy(q, q_start, 4 * K)
     copy(c, c_start, 3 * K)
     place_points(blocks * N, at(order, 0), at(points, 0), at(origin, 0), p, True)
@@ -296,38 +167,37 @@ def descend(
 class Room:
     """What ``descend`` works in, and leaves behind."""
 
-    t: np.ndarray  #: scratch of a cell
+    t: np.ndarray  #: scratch of a cell (lanes.py)
     p: np.ndarray  #: (blocks, 3, LANES), landmarks about the origin
     rows: np.ndarray  #: (layers, 5, LANES), x, y and the information's uu, uv, vv
     point: np.ndarray  #: (blocks, 9, LANES), Hpp and gp
     H: np.ndarray  #: (K, 21), Hcc: lower triangles, row by row
-    reduced: np.ndarray  #: (K, K, 6, 6), lower blocks of E E^T inside the envelope
-    more: np.ndarray
+    more: np.ndarray  #: the state after a step, rotations, gc, the step, the reduced system
     jacobian: np.ndarray  #: (cells, 6, LANES), W
     e: np.ndarray  #: (K, 18, LANES), a block's E
-    wide: np.ndarray  #: the same where products are wanted in float64, else empty
-    held: np.ndarray  #: (2 K,)
+    held: np.ndarray  #: (2 K,), which poses are held, and a block's cells of the others
 
     @classmethod
-    def of(cls, K: int, P: int, blocks: int, cells: int, layers: int, wide: bool = False) -> Room:
-        more = 3 * N * blocks + (37 + 6 * N) * K + 36 * K * K + 15 * P + 36 * P * P
+    def of(cls, K: int, P: int, blocks: int, cells: int, layers: int) -> Room:
+        """Return room for K poses, a prior on P of them, and landmarks laid out so."""
+        more = 3 * N * blocks + (37 + 6 * N) * K + 72 * K * K + 15 * P + 36 * P * P
         return cls(
             np.zeros(SCRATCH), np.zeros(blocks * 3 * N), np.zeros(layers * 5 * N),
-            np.empty(blocks * 9 * N), np.empty(K * 21), np.zeros(K * K * 36), np.empty(more),
+            np.empty(blocks * 9 * N), np.empty(K * 21), np.empty(more),
             np.empty(cells * 6 * N, np.float32), np.empty(K * 18 * N, np.float32),
-            np.empty(K * 18 * N if wide else 0), np.zeros(2 * K, np.int64),
-        )  # fmt: skip
+            np.zeros(2 * K, np.int64),
+        )
 
 
 def minimise(
     T, points, pose, landmark, xy, cov, fx, fy, free, kernel, scale, max_iterations,
     relative_decrease, gradient, prior_pose, prior_T, prior_H, prior_g, prior_constant,
-):  # fmt: skip
+):
     """
-    adjust.py's ``_minimise``.
+    Run adjust.py's ``_minimise`` on arrays as of ``Problem`` and ``PosePrior``.
 
-    Arrays as of ``Problem`` and ``PosePrior``, free: (K, 6) bool. Returns T (K, 7), points (L, 3),
-    iterations, cost, relative decrease, gradient, converged.
+    free: (K, 6) bool. Returns T (K, 7), points (L, 3), iterations, cost, relative decrease,
+    gradient, and whether it converged.
     """
     origin = T[0, :3].copy()
     q, c, points = T[:, 3:].copy(), T[:, :3] - origin, points.copy()
@@ -340,28 +210,34 @@ def minimise(
         sizes[0], q, c, points, origin, xy, cov, fx, fy, free.astype(np.int64), kernel, scale,
         max_iterations, relative_decrease, gradient, prior_pose, prior_T, prior_H, prior_g,
         prior_constant, *places, *vars(Room.of(len(T), len(prior_pose), *sizes)).values(),
-    )  # fmt: skip
+    )
     return np.concatenate((c + origin, q), 1), points, *said
 
 
 def reduced_system(T, points, pose, landmark, xy, cov, fx, fy, kernel, scale):
     """
-    Return system.py's ``reduce`` without damping and without a prior, (6 K, 6 K).
+    Return the matrix (6 K, 6 K) of system.py's ``reduce`` without damping and without a prior.
 
     Its products are in float64.
     """
     K, origin = len(T), T[0, :3].copy()
     q, c, none = T[:, 3:].copy(), T[:, :3] - origin, np.zeros(0)
     sizes, places = _laid_out(pose, landmark, K, len(points))
-    room = Room.of(K, 0, *sizes, wide=True)
+    room = Room.of(K, 0, *sizes)
     descend(
         sizes[0], q, c, points.copy(), origin, xy, cov, fx, fy, np.ones((K, 6), np.int64), kernel,
         scale, 0, 0.0, 0.0, np.zeros(0, np.int64), np.zeros((0, 7)), np.zeros((0, 0)), none, 0.0,
         *places, *vars(room).values(),
-    )  # fmt: skip
+    )
+    _, cell_of_block, cell_pose, _, chunks, _, _, envelope = places
+    reduced = np.zeros((K, K, 6, 6))
+    eliminate_exactly(
+        sizes[0], room.t, c, room.p, room.point, cell_of_block, cell_pose, chunks, envelope,
+        room.jacobian, reduced.reshape(-1), np.empty(K * 6 * N), np.empty(K * 18 * N), room.held,
+    )
     row, column = np.tril_indices(6)
     each = np.arange(K)[:, None]
-    whole = -room.reduced.reshape(K, K, 6, 6).swapaxes(1, 2)
+    whole = -reduced.swapaxes(1, 2)
     whole[each, row, each, column] += room.H.reshape(K, 21)
     lower = np.tril(whole.reshape(6 * K, 6 * K))
     return lower + np.tril(lower, -1).T
