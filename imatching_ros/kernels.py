@@ -21,7 +21,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 MODULES = (
     'imatching_ros.matching.compiled',
-    'imatching_ros.bundle.compiled_views',
+    'imatching_ros.bundle.compiled.images',
+    'imatching_ros.bundle.compiled.tracks',
     'imatching_ros.bundle.solver.compiled.minimise',
 )
 COMPILING = 'compiling for this processor, once'

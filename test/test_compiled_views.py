@@ -4,6 +4,7 @@ from dataclasses import replace
 import math
 
 from imatching_ros.bundle import motion
+from imatching_ros.bundle.compiled import ready
 from imatching_ros.bundle.observations import observations
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.registration import refine, register
@@ -12,7 +13,6 @@ from imatching_ros.bundle.solver.adjust import (
     AdjustOptions,
     array,
     compiled,
-    compiled_views,
 )
 from imatching_ros.bundle.solver.problem import problem
 from imatching_ros.bundle.solver.robust import Kernel, KERNELS
@@ -108,18 +108,18 @@ def test_triangulation_and_survivors(seed, known):
     start = p.clone()
     if known != 'all':
         start[:: 1 if known == 'nothing' else 2] = torch.nan
-    plain, views = solver(posed, T, start, 'eager'), compiled_views('cpu')
+    plain, tracks = solver(posed, T, start, 'eager'), ready('tracks', 'cpu')
     plain.dropped[:5] = True
     plain._triangulate(3.0)
     rows = [array(column) for column in (posed.pose, posed.landmark, posed.xy)]
-    points = views.triangulate(array(T), array(start), *rows, 3.0 / float(FOCAL.mean()))
+    points = tracks.triangulate(array(T), array(start), *rows, 3.0 / float(FOCAL.mean()))
     torch.testing.assert_close(
         torch.from_numpy(points), plain.points, rtol=1e-6, atol=1e-9, equal_nan=True
     )
     plain.kept = plain._survivors(3.0)
     usable = (plain.points.isfinite().all(-1) & ~plain.dropped).numpy()
     bound = math.cos(math.radians(plain.options.min_parallax_deg))
-    kept, alive = views.survivors(array(T), points, usable, *rows, *FOCAL.tolist(), 3.0, bound)
+    kept, alive = tracks.survivors(array(T), points, usable, *rows, *FOCAL.tolist(), 3.0, bound)
     assert torch.equal(torch.from_numpy(kept), plain.kept) and alive == plain.alive
     assert not kept[posed.landmark < 5].any() and 0.3 < kept.mean() < 0.95
 

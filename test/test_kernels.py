@@ -12,27 +12,27 @@ import pytest
 
 pytest.importorskip('numba')
 SOURCE = Path(kernels.__file__).parent
-VIEWS = 'imatching_ros.bundle.compiled_views'
+IMAGES, TRACKS = (f'imatching_ros.bundle.compiled.{name}' for name in ('images', 'tracks'))
 # Half of the points lie two metres ahead, half of them half a metre; all are seen where they are.
 AGREEING = """
 import json, sys
 import numpy as np
 from numba.core import event
 from imatching_ros import jit
-from imatching_ros.bundle import compiled_views as views
+from imatching_ros.bundle.compiled import images
 compiled = event.RecordingListener()
 with event.install_listener('numba:compile', compiled):
-    jit.load(views._agreeing)
+    jit.load(images._agreeing)
 points = np.array([[0.0, 0.0, 2.0], [0.0, 0.0, 0.5]])
 T = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
-good = views.agreeing(T, points, np.zeros((2, 2)), 500.0, 500.0, 3.0)
-print(json.dumps([len(compiled.buffer), good.tolist(), jit.is_kept(views._agreeing)]))
+good = images.agreeing(T, points, np.zeros((2, 2)), 500.0, 500.0, 3.0)
+print(json.dumps([len(compiled.buffer), good.tolist(), jit.is_kept(images._agreeing)]))
 """
 # Of all kernels two that are compiled in a moment
 TWO = f"""
 from imatching_ros import jit, kernels
-kernels.MODULES = ({VIEWS!r},)
-jit.entries = lambda module: [module._agreeing, module._survivors]
+kernels.MODULES = {IMAGES!r}, {TRACKS!r}
+jit.entries = lambda module: [vars(module).get('_agreeing') or module._survivors]
 """
 PREPARE = TWO + """
 import json

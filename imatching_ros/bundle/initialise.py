@@ -69,9 +69,9 @@ def initialise(
 
 def _anchors(grid: Grid, focal: float, options: BundleOptions) -> list[tuple[int, int]]:
     """
-    Pairs worth trying as anchor, most promising first.
+    Return the pairs worth trying as anchor, most promising first.
 
-    Many correspondences with much parallax.
+    They have many correspondences with much parallax.
     """
     pairs = list(combinations(range(grid.mask.shape[1]), 2))
     count, parallax = _parallax(grid, torch.tensor(pairs))
@@ -87,8 +87,8 @@ def _parallax(grid: Grid, pairs: Tensor) -> tuple[Tensor, Tensor]:
     """
     Return how many tracks pairs (P, 2) of keyframes share, and how far these moved.
 
-    That is the median (plane z = 1) beyond what a turn of the camera explains; the turn by a few
-    rounds of reweighted least squares (Kabsch 1976).
+    That is the median (plane z = 1) beyond what a turn of the camera explains; the turn is found
+    by a few rounds of reweighted least squares (Kabsch 1976).
     """
     xy = grid.xy.transpose(0, 1)  # (K, N, 2)
     ray = torch.nn.functional.normalize(torch.cat((xy, torch.ones_like(xy[..., :1])), -1), dim=-1)
@@ -118,8 +118,9 @@ def _motions(grid: Grid, i: int, j: int, focal: float, options: BundleOptions) -
     """
     Return what T_j_i (7,) of an anchor pair may be.
 
-    None where it only turned, one by the essential matrix, or two where a plane explains its
-    points better. Criterion: the least GRIC of rotation, homography and essential matrix.
+    The list is empty where it only turned, and else ends with the one by the essential matrix,
+    before which stand a plane's two where that explains the points better: of rotation,
+    homography and essential matrix the one with the least GRIC (Torr 1999) does.
     """
     common = grid.mask[:, i] & grid.mask[:, j]
     xy_i, xy_j = grid.xy[common, i], grid.xy[common, j]
@@ -151,9 +152,10 @@ def _grow(
     grid: Grid, i: int, j: int, T_j_i: Tensor, focal: Tensor, options: BundleOptions
 ) -> tuple[list[int], Tensor, Tensor] | None:
     """
-    Go from the anchor pair to all keyframes.
+    Pose all keyframes that can be, beginning with the anchor pair.
 
-    Returns which (ascending), T_world_camera (len, 7), points (N, 3) with NaN.
+    Returns which these are (ascending), their T_world_camera (len, 7), and points (N, 3), NaN
+    where there is none; or None where there are too few.
     """
     mean_focal = float(focal.mean())
     poses = {i: lie.identity(), j: lie.inverse(T_j_i)}
@@ -189,7 +191,7 @@ def _grow(
 def _triangulate(
     grid: Grid, poses: dict[int, Tensor], focal: float, options: BundleOptions
 ) -> Tensor:
-    """Points (N, 3) of all tracks that the posed keyframes see with parallax; NaN elsewhere."""
+    """Return points (N, 3) of tracks that posed keyframes see with parallax; NaN elsewhere."""
     which = sorted(poses)
     T = torch.stack([poses[k] for k in which])
     points, agree = triangulation.triangulate_robust(
@@ -200,11 +202,7 @@ def _triangulate(
 
 
 def _at_origin(window: Window) -> Window:
-    """
-    Return the window in a frame of its own.
-
-    Its oldest keyframe is at the origin, the median landmark at distance 1.
-    """
+    """Return the window with its oldest keyframe at the origin and its median landmark 1 away."""
     window = window.moved(lie.inverse(window.T_world_camera[0]))
     scale = 1 / float(window.points.norm(dim=-1).median())
     return window.enlarged(scale, window.T_world_camera[0, :3])

@@ -1,7 +1,7 @@
 """
 What an image's correspondences show of the camera's motion.
 
-Enough for new landmarks, a turn, or nothing at all.
+It may be enough for new landmarks, a turn, or nothing at all.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .compiled import ready
 from .observations import index_of, QUERY_COV
-from .solver.adjust import array, compiled_views
+from .solver.adjust import array
 from ..geometry import lie, two_view
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
@@ -40,11 +41,7 @@ class Pair:
 
 
 def pair_with(message: Correspondences, stamp: int, camera: Camera) -> Pair:
-    """
-    Return a message's rows with one of its past keyframes.
-
-    Those that are not finite are left out.
-    """
+    """Return a message's rows with one of its past keyframes, but those that are not finite."""
     rows = message.ref_stamp == stamp
     xy_i, xy_j = camera.normalise(message.ref_uv[rows].double()), message.xy[rows].double()
     variance = QUERY_COV[0] + 0.5 * (message.cov[rows, 0] + message.cov[rows, 2]).double()
@@ -53,9 +50,9 @@ def pair_with(message: Correspondences, stamp: int, camera: Camera) -> Pair:
 
 def shared(before: Correspondences, after: Correspondences) -> Pair:
     """
-    Return the tracks of two messages.
+    Return where the tracks that two messages share were, and where they are.
 
-    Where they were, and where they are (of several rows of a track, the first).
+    Of several rows of a track the first one counts.
     """
     (track_i, row_i), (track_j, row_j) = _first_rows(before), _first_rows(after)
     place = index_of(track_i, track_j)
@@ -70,9 +67,8 @@ def stands_still(pair: Pair, focal: float) -> bool:
     """
     Return whether the picture stands still.
 
-    It did not move as a whole, nor half of the tracks by more than twice their noise.
-
-    Its shift is the median over the tracks, in which the noise of single ones averages out.
+    It does where it did not move as a whole, nor half of the tracks by more than twice their
+    noise. Its shift is the median over the tracks, in which the noise of single ones averages out.
     """
     moved = (pair.xy_j - pair.xy_i) * focal
     # chi-squared with two degrees of freedom: the median is 1.39
@@ -82,17 +78,16 @@ def stands_still(pair: Pair, focal: float) -> bool:
 
 def motion_of(
     pair: Pair, focal: float, T_j_i: Tensor | None = None, threshold_px: float = 3.0,
-    minimum: int = 20,
-    backend: str = 'auto',
+    minimum: int = 20, backend: str = 'auto',
 ) -> tuple[str, Tensor | None]:
     """
     Return MOVING, or ROTATION with the turn T_j_i (7,), without translation, or BLIND.
 
-    Criterion: a rotation (3 parameters) is chosen where its GRIC (Torr 1999) is no more than that
+    A rotation (3 parameters) is chosen where its GRIC (Torr 1999) is no more than that
     of the epipolar geometry (5 parameters) of ``T_j_i``, or of the best essential matrix where
-    that is None: where the parallax is less than noise. BLIND: neither explains half of the pair,
-    or ``minimum`` of it. What a covered lens or noise is matched to does not move like anything.
-    backend: as in ``AdjustOptions``.
+    that is None: where the parallax is less than noise. It is BLIND where neither explains half of
+    the pair and ``minimum`` of it: what a covered lens or noise is matched to does not move like
+    anything. backend: as in ``AdjustOptions``.
     """
     few = max(minimum, 0.5 * len(pair))
     turn, rotation = _turn(pair, threshold_px / focal, backend), float('inf')
@@ -116,15 +111,15 @@ def motion_of(
 
 
 def _turn(pair: Pair, threshold: float, backend: str) -> Tensor | None:
-    views = compiled_views(backend)
-    if not views or len(pair) < 2:
+    images = ready('images', backend)
+    if not images or len(pair) < 2:
         return two_view.relative_rotation(pair.xy_i, pair.xy_j, threshold)
-    q = torch.from_numpy(views.relative_rotation(array(pair.xy_i), array(pair.xy_j), threshold))
+    q = torch.from_numpy(images.relative_rotation(array(pair.xy_i), array(pair.xy_j), threshold))
     return torch.cat((q.new_zeros(3), q))
 
 
 def _first_rows(message: Correspondences) -> tuple[Tensor, Tensor]:
-    """Each track, ascending, and its first row."""
+    """Return each track, ascending, and its first row."""
     order = torch.argsort(message.track, stable=True)
     track = message.track[order]
     first = torch.ones(len(track), dtype=torch.bool)

@@ -1,7 +1,7 @@
 """
 From correspondences to observations, and which of them a solved window rests on.
 
-Shared with the learner.
+The learner shares this, so that both levels speak of the same observations.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .solver.adjust import array, compiled_views
+from .compiled import ready
+from .solver.adjust import array
 from .solver.problem import MIN_DEPTH, Problem, problem
 from .window import Window
 from ..geometry.camera import Camera
@@ -37,7 +38,7 @@ class Observations:
         return len(self.track)
 
     def select(self, keep: Tensor) -> Observations:
-        """Those of a (O,) bool mask or an index."""
+        """Return the observations of a (O,) bool mask or an index."""
         keep = keep.nonzero().squeeze(-1) if keep.dtype == torch.bool else keep
         return Observations(*(column.index_select(0, keep) for column in vars(self).values()))
 
@@ -46,7 +47,7 @@ def observations(
     messages: Sequence[Correspondences], camera: Camera, backend: str = 'eager'
 ) -> Observations:
     """
-    Every observation that the messages hold.
+    Return every observation that the messages hold.
 
     A row observes its track in the message's own image, whichever keyframe it was matched against.
     The reference point of a row observes it too where it began the track: where no row of any
@@ -76,11 +77,7 @@ def observations(
 
 
 def own(message: Correspondences, camera: Camera) -> Observations:
-    """
-    Return what a message says of its own image.
-
-    Its observations without the reference points.
-    """
+    """Return a message's observations of its own image, without the reference points."""
     rows = _rows([message], camera)
     good = _sound(rows.xy, rows.cov).nonzero().squeeze(-1)
     return rows.select(good[torch.argsort(rows.track[good], stable=True)])
@@ -109,16 +106,15 @@ def _arranged(
     rows: Observations, ref_stamp: Tensor, valid: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """
-    Return what observes a track, by track, then image, then message and row: indices of rows.
+    Return the rows that observe a track, sorted by track, then image, then message and row.
 
     Also (O,) bool, where it is not the row but its reference point that does. valid: (M,) bool,
     rows with a finite one.
     """
     order = torch.argsort(rows.track, stable=True)
-    if views := compiled_views(backend):
-        found = views.arranged(*map(array, (
-            order, rows.track, rows.stamp, ref_stamp, rows.xy, rows.cov, valid
-        )))
+    if tracks := ready('tracks', backend):
+        columns = order, rows.track, rows.stamp, ref_stamp, rows.xy, rows.cov, valid
+        found = tracks.arranged(*map(array, columns))
         return torch.from_numpy(found[0]), torch.from_numpy(found[1])
     # Image and track as one number (unique over pairs is a hundred times slower than over
     # numbers).
@@ -149,7 +145,7 @@ def select(message: Correspondences, rows: Tensor) -> Correspondences:
 
 
 def index_of(ids: Tensor, values: Tensor) -> Tensor:
-    """Where each of ``values`` stands in the ascending ``ids``; -1 where it does not."""
+    """Return where each of ``values`` stands in the ascending ``ids``; -1 where it does not."""
     if len(ids) == 0:
         return torch.full_like(values, -1)
     place = torch.searchsorted(ids, values).clamp_max(len(ids) - 1)
@@ -161,9 +157,9 @@ def pose_problem(
     camera: Camera,
 ) -> tuple[Observations, Problem]:
     """
-    Return the observations of these keyframes and tracks (both ascending).
+    Return the observations of these keyframes and tracks, and the problem that they pose.
 
-    And, row by row, the problem that they pose.
+    stamps: (K,) and track: (L,), both ascending. The rows of the two results correspond.
     """
     pose, landmark = index_of(stamps, observed.stamp), index_of(track, observed.track)
     used = (pose >= 0) & (landmark >= 0)
@@ -179,14 +175,12 @@ def surviving(
     window: Window, messages: Sequence[Correspondences], camera: Camera, prune_px: float
 ) -> tuple[Observations, Problem]:
     """
-    Return the observations that the window's solution rests on.
+    Return the observations that the window's solution rests on, and the problem that they pose.
 
-    And, row by row, the objective over them.
-
-    ``messages`` of the window's keyframes (others do no harm). An observation survives if its
-    landmark is in the window and reprojects in front of the camera less than ``prune_px``
-    undistorted pixels away. At the window's poses and points the problem's cost, the window's
-    prior included, is stationary (paper, equation 7).
+    The rows of the two correspond. ``messages`` of the window's keyframes (others do no harm). An
+    observation survives if its landmark is in the window and reprojects in front of the camera
+    less than ``prune_px`` undistorted pixels away. At the window's poses and points the problem's
+    cost, the window's prior included, is stationary (paper, equation 7).
     """
     ours = [message for message in messages if bool((window.stamps == message.stamp).any())]
     places = torch.tensor(
@@ -209,7 +203,7 @@ def survives(posed: Problem, prune_px: float) -> Tensor:
     """
     Return (O,) bool, which observations are good.
 
-    The residual is less than ``prune_px`` and the landmark in front of the camera.
+    Their residual is less than ``prune_px`` and the landmark in front of the camera.
     """
     residual, depth = posed.residual()
     return (residual.norm(dim=-1) < prune_px) & (depth > MIN_DEPTH)

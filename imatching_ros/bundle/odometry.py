@@ -1,8 +1,4 @@
-"""
-Another odometry's poses of the camera.
-
-At an image's stamp, and what they say of the map's scale.
-"""
+"""Another odometry's poses of the camera: at an image's stamp, and what they say of scale."""
 
 from __future__ import annotations
 
@@ -23,11 +19,7 @@ _SPREAD = 0.2  #: half of the ways must agree on the scale within this share of 
 
 
 class ExternalOdometry:
-    """
-    Poses of the camera in the frame of another odometry, metres.
-
-    In the order of their stamps.
-    """
+    """Poses of the camera in the frame of another odometry, in metres, ordered by stamp."""
 
     def __init__(self) -> None:
         self._stamps: deque[int] = deque(maxlen=_REMEMBERED)
@@ -38,9 +30,9 @@ class ExternalOdometry:
 
     def add(self, stamp: int, T_world_camera: Tensor, covariance: Tensor | None = None) -> None:
         """
-        Take a pose.
+        Take a pose (7,) at ``stamp`` ns, and its covariance (6, 6) if that is known.
 
-        ValueError, one sentence, where it is not one or does not follow the one before.
+        Raises ValueError, one sentence, where it is not one or does not follow the one before.
         """
         T = torch.as_tensor(T_world_camera, dtype=torch.float64)
         if T.shape != (7,) or not T.isfinite().all() or not abs(float(T[3:].norm()) - 1) < 1e-2:
@@ -65,9 +57,10 @@ class ExternalOdometry:
 
     def at(self, stamp: int) -> tuple[Tensor, Tensor | None] | None:
         """
-        T_world_camera (7,) at ``stamp`` and the covariance that came with the nearest pose.
+        Return T_world_camera (7,) at ``stamp``, and the covariance that came with its pose.
 
-        Interpolated between its neighbours; None where these are too far apart, or there are none.
+        It is interpolated between its neighbours, with the later one's covariance. Returns None
+        where these are too far apart, or there are none.
         """
         after = bisect_left(self._stamps, stamp)
         if after < len(self) and self._stamps[after] == stamp:

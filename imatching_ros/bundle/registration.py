@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .solver.adjust import AdjustOptions, array, compiled_views
+from .compiled import ready
+from .solver.adjust import AdjustOptions, array
 from .solver.problem import BEHIND_PX, MIN_DEPTH
 from .solver.robust import Kernel, KERNELS
 from ..geometry import lie, triangulation, two_view
@@ -17,20 +18,21 @@ _GUESSED = 0.5  #: where the motion model agrees with this share of the points, 
 
 @dataclass(frozen=True)
 class Registration:
+    """A pose, and the points that agree with it."""
+
     T_world_camera: Tensor  #: (7,)
     inliers: Tensor  #: (N,) bool
 
 
 def register(
     points: Tensor, xy: Tensor, cov: Tensor, focal: Tensor, guess: Tensor | None,
-    options: AdjustOptions,
-    inlier_px: float,
+    options: AdjustOptions, inlier_px: float,
 ) -> Registration | None:
     """
-    Pose by 2D-3D registration.
+    Return the pose of an image by 2D-3D registration.
 
-    The motion model's guess, refined under the robust kernel; PnP where it has too few points
-    agree, and the better of the two.
+    It is the motion model's guess, refined under the robust kernel; or that of PnP, where too few
+    points agree with the guess and more with PnP.
 
     points: (N, 3), world. xy: (N, 2) on the plane z = 1, cov: (N, 3) undistorted px^2, focal: (2,)
     px. guess: T_world_camera (7,) or None. Returns None where there is neither a guess nor a
@@ -68,15 +70,14 @@ def refine(
     iterations: int = 10, backend: str = 'auto',
 ) -> Tensor:
     """
-    Levenberg-Marquardt on one pose (7,).
+    Return a pose (7,) after Levenberg-Marquardt steps from the one that is given.
 
     Arguments as in :func:`register`, ``backend`` as in ``AdjustOptions``.
     """
-    if views := compiled_views(backend):
-        T = views.refine(
+    if images := ready('images', backend):
+        T = images.refine(
             *map(array, (T_world_camera, points, xy, cov)), *focal.tolist(),
-            KERNELS.index(kernel.name),
-            float(kernel.scale), iterations,
+            KERNELS.index(kernel.name), float(kernel.scale), iterations,
         )
         return torch.from_numpy(T)
     uu, uv, vv = cov.unbind(-1)
@@ -103,7 +104,11 @@ def refine(
 def _normal_equations(
     T, points, xy, information, focal, kernel: Kernel
 ) -> tuple[float, Tensor, Tensor]:
-    """points: (3, N), xy: (2, N), information: (3, N): rows of N numbers, as in adjust.py."""
+    """
+    Return the cost, H (6, 6) and g (6,) of one pose.
+
+    points: (3, N), xy: (2, N), information: (3, N): rows of N numbers, which torch is fastest at.
+    """
     R, d = lie.rotation(T[3:]), points - T[:3, None]
     q = R.T @ d
     front = q[2] > MIN_DEPTH
@@ -123,9 +128,9 @@ def _normal_equations(
 
 
 def _inliers(T, points, xy, focal, inlier_px: float, backend: str) -> Tensor:
-    if views := compiled_views(backend):
+    if images := ready('images', backend):
         return torch.from_numpy(
-            views.agreeing(*map(array, (T, points, xy)), *focal.tolist(), inlier_px)
+            images.agreeing(*map(array, (T, points, xy)), *focal.tolist(), inlier_px)
         )
     predicted, depth = triangulation.reproject(T, points)
     return (depth > MIN_DEPTH) & (((predicted - xy) * focal).norm(dim=-1) < inlier_px)

@@ -9,15 +9,11 @@ import math
 import torch
 from torch import Tensor
 
+from .compiled import ready
 from .observations import index_of, observations, survives
 from .options import BundleOptions
 from .prior import Prior
-from .solver.adjust import (
-    adjust,
-    array,
-    compiled_views,
-    Solution,
-)
+from .solver.adjust import adjust, array, Solution
 from .solver.problem import Problem
 from .window import Window
 from ..geometry import triangulation
@@ -70,10 +66,10 @@ def solve(
     rounds: int = _ROUNDS,
 ) -> tuple[Window, Solution, Problem] | None:
     """
-    Return the window of these keyframes.
+    Return the window of these keyframes, how it was solved, and the problem that it solves.
 
-    At a stationary point of the objective over the observations that survive; and the problem that
-    these pose there, as ``observations.surviving`` puts it together from the window.
+    It is at a stationary point of the objective over the observations that survive; the problem is
+    what these pose there, as ``observations.surviving`` puts it together from the window.
 
     messages: of the K keyframes, oldest first. T_world_camera: (K, 7), where they are thought to
     be; they are held where ``options.poses`` is "external". track, points: (L,) ascending and (L,
@@ -111,7 +107,7 @@ def refine(
     options: BundleOptions,
 ) -> Window | None:
     """
-    All keyframes of a recording adjusted together, offline: one window over all of them.
+    Adjust all keyframes of a recording together, offline, and return one window over all of them.
 
     messages: of the K keyframes, oldest first. T_world_camera: (K, 7), as the bundle left them
     (``Bundle.trajectory``). The first pose stays; the scale is the one that the poses came with.
@@ -123,9 +119,9 @@ def refine(
 
 def rescaled_to(window: Window, T_world_camera: Tensor) -> Window:
     """
-    Return the window about its first pose as large as poses (K, 7) of its keyframes.
+    Return the window, about its first pose, as large as poses (K, 7) of its keyframes.
 
-    By the median distance from it.
+    Their size is the median distance from the first pose.
     """
     ours, theirs = (
         (T[1:, :3] - T[0, :3]).norm(dim=-1) for T in (window.T_world_camera, T_world_camera)
@@ -137,9 +133,9 @@ def rescaled_to(window: Window, T_world_camera: Tensor) -> Window:
 
 class _Solver:
     """
-    The tracks of a window between its rounds.
+    The poses, points and observations of a window between its rounds.
 
-    Poses, points (NaN where a track has none) and observations.
+    A point is NaN where a track has none.
     """
 
     def __init__(
@@ -152,8 +148,8 @@ class _Solver:
         self.held = (
             torch.ones(len(self.T), dtype=torch.bool) if options.poses == 'external' else None
         )
-        self.views = compiled_views(options.adjust.backend)
-        self.grid = None if self.views else Grid.of(posed)
+        self.tracks = ready('tracks', options.adjust.backend)
+        self.grid = None if self.tracks else Grid.of(posed)
         self.rows = [array(column) for column in (posed.pose, posed.landmark, posed.xy)]
         self.start = points
         self.kept = torch.zeros(len(posed.pose), dtype=torch.bool)
@@ -161,12 +157,10 @@ class _Solver:
 
     def adjust(self, prune_px: float, once: bool = False) -> bool:
         """
-        Re-triangulate what has no sound landmark.
+        Triangulate what has no sound landmark, then prune and adjust until that changes nothing.
 
-        Then prune and adjust until pruning changes nothing.
-
-        Roughly while the survivors still change, exactly at the end. False where too few landmarks
-        survive.
+        It adjusts roughly while the survivors still change, exactly at the end. Returns False
+        where too few landmarks survive.
         """
         self._triangulate(prune_px)
         keep = self._survivors(prune_px)
@@ -195,19 +189,18 @@ class _Solver:
         return replace(self.posed, T_world_camera=self.T, points=self.points)
 
     def _kept(self) -> Problem:
-        """Of the observations that are kept."""
+        """Return the problem of the observations that are kept."""
         return self._problem().select(self.kept)
 
     def _survivors(self, prune_px: float) -> Tensor:
         """
-        Return (O,) bool, which observations reproject well.
+        Return (O,) bool, which observations survive, and keep in ``alive`` of how many landmarks.
 
-        They are of landmarks that two keyframes or more see with parallax. Of so many landmarks:
-        ``alive``.
+        They reproject well, and are of landmarks that two keyframes or more see with parallax.
         """
         finite = self.points.isfinite().all(-1) & ~self.dropped
-        if self.views:
-            keep, self.alive = self.views.survivors(
+        if self.tracks:
+            keep, self.alive = self.tracks.survivors(
                 *map(array, (self.T, self.points, finite)), *self.rows,
                 *self.posed.focal.tolist(), prune_px,
                 math.cos(math.radians(self.options.min_parallax_deg)),
@@ -220,13 +213,11 @@ class _Solver:
 
     def _wide(self, rows: Tensor) -> Tensor:
         """
-        (N,) bool: landmarks whose rays, those of the observations ``rows``.
+        Return (N,) bool, of which landmarks two rays are ``min_parallax_deg`` apart.
 
-        Are ``min_parallax_deg`` apart.
-
-        The ray farthest from the mean direction, by an angle a, has another one at least a away,
-        and no two are more than 2 a apart: most landmarks are decided by a alone, without looking
-        at every pair.
+        Rays are those of the observations ``rows``. The ray farthest from the mean direction, by
+        an angle a, has another one at least a away, and no two are more than 2 a apart: most
+        landmarks are decided by a alone, without looking at every pair.
         """
         N, bound = len(self.points), math.radians(self.options.min_parallax_deg)
         pose, landmark = self.posed.pose[rows], self.posed.landmark[rows]
@@ -251,15 +242,11 @@ class _Solver:
         return wide
 
     def _triangulate(self, prune_px: float) -> None:
-        """
-        Triangulate, robustly, every track that has no landmark.
-
-        Also one whose landmark fails in some keyframe.
-        """
+        """Triangulate robustly what has no landmark, or one that fails in some keyframe."""
         threshold = prune_px / self.focal
-        if self.views:
+        if self.tracks:
             self.points = torch.from_numpy(
-                self.views.triangulate(array(self.T), array(self.points), *self.rows, threshold)
+                self.tracks.triangulate(array(self.T), array(self.points), *self.rows, threshold)
             )
             return
         agree = torch.zeros_like(self.grid.mask)
@@ -278,7 +265,7 @@ class _Solver:
 
     @staticmethod
     def _errors(posed: Problem) -> tuple[Tensor, Tensor]:
-        """Return each landmark's observations, and their squared residuals' sum, px^2."""
+        """Return how many observations each landmark has, and the sum of their squares, px^2."""
         squared = posed.residual()[0].square().sum(-1)
         total = torch.zeros(len(posed.points), dtype=torch.float64)
         return (
@@ -290,11 +277,10 @@ class _Solver:
         self, stamps: Tensor, track: Tensor, carried: Tensor, prior: Prior | None
     ) -> tuple[Window, Solution, Problem]:
         """
-        Return the window, in the scale of the landmarks that were known before.
+        Return what ``solve`` does, in the scale of the landmarks that were known before.
 
-        A scale that one pose fixes wanders.
-
-        The prior knows nothing of scale, and is enlarged with the window.
+        A scale that one pose fixes wanders. The prior knows nothing of scale, and is enlarged with
+        the window.
         """
         posed = self._kept()
         landmark = posed.landmark

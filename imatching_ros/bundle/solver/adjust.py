@@ -92,12 +92,7 @@ def adjust(
 
 def compiled() -> ModuleType | None:
     """Return compiled/minimise.py, ready, or None where numba is not to be had (kernels.py)."""
-    return kernels.load('imatching_ros.bundle.solver.compiled.minimise')
-
-
-def compiled_views(backend: str) -> ModuleType | None:
-    """Return compiled_views.py likewise, and None where ``AdjustOptions.backend`` does without."""
-    return None if backend == 'eager' else kernels.load('imatching_ros.bundle.compiled_views')
+    return kernels.load(f'{__package__}.compiled.minimise')
 
 
 def _minimise_compiled(problem: Problem, options: AdjustOptions, free: Tensor) -> Solution:
