@@ -4,6 +4,7 @@ import copy
 from dataclasses import replace
 import os
 
+from imatching_ros import kernels
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording, Sensor
 from imatching_ros.learning import gate, objectives
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem.removeprefix('test_') in QUICK:
             item.add_marker('quick')
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compiled():
+    """Have the kernels compiled first: what a test reads of a command is not about that."""
+    kernels.prepare()
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -9,6 +9,7 @@ from functools import partial
 import os
 from pathlib import Path
 import re
+import shutil
 import signal
 import time
 
@@ -184,7 +185,7 @@ def test_lifecycle_a_node_follows_a_camera_and_passes_over_what_is_none(ros):
     assert node.camera is None and said.pop().startswith('camera_info: the camera is not calib')
     tell(CAMERA)
     core = node.core = node.build(node.camera)
-    core.keyframes = 7
+    core.state.keyframes = 7
     for fx in (CAMERA.fx + 0.02, CAMERA.fx - 0.5):
         tell(replace(CAMERA, fx=fx))
         assert node.core is core and core.camera.fx == node.camera.fx == fx
@@ -281,6 +282,10 @@ INTERFACE = {
 
 def test_a_node_says_what_it_waits_for_until_it_can_work(ros, tmp_path):
     """The first time on a processor: no kernel has been compiled yet."""
+    package = tmp_path / 'imatching_ros'
+    source = Path(__file__).parents[1] / package.name
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns('__pycache__'))
+    ros.settings['PYTHONPATH'] = os.pathsep.join([str(tmp_path), ros.settings['PYTHONPATH']])
     ros.settings['NUMBA_CACHE_DIR'] = str(tmp_path / 'kernels')
     ros.start('bundle')
     pattern = r'compiling for this processor, once: \d+ of \d+'
