@@ -324,9 +324,9 @@ def test_fuzz_camera_info(fed):
     )  # fmt: skip
     matcher.drain()
     matcher.calibrate(CAMERA)
+    before = matcher.node.health.processed
     for message in pictures:
         matcher.feed('image', message)
-    before = matcher.node.health.processed
     matcher.settle()
     assert matcher.node.health.processed - before >= FRAMES - 1
     assert matcher.node.health.faults > 1000
