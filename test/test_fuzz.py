@@ -325,7 +325,8 @@ def test_fuzz_camera_info(fed):
     matcher.drain()
     matcher.calibrate(CAMERA)
     before = matcher.node.health.processed
-    for message in pictures:
+    for frame, message in enumerate(pictures):
+        message.header = head(FRAMES + frame)  # later than those that came in the storm
         matcher.feed('image', message)
     matcher.settle()
     assert matcher.node.health.processed - before >= FRAMES - 1
