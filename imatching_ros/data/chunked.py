@@ -78,7 +78,8 @@ class _Chunked:
         data = self._data()
         self._forget()
         try:
-            indexed = self._read_index(data)
+            # no bag has more messages than bytes: such an index is damaged itself
+            indexed = self._read_index(data) and self.counts.total() <= len(data)
         except (struct.error, LookupError):
             indexed = False
         if not indexed:
