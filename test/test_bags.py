@@ -464,13 +464,7 @@ def test_an_index_that_claims_more_messages_than_bytes_is_not_believed(tmp_path)
     good(tmp_path, 'rosbag1')
     whole = bag.read_bytes()
     stamps = [stamp for stamp, _ in open_recording(bag)]
-    at = whole.rindex(b'chunk_pos=')  # of the index: the last chunk's connections and counts
-    end = whole.index(b'start_time=', at) + 19
-    several = int.from_bytes(whole[end:end + 4], 'little')
-    claims = b''.join(
-        whole[k:k + 4] + b'\xff' * 4 for k in range(end + 4, end + 4 + several, 8)
-    )
-    bag.write_bytes(whole[:end + 4] + claims + whole[end + 4 + several:])
+    bag.write_bytes(whole[:-4] + b'\xff' * 4)  # the last number of the index is a count
     recording = open_recording(bag)
     assert len(recording) == len(stamps) and [stamp for stamp, _ in recording] == stamps
 
