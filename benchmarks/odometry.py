@@ -4,7 +4,9 @@ The bundle on real recordings beside COLMAP's incremental mapping.
 The same keyframes, the same matches, one thread.
 
     python benchmarks/odometry.py [--json FILE] [--frames N] [--tracks sift|imatching] [RECORDING…]
+    python benchmarks/odometry.py learning …
 
+The second is another question, of what learning does to the trajectory: `learned_odometry.py`.
 By default the recordings `redkitchen` and `kitti_street` of `../shared`. Two kinds of tracks: SIFT
 (OpenCV; mutual nearest neighbours that pass the ratio test), and the package's own matcher. Every
 image is matched with the past keyframes; one rule decides for both what becomes a keyframe. Three
@@ -406,7 +408,23 @@ def show(rows: list[dict]) -> None:
     Console(width=180).print(table)
 
 
+def learning(arguments: list[str]) -> None:
+    import learned_odometry
+
+    parser = argparse.ArgumentParser(description=learned_odometry.__doc__.split('\n\n')[0])
+    parser.add_argument('--scenes', nargs='+', help='default: all')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='default: 0 1 2')
+    parser.add_argument('--steps', type=int, default=60, help='of the learner (default: 60)')
+    parser.add_argument('--frames', type=int, help='of a rendered scene (default: 300)')
+    parser.add_argument('--weights', type=Path, help='folder of tuned weights')
+    parser.add_argument('--cache', type=Path, help='folder that keeps rendered scenes')
+    parser.add_argument('--json', type=Path, help='write all rows to this file')
+    learned_odometry.measure(parser.parse_args(arguments))
+
+
 def main() -> None:
+    if sys.argv[1:2] == ['learning']:
+        return learning(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.split('\n\n')[0])
     parser.add_argument(
         'recordings', nargs='*', type=Path, metavar='RECORDING', help='folders or bags'

@@ -7,7 +7,7 @@ import os
 from imatching_ros import kernels
 from imatching_ros.data.recording import open_recording
 from imatching_ros.data.synthetic import render_recording, Sensor
-from imatching_ros.learning import gate, objectives
+from imatching_ros.learning import objectives, verdict
 from imatching_ros.matching import weights
 from lessons import recorded, TRAINED
 import pytest
@@ -105,19 +105,19 @@ def events(shipped, night):
 def seen(monkeypatch):
     """Return the stamps that steps train on and that the gate measures on, as they happen."""
     used = {'trained': set(), 'measured': set()}
+    match, gather = objectives.match, verdict.gather
 
-    def watched(module, name):
-        real = module.match
+    def trained(matcher, lesson, pairs, *more):
+        stamps = lesson.window.stamps.tolist()
+        used['trained'] |= {
+            stamps[index] for pair in pairs for index in (pair.reference, pair.target)
+        }
+        return match(matcher, lesson, pairs, *more)
 
-        def match(matcher, lesson, pairs, *more):
-            stamps = lesson.window.stamps.tolist()
-            used[name] |= {
-                stamps[index] for pair in pairs for index in (pair.reference, pair.target)
-            }
-            return real(matcher, lesson, pairs, *more)
+    def measured(matcher, clip, options):
+        used['measured'] |= set(clip.stamps)
+        return gather(matcher, clip, options)
 
-        monkeypatch.setattr(module, 'match', match)
-
-    watched(objectives, 'trained')
-    watched(gate, 'measured')
+    monkeypatch.setattr(objectives, 'match', trained)
+    monkeypatch.setattr(verdict, 'gather', measured)
     return used

@@ -21,15 +21,12 @@ import torch
 
 def test_windows_become_lessons_and_one_is_held_out(shipped, night, events):
     learner = taught(shipped, night, events)
-    assert learner.windows == sum_of_lessons(learner) >= 3 and learner.ready
+    assert len(learner.inputs.lessons) >= 2 and len(learner.inputs.held_out) == 1
+    assert learner.windows >= 3 and learner.ready
     assert learner.version == 0 and learner.weights() == Learner(*shipped, night[0]).weights()
     windows = [e[3] for e in events if e[3]]
     assert not learner.add_window(windows[-1])  # nothing new in it
     assert learner.verdict(now=True) is None  # nothing was learned yet
-
-
-def sum_of_lessons(learner):
-    return len(learner.inputs.lessons) + len(learner.inputs.held_out)
 
 
 def test_a_window_without_its_images_is_not_remembered(shipped, night, events):
@@ -90,7 +87,7 @@ def test_what_is_measured_never_trains(shipped, night, events, seen):
             for _ in range(3):
                 learner.step()
                 verdicts += learner.verdict() is not None
-    assert verdicts >= 2 and len(seen['trained']) > 3 and len(seen['measured']) > 3
+    assert verdicts >= 2 and len(seen['trained']) >= 3 and len(seen['measured']) > 3
     assert not seen['trained'] & seen['measured']
     # nor do the probes' images
     trained = [
@@ -129,8 +126,12 @@ def test_what_is_learned_is_promoted_and_explains_unseen_windows_better(worn, pr
     learner, verdict, steps = promoted
     assert verdict.promoted and not verdict.rolled_back and verdict.step == 12
     assert verdict.version == learner.version == 1 and learner.promotions == 1
-    assert verdict.figures['epipolar_px'] < 0.9 * verdict.figures['epipolar_px_before']
-    assert 'better' in verdict.reason and '\n' not in verdict.reason
+    figures = verdict.figures
+    assert figures['reprojection_1px'] > 1.07 * figures['reprojection_1px_before']
+    assert figures['gain'] == pytest.approx(
+        figures['reprojection_1px'] - figures['reprojection_1px_before'], abs=1e-3
+    )
+    assert verdict.reason.startswith('better: ') and '\n' not in verdict.reason
     matcher, info = weights.loads(learner.weights())
     assert (info.version, info.parent) == (1, 0) and not same(
         matcher.state_dict(), worn[0].state_dict()
@@ -160,8 +161,8 @@ def test_a_spoilt_candidate_is_refused_and_goes_back(shipped, night, events):
             assert not same(learner.candidate.matcher.state_dict(), shipped[0].state_dict())
     assert [v.promoted for v in verdicts] == [False] * 3
     assert [v.rolled_back for v in verdicts] == [False, False, True]
-    assert 'worse' in verdicts[0].reason and 'goes back' in verdicts[2].reason
-    assert verdicts[-1].figures['probe_1px'] < verdicts[-1].figures['probe_1px_before'] - 10
+    assert 'goes back' in verdicts[2].reason
+    assert verdicts[-1].figures['known_1px'] < verdicts[-1].figures['known_1px_before'] - 10
     assert (learner.version, learner.rollbacks, learner.promotions) == (0, 1, 0)
     assert same(learner.candidate.matcher.state_dict(), shipped[0].state_dict())
     assert same(state(learner.weights()), shipped[0].state_dict())
@@ -204,7 +205,7 @@ def test_rollback_and_reset_restore_bit_by_bit_and_the_version_grows(worn, promo
     # Judged from now on against what is in use now: no better than itself.
     learner.step()
     verdict = learner.verdict(now=True)
-    assert verdict.figures['epipolar_px_before'] == pytest.approx(
+    assert verdict.figures['reprojection_1px_before'] == pytest.approx(
         measured(learner, kept[-2]), abs=1e-4
     )
     version = learner.reset()
@@ -215,8 +216,9 @@ def test_rollback_and_reset_restore_bit_by_bit_and_the_version_grows(worn, promo
 
 
 def measured(learner, data):
-    """Return the mean epipolar error of some weights on the learner's held-out windows."""
-    return float(learner.gather(weights.loads(data)[0]).epipolar.mean())
+    """Return the share of consistent corners, percent, of some weights on what is held out."""
+    error = torch.cat([e.error for e in learner.gather(weights.loads(data)[0])])
+    return float(100 * (error < 1).float().mean())
 
 
 def test_rollback_without_a_past_is_the_beginning(shipped, night):

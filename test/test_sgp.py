@@ -91,4 +91,4 @@ def test_it_is_an_objective_of_the_same_trainer(shipped, night, events, sgp_lear
     assert step.step == 1 and step.rows > 100 and np.isfinite(step.loss)
     assert sgp_learner.candidate.matcher.log_scale_fine.item() != before
     verdict = sgp_learner.verdict(now=True)
-    assert {'epipolar_px', 'probe_px'} <= verdict.figures.keys()
+    assert {'gain', 'reprojection_1px', 'known_1px'} <= verdict.figures.keys()

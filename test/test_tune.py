@@ -15,6 +15,7 @@ def test_a_tune_that_was_interrupted_goes_on_to_the_same_bits(
     shipped, night, tmp_path, monkeypatch
 ):
     monkeypatch.setattr('imatching_ros.learning.tune.VALIDATION', 0.0)
+    monkeypatch.setattr('imatching_ros.learning.tune.ENOUGH', 1)
     camera, images = night
     options = LearnerOptions(verdict_every=6, steps_per_solve=2, seed=3)
 
@@ -54,6 +55,7 @@ def test_a_tune_that_was_interrupted_goes_on_to_the_same_bits(
 def test_the_last_images_judge_and_the_gate_may_end_it(shipped, night, seen, monkeypatch):
     monkeypatch.setattr('imatching_ros.learning.tune.PATIENCE', 2)
     monkeypatch.setattr('imatching_ros.learning.tune.VALIDATION', 0.4)
+    monkeypatch.setattr('imatching_ros.learning.tune.ENOUGH', 1)
     camera, images = night
     options = LearnerOptions(rate=1e-8, verdict_every=1)  # it learns nothing
     told = []

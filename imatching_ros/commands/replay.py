@@ -101,4 +101,13 @@ def _event(values: dict[str, str]) -> Event:
         rolled_back=values['rolled_back'] == 'true',
         version=int(values['version']),
         reason=values['reason'],
+        figures={name: float(value) for name, value in values.items() if _is_number(value)},
     )
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

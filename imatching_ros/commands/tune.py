@@ -30,9 +30,9 @@ from .. import files, kernels
 from ..data.recording import Recording
 from ..evaluation.pictures import Event, Pictures
 from ..learning import tune
-from ..learning.gate import Verdict
 from ..learning.learner import Learner, StepResult
 from ..learning.options import LearnerOptions
+from ..learning.verdict import Verdict
 from ..matching import weights
 
 EPOCHS = 2
@@ -102,7 +102,9 @@ def run(options: argparse.Namespace) -> None:
         *compared.typical,
         loss=[(step.step, step.loss) for step in history.steps],
         events=[
-            Event.of_verdict(v.step, v.promoted, v.rolled_back, v.version, v.reason)
+            Event.of_verdict(
+                v.step, v.promoted, v.rolled_back, v.version, v.reason, v.figures
+            )
             for v in history.verdicts
         ],
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 import io
 import re
 
 import cv2
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -25,6 +26,8 @@ ERROR_CLASSES = (
 )
 NEUTRAL = '#4db8ff'
 BLUE, GREEN, RED, GREY = '#3f83f0', '#1fa35b', '#e0475b', '#8a8f98'
+#: How verdicts are drawn: colour and line.
+LOOKS = {'promoted': (GREEN, '-'), 'rollback': (RED, '--'), 'refused': (GREY, ':')}
 INK = '#010203'  # stands for the page's own text colour in a matplotlib figure
 STYLE = {
     'svg.fonttype': 'none', 'font.family': 'sans-serif', 'font.size': 10.5,
@@ -45,14 +48,21 @@ class Event:
     kind: str  #: "promoted", "refused" (both verdicts of the gate) or "rollback"
     version: int | None = None  #: of the weights that were promoted or gone back to
     reason: str = ''
+    #: the share of the corners in held-out images that agree, percent, with the weights in use and
+    #: with the candidate; and the standard error of the difference
+    evidence: tuple[float, float, float] | None = None
 
     @classmethod
     def of_verdict(
-        cls, step: int, promoted: bool, rolled_back: bool, version: int, reason: str
+        cls, step: int, promoted: bool, rolled_back: bool, version: int, reason: str,
+        figures: Mapping[str, float],
     ) -> Event:
-        """Return the mark of what the gate decided after a step."""
+        """Return the mark of what the gate decided after a step, by the figures that it gave."""
         kind = 'rollback' if rolled_back else 'promoted' if promoted else 'refused'
-        return cls(step, kind, version, reason)
+        names = 'reprojection_1px_before', 'reprojection_1px', 'gain_error'
+        known = all(np.isfinite(figures.get(name, np.nan)) for name in names)
+        evidence = tuple(figures[name] for name in names) if known else None
+        return cls(step, kind, version, reason, evidence)
 
 
 @dataclass(frozen=True)
@@ -151,41 +161,69 @@ def trajectory_svg(trajectory: TrajectoryAccuracy) -> str:
 
 
 def learning_svg(loss: Sequence[tuple[int, float]], events: Sequence[Event]) -> str:
-    """Return the loss over gradient steps, with verdicts and rollbacks where they fell."""
+    """
+    Return the loss over gradient steps, with verdicts and rollbacks where they fell.
+
+    Below it, where verdicts tell, what each was judged by: the share of corners that agree with
+    the weights in use and with the candidate, and how sure the difference is.
+    """
+    told = [event for event in events if event.evidence]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.4), layout='constrained')
-        axes = figure.subplots()
-        if loss:
-            steps, values = np.asarray(loss, np.float64).T
-            axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.35)
-            axes.plot(
-                steps,
-                _running_median(values),
-                color=BLUE,
-                linewidth=1.8,
-                label='loss, running median',
-            )
-            finite = values[np.isfinite(values)]
-            low, high = np.percentile(finite, (5, 95)) if len(finite) else (0, 0)
-            if finite.min(initial=1.0) > 0 and high > 20 * low:
-                axes.set_yscale('log')
-        edge = axes.get_xaxis_transform()
-        looks = {'promoted': (GREEN, '-'), 'rollback': (RED, '--'), 'refused': (GREY, ':')}
-        for kind, (colour, line) in looks.items():
+        figure = Figure(figsize=(9.6, 5.8 if told else 3.4), layout='constrained')
+        axes = figure.subplots(2 if told else 1, 1, sharex=True, squeeze=False)[:, 0]
+        _draw_loss(axes[0], loss)
+        for kind, (colour, line) in LOOKS.items():
             marks = [event for event in events if event.kind == kind]
             for k, event in enumerate(marks):
-                axes.axvline(
+                axes[0].axvline(
                     event.step, color=colour, linestyle=line, linewidth=1.3, alpha=0.8,
                     label=None if k else kind,
                 )
                 if event.version is not None and kind != 'refused' and len(marks) <= 15:
-                    axes.text(
-                        event.step, 1.0, f'v{event.version}', color=colour, transform=edge,
-                        va='bottom', ha='center',
+                    axes[0].text(
+                        event.step, 1.0, f'v{event.version}', color=colour, va='bottom',
+                        ha='center', transform=axes[0].get_xaxis_transform(),
                     )
-        axes.set(xlabel='gradient step', ylabel='loss')
-        axes.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0))
+        if told:
+            _draw_evidence(axes[1], told)
+        axes[-1].set(xlabel='gradient step')
+        for each in axes:
+            each.legend(loc='upper left', bbox_to_anchor=(1.0, 1.0))
         return _svg(figure, 'learning')
+
+
+def _draw_loss(axes: Axes, loss: Sequence[tuple[int, float]]) -> None:
+    axes.set(ylabel='loss')
+    if not loss:
+        return
+    steps, values = np.asarray(loss, np.float64).T
+    axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.35)
+    axes.plot(
+        steps, _running_median(values), color=BLUE, linewidth=1.8, label='loss, running median'
+    )
+    finite = values[np.isfinite(values)]
+    low, high = np.percentile(finite, (5, 95)) if len(finite) else (0, 0)
+    if finite.min(initial=1.0) > 0 and high > 20 * low:
+        axes.set_yscale('log')
+
+
+def _draw_evidence(axes: Axes, events: Sequence[Event]) -> None:
+    """Draw what each verdict was judged by: in use, and the candidate ± 2 standard errors."""
+    axes.set(ylabel='corners that agree, %')
+    steps = [event.step for event in events]
+    before, _, _ = zip(*(event.evidence for event in events), strict=True)
+    axes.plot(
+        steps, before, 'o', color=GREY, markerfacecolor='none', markersize=6,
+        label='weights in use',
+    )
+    for kind, (colour, _) in LOOKS.items():
+        ours = [event for event in events if event.kind == kind]
+        if ours:
+            _, after, error = np.array([event.evidence for event in ours]).T
+            axes.errorbar(
+                [event.step for event in ours], after, yerr=2 * error, fmt='o', color=colour,
+                markersize=5, capsize=3, linewidth=1.2, label=f'candidate, {kind}',
+            )
 
 
 def _classes(error: np.ndarray) -> np.ndarray:

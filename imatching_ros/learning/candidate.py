@@ -67,3 +67,14 @@ class Candidate:
                     # In the parameter's own layout
                     state[key] = torch.zeros_like(parameter).copy_(state[key])
                 self.optimiser.state[parameter] = state
+
+
+def interpolated(first: nn.Module, second: nn.Module, share: float) -> nn.Module:
+    """Return a copy of the first module whose weights lie a share of the way to the second's."""
+    between = copy.deepcopy(first)
+    ends = zip(between.state_dict().values(), second.state_dict().values(), strict=True)
+    with torch.no_grad():
+        for mine, other in ends:
+            if mine.is_floating_point():
+                mine.lerp_(other.to(mine), share)
+    return between

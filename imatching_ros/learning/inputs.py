@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .evidence import Clip, some_between
 from .lesson import Lesson, make_lesson, Pair
 from .memory import Memory
 from .options import LearnerOptions
@@ -19,15 +19,6 @@ from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 
 TRAINED = 4000  #: newest stamps that trained, so that no window with one of them becomes evidence
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """A window that never trains, and what to measure in it."""
-
-    lesson: Lesson
-    pairs: list[Pair]  #: of which neither image had trained
-    probes: list[Probe]  #: known warps of two of its images
 
 
 class Inputs:
@@ -44,7 +35,7 @@ class Inputs:
         self.messages: OrderedDict[int, Correspondences] = OrderedDict()
         self.lessons: Memory[Lesson] = Memory(options.lessons)
         self.anchors: Memory[Probe] = Memory(options.lessons)
-        self.held_out: Memory[HeldOut] = Memory(options.judged)
+        self.held_out: Memory[Clip] = Memory(options.judged)
         self.windows = 0  #: remembered so far, held-out ones included
         self.images_seen = 0
         self.last_stamp: int | None = None  #: of the newest window, ns
@@ -82,10 +73,16 @@ class Inputs:
         """Take the rows of an image."""
         _remember(self.messages, correspondences.stamp, correspondences, self.options.images)
 
-    def is_new(self, window: Window) -> bool:
-        """Return whether a window shows enough keyframes that the last one did not."""
-        fresh = set(window.stamps.tolist()) - self._last_stamps
-        return len(fresh) >= self.options.new_keyframes
+    def is_new(self, window: Window, held_out: bool | None) -> bool:
+        """
+        Return whether a window shows enough keyframes that the last one did not.
+
+        A clip that is to judge by grows by whatever is new.
+        """
+        stamps = window.stamps.tolist()
+        fresh = set(stamps) - self._last_stamps
+        enough = 1 if held_out and self._grows(stamps) else self.options.new_keyframes
+        return len(fresh) >= enough
 
     def oldest_model(self, window: Window) -> int | None:
         """Return the oldest weights that made rows of a window, None where no rows are known."""
@@ -104,27 +101,31 @@ class Inputs:
         if lesson is None:
             return False
         stamps = window.stamps.tolist()
+        grows = self._grows(stamps)
+        # Windows overlap: an image trains or judges, by which of them it came with first
+        judged = {s for clip in self._others(grows) for s in clip.stamps}
+        fresh = [k for k, s in enumerate(stamps) if s not in self._trained and s not in judged]
+        if held_out is None:
+            due = not len(self.held_out) or (self.windows - 1) % self.options.held_out == 0
+            enough = len(fresh) >= self.options.new_keyframes
+            # On a robot a clip grows once: the next windows are to learn from
+            grows = grows and len(self.held_out[-1].fresh) < 2 * self.options.new_keyframes
+            held_out = bool(len(self.lessons)) and (due or grows) and enough
+        if held_out and len(fresh) < 2:
+            return False
         self._last_stamps, self.last_stamp = set(stamps), max(stamps)
         self.windows += 1
-        # Windows overlap: some images may have trained
-        fresh = pairs_without(lesson, self._trained.keys())
-        if held_out is None:
-            due = not len(self.held_out) or (self.windows - 2) % self.options.held_out == 0
-            held_out = bool(len(self.lessons)) and due and bool(fresh)
         if held_out:
-            if fresh:
-                shown = sorted({k for pair in fresh for k in (pair.reference, pair.target)})
-                chosen = shown[0], shown[len(shown) // 2]
-                probes = [self._probe(lesson, k) for k in chosen]
-                self.held_out.add(HeldOut(lesson, fresh, probes))
-            return bool(fresh)
+            probes = [self._probe(lesson, k) for k in (fresh[0], fresh[len(fresh) // 2])]
+            between = some_between(self.images, stamps, fresh)
+            self.held_out.add(Clip(lesson, fresh, between, probes), instead=grows)
+            return True
         self.lessons.add(lesson)
         held = self._held_stamps()
         free = [k for k, stamp in enumerate(stamps) if stamp not in held]
         if free:
-            # The oldest: the windows to come, one of which will be held out, have left it behind
             self.anchors.add(self._probe(lesson, free[0]))
-            self._note([stamps[free[0]]])
+            self._note(stamps[k] for k in free)
         return True
 
     def trainable(self, lesson: Lesson) -> list[Pair]:
@@ -141,7 +142,15 @@ class Inputs:
             _remember(self._trained, stamp, None, TRAINED)
 
     def _held_stamps(self) -> set[int]:
-        return {stamp for held in self.held_out for stamp in held.lesson.window.stamps.tolist()}
+        return {stamp for clip in self.held_out for stamp in clip.stamps}
+
+    def _grows(self, stamps: list[int]) -> bool:
+        """Return whether a window of these keyframes shows all of the newest clip, and more."""
+        return bool(len(self.held_out)) and set(self.held_out[-1].keyframes) < set(stamps)
+
+    def _others(self, grows: bool) -> list[Clip]:
+        """Return the clips, without the newest where another one takes its place."""
+        return list(self.held_out)[:-1 if grows else None]
 
     def _probe(self, lesson: Lesson, k: int) -> Probe:
         """Return a known warp of the k-th image of a lesson."""

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from torch import nn, Tensor
 
-from . import gate
 from .candidate import Candidate
-from .gate import Evidence, Verdict
+from .evidence import Evidence, gather
 from .inputs import Inputs
 from .objectives import Objective, OBJECTIVES
 from .options import LearnerOptions
 from .probe import known_warp_loss
+from .verdict import consider, Known, Verdict
 from ..bundle.options import BundleOptions
 from ..bundle.window import Window
 from ..geometry.camera import Camera
@@ -66,8 +66,7 @@ class Learner:
         self.version = info.version  #: of the weights in use
         # What was in use, oldest first
         self._history = [weights.dumps(matcher, info.version, info.parent)]
-        # Of the incumbent, with the number of windows it is of
-        self._evidence: tuple[int, Evidence] | None = None
+        self._known: Known = {}  # of the weights in use
         self._turn = 0
         self._rest_until = 0.0
         self._device = next(matcher.parameters()).device
@@ -112,7 +111,7 @@ class Learner:
         ``held_out`` says whether it is to judge by, not to learn from; where None, one of
         ``LearnerOptions.held_out`` is.
         """
-        if not self.enabled or not self.inputs.is_new(window):
+        if not self.enabled or not self.inputs.is_new(window, held_out):
             return False
         made_by = self.inputs.oldest_model(window)
         if made_by is not None and made_by < self.version - self.options.max_age:
@@ -211,17 +210,17 @@ class Learner:
             return None
         started = time.monotonic()
         self._judged = self.step_count
-        if self._evidence is None or self._evidence[0] != self.windows:
-            incumbent, _ = weights.loads(self.weights())
-            self._evidence = self.windows, self.gather(incumbent.to(self._device))
-        candidate = self.candidate.average.module
-        evidence = self.gather(candidate)
-        mark, reason, figures = gate.judge(evidence, self._evidence[1])
+        incumbent = weights.loads(self.weights())[0].to(self._device)
+        judgement, taken = consider(
+            self.candidate.average.module, incumbent, list(self.inputs.held_out), self.bundle,
+            self._known
+        )
+        mark, reason = judgement.mark, judgement.reason
         self._worse = self._worse + 1 if mark < 0 else 0
         self._idle = 0 if mark > 0 else self._idle + 1
         if mark > 0:
-            self.use(candidate, parent=self.version)
-            self._evidence = self.windows, evidence
+            self.use(taken, parent=self.version)
+            self._known = judgement.evidence
             self.promotions += 1
         patience = self.options.patience
         rolled_back = self._worse >= patience or self._idle >= 2 * patience
@@ -230,15 +229,13 @@ class Learner:
             reason += '; the candidate goes back to the weights in use'
         self._took(started)
         self.last_verdict = Verdict(
-            self.step_count, mark > 0, rolled_back, self.version, reason, figures
+            self.step_count, mark > 0, rolled_back, self.version, reason, judgement.figures
         )
         return self.last_verdict
 
-    def gather(self, matcher: nn.Module) -> Evidence:
-        """Return the evidence of a model on what is held out."""
-        held_out = [(held.lesson, held.pairs) for held in self.inputs.held_out]
-        probes = [probe for held in self.inputs.held_out for probe in held.probes]
-        return gate.gather(matcher, held_out, probes, self.bundle)
+    def gather(self, matcher: nn.Module) -> list[Evidence]:
+        """Return the evidence of a model on all that is held out."""
+        return [gather(matcher, clip, self.bundle) for clip in self.inputs.held_out]
 
     def weights(self) -> bytes:
         """Return the weights file of what is in use."""
@@ -247,7 +244,7 @@ class Learner:
     def use(self, matcher: nn.Module, parent: int) -> None:
         """Let the robot use a matcher from now on; the version grows."""
         self.version += 1
-        self._evidence = None
+        self._known = {}
         self._history.append(weights.dumps(matcher, self.version, parent))
         del self._history[1:-10]  # the first and the last ten
 
@@ -320,7 +317,7 @@ class Learner:
         self.inputs.windows = max(self.inputs.windows, windows)
         self.inputs.last_stamp = last_stamp
         self._history, self.version = list(history), info.version
-        self._evidence = None
+        self._known = {}
 
     # ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,11 @@ class Memory(Generic[Item]):
         self._items: list[tuple[int, Item]] = []
         self._count = 0
 
-    def add(self, item: Item) -> None:
+    def add(self, item: Item, instead: bool = False) -> None:
+        """Remember an item, in the newest one's place if ``instead``."""
+        if instead:
+            self._items[-1] = self._items[-1][0], item
+            return
         self._items.append((self._count, item))
         self._count += 1
         if len(self._items) <= self.most:

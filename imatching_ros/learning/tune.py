@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,19 +11,22 @@ import numpy as np
 from torch import nn
 
 from . import checkpoints
-from .gate import Verdict
 from .learner import Learner, StepResult
 from .options import LearnerOptions
+from .verdict import Verdict
 from .. import files
 from ..bundle.bundle import Bundle
 from ..geometry.camera import Camera
 from ..matching import weights
 from ..matching.tracker import Tracker, TrackerOptions
-from ..pipeline import track_and_solve
+from ..pipeline import Frame, track_and_solve
 
 GAP = 5  #: images between those that train and those that judge
 VALIDATION = 0.15  #: of each recording's images, the last ones, judge
 PATIENCE = 5  #: verdicts in a row without a promotion, after which there is no more to gain
+#: Where recordings give fewer windows to learn from, keyframes are set twice as densely, and
+#: twice again: offline nothing hurries, and a short clip has no other windows.
+ENOUGH, DENSITIES = 6, (1, 2, 4)
 
 
 class Images(Protocol):
@@ -77,56 +80,30 @@ def tune(
     Fine-tune on recordings: in each epoch all are tracked and solved, then learned from.
 
     Each recording is split by time: its first images train, the last ``VALIDATION`` of them, after
-    a gap, are the gate's, where they give a window. It ends after ``steps``, or where the gate has
-    promoted nothing in ``PATIENCE`` verdicts in a row. folder: of checkpoints; where one is there
-    that the same call has left behind, the run goes on from it, to the same bits. on_frame is told
-    after each image how many have been tracked, and how many will be. Raises ValueError where the
-    checkpoints are another call's, TooFewWindowsError where the recordings gave too few windows to
-    learn from and to judge by.
+    a gap, are the gate's, where they give a window. Short ones get denser keyframes. It ends after
+    ``steps``, or where the gate has promoted nothing in ``PATIENCE`` verdicts in a row. folder: of
+    checkpoints; where one is there that the same call has left behind, the run goes on from it, to
+    the same bits. on_frame is told after each image how many have been tracked, and how many will
+    be. Raises ValueError where the checkpoints are another call's, TooFewWindowsError where the
+    recordings gave too few windows to learn from and to judge by.
     """
     options = options or LearnerOptions()
 
-    def count(part: Callable[[int], tuple[int, int]]) -> int:
-        return sum(len(range(*part(len(images)))) for _, images in recordings)
-
-    seen = {'done': 0, 'total': count(_last) + epochs * count(_first)}
+    tracking = tracker_options or TrackerOptions()
     job = {
         'start': info.sha256, 'images': [len(images) for _, images in recordings],
         'steps': steps, 'epochs': epochs,
-        'options': asdict(options), 'tracker': asdict(tracker_options or TrackerOptions()),
+        'options': asdict(options), 'tracker': asdict(tracking),
     }
-    learner = Learner(matcher, info, recordings[0][0], options)
+    showing = _Showing(recordings, tracking, epochs, on_frame)
     history, idle = History(), 0
     earlier = _earlier(folder, job)  # the weights that each epoch of an interrupted run began with
     for epoch in range(epochs):
-        begins_with = earlier[epoch] if epoch < len(earlier) else learner.weights()
-        in_use, in_use_info = weights.loads(begins_with)
-
-        def watch(
-            part: Callable[[int], tuple[int, int]], held_out: bool | None,
-            in_use=in_use, version=in_use_info.version,
-        ) -> None:
-            for camera, images in recordings:
-                learner.start_recording(camera)
-                tracker = Tracker(in_use, version, camera, tracker_options)
-                bundle = Bundle(camera, learner.bundle)
-                for frame in track_and_solve(images, tracker, bundle, *part(len(images))):
-                    learner.recalibrate(frame.camera)
-                    learner.add_image(frame.stamp, frame.image)
-                    learner.add_correspondences(frame.correspondences)
-                    if frame.estimate.window is not None:
-                        learner.add_window(frame.estimate.window, held_out)
-                    seen['done'] += 1
-                    on_frame(**seen)
-
         if epoch == 0:
-            watch(_last, True)
-            judged = learner.windows > 0
-            if not judged:
-                seen['total'] = seen['done'] + epochs * count(_all)
-        # Where the last images are too few to give a window, all train but for one window in so
-        # many
-        watch(_first if judged else _all, False if epoch or judged else None)
+            learner = showing.first(matcher, info, options)
+        begins_with = earlier[epoch] if epoch < len(earlier) else learner.weights()
+        if epoch:
+            showing.again(learner, *weights.loads(begins_with))
         if epoch + 1 < len(earlier):
             continue  # the interrupted run has learned from it
         if epoch + 1 == len(earlier):
@@ -158,12 +135,89 @@ def tune(
     return learner, history
 
 
-def _first(count: int) -> tuple[int, int]:
+class _Showing:
+    """Shows the recordings to a learner, once for each epoch, in windows that are dense enough."""
+
+    def __init__(
+        self, recordings: Sequence[Recording], tracking: TrackerOptions, epochs: int,
+        on_frame: Callable[[int, int], None],
+    ) -> None:
+        self.recordings, self.tracking, self.on_frame = recordings, tracking, on_frame
+        self.parallax, self.done, self.epochs = tracking.parallax, 0, epochs
+        self.part = first_images  # that trains
+        self.total = self._all_in_all(first_images)
+
+    def first(
+        self, matcher: nn.Module, info: weights.WeightsInfo, options: LearnerOptions
+    ) -> Learner:
+        """Return a learner that has seen all once."""
+        for density in DENSITIES:
+            if density > 1:
+                options = replace(options, new_keyframes=1)
+                self.total = self.done + self._all_in_all(first_images)
+            self.tracking = replace(self.tracking, parallax=self.parallax / density)
+            learner = Learner(matcher, info, self.recordings[0][0], options)
+            self.part = first_images
+            self._show(learner, matcher, info, last_images, True)
+            if learner.windows > 0:
+                self._show(learner, matcher, info, first_images, False)
+            else:
+                # The last images are too few to give a window: all train but for one window in so
+                # many
+                self.part = _all
+                self.total = self.done + self.epochs * self._count(_all)
+                self._show(learner, matcher, info, _all, None)
+            if len(learner.inputs.lessons) >= ENOUGH and len(learner.inputs.held_out):
+                break
+        return learner
+
+    def again(self, learner: Learner, matcher: nn.Module, info: weights.WeightsInfo) -> None:
+        """Show what trains, tracked by other weights."""
+        self._show(learner, matcher, info, self.part, False)
+
+    def _show(
+        self, learner: Learner, matcher: nn.Module, info: weights.WeightsInfo,
+        part: Callable[[int], tuple[int, int]], held_out: bool | None,
+    ) -> None:
+        for camera, images in self.recordings:
+            tracker = Tracker(matcher, info.version, camera, self.tracking)
+            for _ in watch(learner, images, tracker, held_out, *part(len(images))):
+                self.done += 1
+                self.on_frame(self.done, self.total)
+
+    def _all_in_all(self, part: Callable[[int], tuple[int, int]]) -> int:
+        return self._count(last_images) + self.epochs * self._count(part)
+
+    def _count(self, part: Callable[[int], tuple[int, int]]) -> int:
+        return sum(len(range(*part(len(images)))) for _, images in self.recordings)
+
+
+def watch(
+    learner: Learner, images: Images, tracker: Tracker, held_out: bool | None,
+    first: int = 0, last: int | None = None,
+) -> Iterator[Frame]:
+    """
+    Let a learner see a recording's images, ``first`` to before ``last``; yield each, seen.
+
+    ``held_out`` as in :meth:`Learner.add_window`.
+    """
+    learner.start_recording(tracker.camera)
+    bundle = Bundle(tracker.camera, learner.bundle)
+    for frame in track_and_solve(images, tracker, bundle, first, last):
+        learner.recalibrate(frame.camera)
+        learner.add_image(frame.stamp, frame.image)
+        learner.add_correspondences(frame.correspondences)
+        if frame.estimate.window is not None:
+            learner.add_window(frame.estimate.window, held_out)
+        yield frame
+
+
+def first_images(count: int) -> tuple[int, int]:
     """Return the images, first and last (exclusive), that train."""
-    return 0, max(_last(count)[0] - GAP, 0)
+    return 0, max(last_images(count)[0] - GAP, 0)
 
 
-def _last(count: int) -> tuple[int, int]:
+def last_images(count: int) -> tuple[int, int]:
     """Return the images, first and last (exclusive), that judge."""
     return count - round(VALIDATION * count), count
 

@@ -31,9 +31,9 @@ from .. import files
 from ..bundle.options import BundleOptions
 from ..geometry.camera import Camera
 from ..learning import checkpoints
-from ..learning.gate import Verdict
 from ..learning.learner import Learner, StepResult
 from ..learning.options import LearnerOptions
+from ..learning.verdict import Verdict
 from ..matching import weights
 
 NICE = 10  #: whoever drives the robot comes first on a busy machine
