@@ -1,26 +1,21 @@
 """Lessons, and the probes whose truth is known."""
 
-import copy
 from dataclasses import replace
 
 import cv2
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions
-from imatching_ros.learning import lesson as lesson_module
 from imatching_ros.learning.lesson import (
     encode,
     make_lesson,
-    match,
-    objective,
     rematch,
     resolve,
     select,
     survivors_of,
 )
-from imatching_ros.learning.probe import known_warp_loss, make_probe, probe_error
+from imatching_ros.learning.probe import make_probe, probe_error
 from imatching_ros.matching.families.expectation import ExpectationMatcher
 from imatching_ros.matching.warps import apply_homography
-from lessons import taught
 import numpy as np
 import pytest
 import torch
@@ -84,37 +79,6 @@ def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
         for m in again.messages
     ]
     assert resolve(replace(again, messages=broken), BundleOptions(min_landmarks=100)) is None
-
-
-def test_sparing_memory_changes_no_gradient(shipped, night, events, monkeypatch):
-    learner = taught(shipped, night, events)
-    lesson, probe, bundle = learner.inputs.lessons[0], learner.inputs.anchors[0], learner.bundle
-    lesson = resolve(rematch(shipped[0], lesson), bundle)
-    survivors = survivors_of(lesson, bundle.prune_px)
-
-    def gradient():
-        matcher, kept = copy.deepcopy(shipped[0]), []
-
-        def keep(tensor):
-            kept.append(tensor.nbytes)
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            matches = match(matcher, lesson, lesson.pairs)
-            fine, coarse, rows = objective(
-                lesson, survivors, lesson.pairs, matches, bundle.adjust.kernel
-            )
-            loss = fine / rows + coarse + known_warp_loss(matcher, probe)
-        loss.backward()
-        return [parameter.grad for parameter in matcher.parameters()], sum(kept)
-
-    spared, little = gradient()
-    monkeypatch.setattr(lesson_module, 'checkpoint', lambda f, *inputs, **_: f(*inputs))
-    plain, much = gradient()
-    for one, two in zip(spared, plain, strict=True):
-        assert (one is None and two is None) or torch.equal(one, two)
-    assert any(grad is not None and bool(grad.any()) for grad in plain)
-    assert little < much / 10, (little, much)
 
 
 def test_the_truth_of_a_probe_is_where_the_scene_went(day):

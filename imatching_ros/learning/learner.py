@@ -151,16 +151,13 @@ class Learner:
         self._steps_left -= 1
         objective, candidate = self._objective, self.candidate
         pairs = objective.usable(self.inputs.trainable(objective.lesson))
-        # Neighbours share their references, so that few images are encoded for many pairs
-        frames = sorted({pair.target for pair in pairs})
-        first = draw.randrange(max(len(frames) - self.options.targets, 0) + 1)
-        chosen = frames[first:first + self.options.targets]
-        pairs = [pair for pair in pairs if pair.target in chosen]
+        # Few images, for they are what costs: a pair teaches nearly what six do
+        pairs = draw.sample(pairs, min(self.options.pairs, len(pairs)))
         fine, coarse, rows = objective.loss(candidate.matcher, pairs)
         if rows == 0:
             return None
         loss = fine / rows + self.options.coarse * coarse
-        if self.options.anchor > 0:
+        if self.options.anchor > 0 and self._turn % self.options.anchor_every == 0:
             anchor = draw.choice(self.inputs.anchors)
             loss = loss + self.options.anchor * known_warp_loss(candidate.matcher, anchor)
         if not candidate.descend(loss, self.options.rate, self.options.clip):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..bundle.observations import index_of, Observations, select, surviving
 from ..bundle.options import BundleOptions
@@ -91,19 +90,6 @@ def make_lesson(
     return Lesson(camera, [images[stamp] for stamp in stamps], ours, window, pairs)
 
 
-def sparing(function: Callable[..., Any], *inputs: Any) -> Any:
-    """
-    Return the function's outputs, and for their gradient keep no more than the inputs.
-
-    The backward pass computes the rest again: the same gradient, to the bit, at the peak memory
-    of one image's or one pair's activations instead of those of all, and at the time of one more
-    forward pass.
-    """
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 def encode(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> dict[int, Any]:
     """Return the features of the images of some pairs, each encoded once, differentiable."""
     used = sorted({index for pair in pairs for index in (pair.reference, pair.target)})
@@ -113,7 +99,7 @@ def encode(matcher: Matcher, lesson: Lesson, pairs: list[Pair]) -> dict[int, Any
 def encode_image(matcher: Matcher, image: Tensor) -> Any:
     """Return the features of an image (1, 1, H, W) uint8, differentiable."""
     device = next(matcher.parameters()).device
-    return sparing(lambda: matcher.encode(image.to(device, torch.float32) / 255))
+    return matcher.encode(image.to(device, torch.float32) / 255)
 
 
 def match(
@@ -135,9 +121,8 @@ def match(
             queries[pair.reference] if queries else lesson.messages[pair.target].ref_uv[pair.rows]
         )
         matches.append(
-            sparing(
-                matcher.match, features[pair.reference], features[pair.target],
-                asked.to(device).unsqueeze(0),
+            matcher.match(
+                features[pair.reference], features[pair.target], asked.to(device).unsqueeze(0)
             )
         )
     return matches

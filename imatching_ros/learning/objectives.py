@@ -68,8 +68,8 @@ class BundleObjective:
         return cls(lesson, survivors_of(lesson, options.prune_px), options.adjust.kernel)
 
     def usable(self, pairs: list[Pair]) -> list[Pair]:
-        """Return the pairs, for each of them has rows."""
-        return pairs
+        """Return the pairs that have a survivor."""
+        return [pair for pair in pairs if len(self.survivors.of(pair)[0])]
 
     def loss(self, matcher: Matcher, pairs: list[Pair]) -> tuple[Tensor, Tensor, int]:
         """Return the loss of some pairs by equation 7."""

@@ -20,7 +20,8 @@ class LearnerOptions:
     coarse: float = 0.2  #: weight of the coarse head's loss
     #: weight of the known warps: windows show few views, and what they do not show is forgotten
     anchor: float = 0.3
-    targets: int = 2  #: keyframes j per step; each with all its references
+    anchor_every: int = 4  #: steps, of which one has an anchor
+    pairs: int = 1  #: of keyframes per step
     steps_per_solve: int = 5  #: gradient steps before the window is matched and solved anew
     lessons: int = 24  #: windows that are remembered, half of them of earlier places
     new_keyframes: int = 3  #: by which a window must differ from the last one remembered

@@ -144,9 +144,10 @@ class Encoder(nn.Module):
             p.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
             for p in (self.up_2.weight, self.up_2.bias)
         )
-        finer = F.conv2d(y4, *by_pixel).unflatten(1, (2, 2, -1)).permute(0, 3, 4, 1, 5, 2)
-        y2 = self.from_2(x2).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)) + finer
-        y2 = y2.flatten(4).flatten(2, 3)
+        # Channels stay last: the gradient of any other order is copied three times
+        finer = F.conv2d(y4, *by_pixel).permute(0, 2, 3, 1).unflatten(3, (2, 2, -1))
+        y2 = self.from_2(x2).permute(0, 2, 3, 1).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        y2 = (y2 + finer.transpose(2, 3)).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
         return self.coarse_head(y8), self.fine_head(y2), self.reliability_head(y4)
 
     def reliability(self, features: Features, uv: Tensor) -> Tensor:
@@ -205,14 +206,14 @@ def sample_fine(fine: Tensor, uv: Tensor) -> Tensor:
     """
     batch, h, w, channels = fine.shape
     last = uv.new_tensor([w - 1, h - 1])
-    at = ((uv + 0.5) / FINE - 0.5).clamp(min=torch.zeros_like(last), max=last)
+    at = ((uv + 0.5) / FINE - 0.5).clamp(min=torch.zeros_like(last), max=last).unsqueeze(1)
     cell = at.detach().floor()
-    right, below = (at - cell).unsqueeze(-2).unbind(-1)  # shares (B, N, 1)
-    first = torch.arange(batch, device=uv.device).view(-1, 1) * (h * w)
-    total = 0
-    for x, y in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        column, row = torch.minimum(cell + cell.new_tensor([x, y]), last).long().unbind(-1)
-        corner = fine.reshape(-1, channels).index_select(0, (first + row * w + column).flatten())
-        corner = F.normalize(corner.to(uv.dtype), dim=-1).view(batch, -1, channels)
-        total = total + (right if x else 1 - right) * (below if y else 1 - below) * corner
-    return total
+    step = uv.new_tensor([[0, 0], [1, 0], [0, 1], [1, 1]]).unsqueeze(1)  # to the corners (4, 1, 2)
+    beyond = at - cell
+    share = torch.where(step > 0, beyond, 1 - beyond).prod(-1, keepdim=True)  # (B, 4, N, 1)
+    column, row = torch.minimum(cell + step, last).long().unbind(-1)
+    first = torch.arange(batch, device=uv.device).view(-1, 1, 1) * (h * w)
+    # All at once: each selection has a gradient as large as the map
+    index = (first + row * w + column).flatten()
+    corner = fine.reshape(-1, channels).index_select(0, index).to(uv.dtype)
+    return (share * F.normalize(corner, dim=-1).view(batch, 4, -1, channels)).sum(1)
