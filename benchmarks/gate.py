@@ -42,10 +42,10 @@ from imatching_ros.learning import objectives
 from imatching_ros.learning.candidate import interpolated
 from imatching_ros.learning.learner import Learner
 from imatching_ros.learning.options import LearnerOptions
-from imatching_ros.learning.tune import first_images, last_images, watch
+from imatching_ros.learning.tune import Showing
 from imatching_ros.learning.verdict import consider
 from imatching_ros.matching import weights
-from imatching_ros.matching.tracker import Tracker
+from imatching_ros.matching.tracker import TrackerOptions
 from matplotlib.figure import Figure
 import numpy as np
 from rich.console import Console
@@ -128,13 +128,8 @@ class Bank:
 
 def seen(bank: Bank, count: int, camera: Camera, seed: int) -> Learner:
     """Return a learner that saw the first images of a recording, and judges by some of them."""
-    learner = bank.learner(camera, seed=seed)
-    images = Part(bank.recording, count)
-    for part, held_out in ((last_images, True), (first_images, False)):
-        tracker = Tracker(bank.shipped, bank.info.version, camera)
-        for _ in watch(learner, images, tracker, held_out, *part(count)):
-            pass
-    return learner
+    showing = Showing([(camera, Part(bank.recording, count))], TrackerOptions(), 1)
+    return showing.first(bank.shipped, bank.info, LearnerOptions(seed=seed))
 
 
 def of_a_recording(bank: Bank, seed: int) -> Iterator[tuple[str, Learner]]:

@@ -21,6 +21,7 @@ def measured(tmp_path_factory):
         patch.setattr(gate, 'RUNS', {'learn': ({}, (2,)), 'rate10': ({'rate': 0.05}, (2,))})
         patch.setattr(gate, 'MIXES', (0.5,))
         patch.setattr(gate, 'NOISES', (0.3,))
+        patch.setattr('imatching_ros.learning.tune.ENOUGH', 1)
         rows = gate.Rows(folder / 'rows.json', ('scene', 'seed', 'candidate'), gate.console)
         gate.measure(options, rows, folder)
         again = gate.Rows(folder / 'rows.json', ('scene', 'seed', 'candidate'), gate.console)

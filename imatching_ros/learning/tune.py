@@ -95,7 +95,7 @@ def tune(
         'steps': steps, 'epochs': epochs,
         'options': asdict(options), 'tracker': asdict(tracking),
     }
-    showing = _Showing(recordings, tracking, epochs, on_frame)
+    showing = Showing(recordings, tracking, epochs, on_frame)
     history, idle = History(), 0
     earlier = _earlier(folder, job)  # the weights that each epoch of an interrupted run began with
     for epoch in range(epochs):
@@ -135,12 +135,12 @@ def tune(
     return learner, history
 
 
-class _Showing:
+class Showing:
     """Shows the recordings to a learner, once for each epoch, in windows that are dense enough."""
 
     def __init__(
         self, recordings: Sequence[Recording], tracking: TrackerOptions, epochs: int,
-        on_frame: Callable[[int, int], None],
+        on_frame: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self.recordings, self.tracking, self.on_frame = recordings, tracking, on_frame
         self.parallax, self.done, self.epochs = tracking.parallax, 0, epochs
