@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import rclpy
+from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.qos import QoSProfile
 from rosgraph_msgs.msg import Clock
@@ -24,6 +25,8 @@ from .stamps import to_header, to_stamp
 from ..data.recording import RecordingError
 from ..data.stamps import LEAP_NS
 from ..data.video import open_images
+
+DELIVERY_S = 5.0  #: for the last images to arrive, at the end
 
 
 class PlayerNode(Node):
@@ -97,6 +100,9 @@ class PlayerNode(Node):
             self._camera_info.publish(camera_to_info(camera, head))
             self._images.publish(image_from_recording(message, stamp))
             images += 1
+        for publisher in (self._camera_info, self._images):
+            # A process that ends takes with it what has not been delivered
+            publisher.wait_for_all_acked(Duration(seconds=DELIVERY_S))
         self.get_logger().info(f'the recording has ended: {images} images')
         for note in self.recording.notes():
             self.get_logger().warning(note)
