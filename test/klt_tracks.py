@@ -15,7 +15,7 @@ import torch
 _LK = {
     'winSize': (17, 17), 'maxLevel': 4,
     'criteria': (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 0.02)
-}  # fmt: skip
+}
 
 
 class KltTracker:
@@ -112,9 +112,8 @@ class KltTracker:
             np.concatenate([r[3] for r in rows]) if rows else np.zeros((0, 2), np.float32)
         )
         n = len(track)
+        xy, cov = self.camera.normalise(uv.double()).float(), torch.tensor([[1.0, 0.0, 1.0]])
         return Correspondences(
-            stamp, uv, self.camera.normalise(uv.double()).float(), ref_stamp,
-            torch.from_numpy(ref_uv),
-            torch.from_numpy(track), torch.ones(n), torch.tensor([[1.0, 0.0, 1.0]]).repeat(n, 1),
-            0,
-        )  # fmt: skip
+            stamp, uv, xy, ref_stamp, torch.from_numpy(ref_uv), torch.from_numpy(track),
+            torch.ones(n), cov.repeat(n, 1), 0,
+        )

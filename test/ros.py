@@ -56,14 +56,14 @@ class Ros:
             'ROS_DOMAIN_ID': str(self.domain), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1',
             # a ROS installation is itself on this path
             'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
-        }  # fmt: skip
+        }
         if stops:
             (logs / 'patient.xml').write_text(PATIENT)
             for name in ('FASTDDS_DEFAULT_PROFILES_FILE', 'FASTRTPS_DEFAULT_PROFILES_FILE'):
                 self.settings[name] = str(logs / 'patient.xml')
             self.settings |= {
                 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'SYSTEM_DEFAULT', 'ROS_LOCALHOST_ONLY': '0',
-            }  # fmt: skip
+            }
         self.context = Context()
         rclpy.init(
             args=[], context=self.context, domain_id=self.domain,
@@ -102,7 +102,7 @@ class Ros:
                 [sys.executable, '-m', f'imatching_ros.nodes.{role}', '--ros-args', *words],
                 stdout=log, stderr=subprocess.STDOUT, env=os.environ | self.settings,
                 start_new_session=True, cwd=self.logs,
-            )  # fmt: skip
+            )
         return self.processes[role]
 
     def end(self, role: str) -> None:

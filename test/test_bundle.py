@@ -28,9 +28,10 @@ class World:
     keyframes.
     """
 
-    def __init__(self, T, points, camera=CAMERA, every=3, past=2, noise_px=0.3, outliers=0.0,
-                 nan=0.0, missing=0.0,
-                 seed=0):  # fmt: skip
+    def __init__(
+        self, T, points, camera=CAMERA, every=3, past=2, noise_px=0.3, outliers=0.0, nan=0.0,
+        missing=0.0, seed=0,
+    ):
         self.T, self.points, self.camera = T, points, camera
         g = torch.Generator().manual_seed(seed)
         xy, depth = triangulation.reproject(T[:, None], points)  # (F, P, 2)
@@ -77,11 +78,12 @@ class World:
         uv = torch.cat([r[2] for r in rows]).float() if rows else torch.zeros(0, 2)
         ref = [torch.full((len(r[1]),), self.stamps[r[0]], dtype=torch.int64) for r in rows]
         ref_uv = [measured[r[0]][r[1]].float() for r in rows]
+        xy, cov = self.camera.normalise(uv.double()).float(), torch.tensor([[0.25, 0.0, 0.25]])
         return Correspondences(
-            self.stamps[i], uv, self.camera.normalise(uv.double()).float(),
-            torch.cat(ref) if rows else track, torch.cat(ref_uv) if rows else uv, track,
-            torch.ones(len(track)), torch.tensor([[0.25, 0.0, 0.25]]).repeat(len(track), 1), 0,
-        )  # fmt: skip
+            self.stamps[i], uv, xy, torch.cat(ref) if rows else track,
+            torch.cat(ref_uv) if rows else uv, track, torch.ones(len(track)),
+            cov.repeat(len(track), 1), 0,
+        )
 
 
 def cloud(n=400, low=(-6, -3, 2), high=(6, 3, 12), seed=0):
@@ -208,9 +210,9 @@ def test_the_map_begins_when_the_camera_begins_to_move():
 
 def test_a_rotation_on_the_way_makes_no_false_landmarks():
     before = path(30)
-    turning = lie.retract(before[-1:].expand(12, 7), torch.cat((
-        torch.zeros(12, 4), 0.02 * torch.arange(1, 13)[:, None], torch.zeros(12, 1)),
-        -1).double())  # fmt: skip
+    turns = torch.zeros(12, 6, dtype=torch.float64)
+    turns[:, 4] = 0.02 * torch.arange(1, 13)
+    turning = lie.retract(before[-1:].expand(12, 7), turns)
     world = World(
         torch.cat((before, turning)), cloud(1500, low=(-12, -4, 2), high=(12, 4, 12)), outliers=0.1
     )
@@ -304,9 +306,8 @@ def covered(world, first, last, fresh_tracks):
         offset = 100_000 if fresh_tracks and i >= last else 0
         messages.append(Correspondences(
             m.stamp, m.uv[rows], m.xy[rows], m.ref_stamp[rows], m.ref_uv[rows],
-            m.track[rows] + offset,
-            m.score[rows], m.cov[rows], 0,
-        ))  # fmt: skip
+            m.track[rows] + offset, m.score[rows], m.cov[rows], 0,
+        ))
     return messages
 
 
@@ -379,17 +380,15 @@ def test_bad_options_are_named(changes, says):
 @settings(deadline=None, max_examples=12)
 @given(
     st.integers(0, 10**6), st.integers(3, 10), st.floats(0, 0.5), st.floats(0, 0.5),
-    st.floats(0, 0.2),
-    st.sampled_from(list(MOTIONS)), st.integers(1, 4), st.integers(1, 3),
-)  # fmt: skip
+    st.floats(0, 0.2), st.sampled_from(list(MOTIONS)), st.integers(1, 4), st.integers(1, 3),
+)
 def test_whatever_comes_the_windows_are_sound(
     seed, size, outliers, missing, nan, motion, every, past
 ):
     world = World(
         path(24, **MOTIONS[motion]), cloud(250, seed=seed), outliers=outliers, missing=missing,
-        nan=nan, seed=seed,
-        every=every, past=past,
-    )  # fmt: skip
+        nan=nan, seed=seed, every=every, past=past,
+    )
     options = BundleOptions(keyframes=size)
     bundle = Bundle(CAMERA, options)
     for i, message in enumerate(world.messages):

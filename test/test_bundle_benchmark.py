@@ -10,9 +10,8 @@ import pytest
 
 KEYS = {
     'keyframes', 'points', 'observations', 'solver', 'backend', 'dtype', 'threads',
-    'ms_per_iteration',
-    'ms_to_1e-4', 'ms_to_1e-6', 'iterations_to_1e-6', 'final_cost', 'peak_mb',
-}  # fmt: skip
+    'ms_per_iteration', 'ms_to_1e-4', 'ms_to_1e-6', 'iterations_to_1e-6', 'final_cost', 'peak_mb',
+}
 
 
 @pytest.mark.skipif(not compiled(), reason='numba is not installed')

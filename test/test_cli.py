@@ -71,7 +71,7 @@ def test_a_camera_does_not_swallow_the_recording(words, camera, bag):
         ('replay', []), ('evaluate', []), ('export', ['--map', 'map']),
         ('tune', ['--out', 'w.safetensors']),
     ],
-)  # fmt: skip
+)
 def test_every_command_takes_a_camera(tmp_path, capsys, monkeypatch, command, more):
     """Each says what is wrong with the one that is given, and without one how to give it."""
     monkeypatch.chdir(tmp_path)
@@ -283,12 +283,14 @@ def test_paths_are_printed_as_they_are(tmp_path, monkeypatch, capsys, daylight):
 
 @pytest.mark.parametrize(
     'arguments',
-    [[], ['fly'], ['tune', 'bag'], ['tune', 'bag', '--out', 'w', '--train-fraction', '1.5'],
-     ['evaluate'],
-     ['replay', 'bag', '--train-fraction', 'nan'],
-     ['tune', 'bag', '--out', 'w', '--steps', 'many']],
+    [
+        [], ['fly'], ['evaluate'], ['tune', 'bag'],
+        ['tune', 'bag', '--out', 'w', '--train-fraction', '1.5'],
+        ['tune', 'bag', '--out', 'w', '--steps', 'many'],
+        ['replay', 'bag', '--train-fraction', 'nan'],
+    ],
     ids=' '.join,
-)  # fmt: skip
+)
 def test_wrong_arguments_end_with_code_2_and_the_usage(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -489,8 +491,8 @@ def test_pairs_are_of_images_that_can_be_used(spoilt, daylight):
 def test_export_and_evaluate_leave_out_what_cannot_be_used(spoilt, tmp_path, capsys):
     cli.main(['export', str(spoilt), '--map', str(tmp_path / 'map')])
     said_of(spoilt, capsys.readouterr().out)
-    stamps = [float(line.split()[0]) for line in open(tmp_path / 'map' / 'trajectory.txt')
-              if line[0] != '#']  # fmt: skip
+    lines = (tmp_path / 'map' / 'trajectory.txt').read_text().splitlines()
+    stamps = [float(line.split()[0]) for line in lines if line[0] != '#']
     assert len(stamps) > 5 and stamps == sorted(stamps)
     cli.main(['evaluate', str(spoilt), '--pairs', '2'])
     said_of(spoilt, capsys.readouterr().out)

@@ -128,8 +128,8 @@ def test_triangulation_and_survivors(seed, known):
 @pytest.mark.parametrize('held', [False, True])
 def test_rounds_of_prune_and_adjust(seed, held):
     T, p, posed = scene(seed)
-    T = lie.retract(T, 0.01 * torch.randn(len(T), 6, generator=torch.Generator().manual_seed(seed),
-                                          dtype=torch.float64))  # fmt: skip
+    g = torch.Generator().manual_seed(seed)
+    T = lie.retract(T, 0.01 * torch.randn(len(T), 6, generator=g, dtype=torch.float64))
     p[::3] = torch.nan
     both = [solver(posed, T, p, backend) for backend in ('eager', 'cpu')]
     for one in both:

@@ -81,7 +81,7 @@ def test_a_map_is_a_trajectory_and_a_cloud_in_order(tmp_path):
     assert head.decode().splitlines() == [
         'ply', 'format binary_little_endian 1.0', 'element vertex 2',
         'property float x', 'property float y', 'property float z',
-    ]  # fmt: skip
+    ]
     assert np.frombuffer(body, '<f4').reshape(-1, 3).tolist() == [[1, 2, 3], [0.5, -1, 2]]
     files.write_map(tmp_path, {}, {})
     assert b'element vertex 0\n' in (tmp_path / files.LANDMARKS).read_bytes()

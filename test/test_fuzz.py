@@ -52,16 +52,15 @@ FRAMES = 24
 LIMITS = {
     f'{sign}int{bits}': (0 if sign else -(2 ** (bits - 1)), 2 ** (bits - (not sign)) - 1)
     for sign in ('', 'u') for bits in (8, 16, 32, 64)
-} | {'byte': (0, 255), 'octet': (0, 255)}  # fmt: skip
+} | {'byte': (0, 255), 'octet': (0, 255)}
 NUMBERS = (
     0.0, -0.0, 1.0, -1.0, 1e-40, 1e-12, 1e12, 1e38, 1e300, float('nan'), float('inf'),
     -float('inf'),
 )
 WORDS = (
     '', 'mono8', 'rgb8', 'mono16', 'bayer_rggb8', '32FC1', 'yuv422', 'plumb_bob', 'equidistant',
-    'rational_polynomial',
-    'x', 'id', 'jpeg', 'two\nlines', 'é' * 50, '%s{}', 'x' * 5000,
-)  # fmt: skip
+    'rational_polynomial', 'x', 'id', 'jpeg', 'two\nlines', 'é' * 50, '%s{}', 'x' * 5000,
+)
 
 
 def spoilt(rng: np.random.Generator, message):
@@ -171,10 +170,12 @@ def compressed():
 
 
 def infos():
-    lenses = [('none', ()), ('plumb_bob', (0.1, 0.01, 0.001, 0.001, 0.0)),
-              ('equidistant', (0.1, 0.01, 0.001, 0.001)),
-              ('rational_polynomial', (0.1, 0.01, 0.001, 0.001, 0.0, 0.1, 0.01, 0.0))]  # fmt: skip
-    cameras = [Camera(64, 48, 50.0, 50.0, 31.5, 23.5, *lens) for lens in lenses]
+    lenses = {
+        'none': (), 'plumb_bob': (0.1, 0.01, 0.001, 0.001, 0.0),
+        'equidistant': (0.1, 0.01, 0.001, 0.001),
+        'rational_polynomial': (0.1, 0.01, 0.001, 0.001, 0.0, 0.1, 0.01, 0.0),
+    }
+    cameras = [Camera(64, 48, 50.0, 50.0, 31.5, 23.5, *lens) for lens in lenses.items()]
     return [camera_to_info(camera, head(0)) for camera in cameras]
 
 
@@ -318,10 +319,12 @@ def test_fuzz_camera_info(fed):
     """Images come all the while; in the end a good calibration brings all back."""
     matcher = fed(MatcherNode, processing_mode='all', queries=8, references=1)
     pictures = images()
-    storm(
-        matcher, 'camera_info', infos(), 2,
-        between=lambda index: index % 20 or matcher.feed('image', pictures[index // 20 % FRAMES]),
-    )  # fmt: skip
+
+    def between(index: int) -> None:
+        if index % 20 == 0:
+            matcher.feed('image', pictures[index // 20 % FRAMES])
+
+    storm(matcher, 'camera_info', infos(), 2, between=between)
     matcher.drain()
     matcher.calibrate(CAMERA)
     before = matcher.node.health.processed
@@ -418,7 +421,7 @@ def test_fuzz_over_the_wire(tmp_path):
             'external_odometry': [
                 Odometry(header=head(frame), child_frame_id='camera') for frame in range(FRAMES)
             ],
-        }  # fmt: skip
+        }
         ends = {'camera_info': 3, 'correspondences': 2}
         publishers = {}
         for topic, each in good.items():
@@ -473,10 +476,11 @@ def test_fuzz_over_the_wire(tmp_path):
         for cloud in clouds():  # of long before: the clock goes back, and a new map begins
             publishers['correspondences'].publish(cloud)
         ros.wait(lambda: len(poses) > last)
-        for role, sentence in {
+        sentences = {
             'matcher': 'the weights message: ', 'bundle': 'external_odometry: ',
             'learner': 'camera_info: ',
-        }.items():  # fmt: skip
+        }
+        for role, sentence in sentences.items():
             log = ros.log(role)
             assert sentence in log and 'unexpected' not in log and 'Traceback' not in log, log
     finally:

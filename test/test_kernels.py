@@ -53,12 +53,31 @@ def package(tmp_path):
     return tmp_path / 'package'
 
 
+@pytest.fixture(scope='module')
+def compiled_once(tmp_path_factory):
+    """Return a folder with a copy of the package in which an entry is compiled and kept."""
+    folder = tmp_path_factory.mktemp('compiled')
+    shutil.copytree(
+        SOURCE, folder / SOURCE.name, ignore=shutil.ignore_patterns('__pycache__')
+    )
+    compiled, good, kept = run(AGREEING, folder)
+    assert compiled > 0 and good == [True, True] and kept
+    return folder
+
+
+@pytest.fixture
+def built(compiled_once, tmp_path):
+    """Return a copy of that folder, which may be changed."""
+    shutil.copytree(compiled_once, tmp_path / 'built')
+    return tmp_path / 'built'
+
+
 def start(code, package, **environment):
     given = {'PYTHONPATH': str(package), 'PYTHONDONTWRITEBYTECODE': '1', **environment}
     return subprocess.Popen(
         [sys.executable, '-c', code], cwd=package, env=os.environ | given, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    )
 
 
 def run(code, package, **environment):
@@ -103,29 +122,25 @@ def test_two_processes_that_begin_at_once_compile_once(package, tmp_path):
     ('bundle/solver/problem.py', 'MIN_DEPTH = 1e-6', 'MIN_DEPTH = 1.0', [True, False]),
     ('bundle/solver/compiled/poses.py', '1 - 2 * (x * x + y * y)', '-1 - 2 * (x * x + y * y)',
      [False, False]),
-])  # fmt: skip
-def test_what_other_files_say_is_noticed(package, file, old, new, expected):
-    compiled, good, kept = run(AGREEING, package)
-    assert compiled > 0 and good == [True, True] and kept
-    path = package / SOURCE.name / file
+])
+def test_what_other_files_say_is_noticed(built, file, old, new, expected):
+    path = built / SOURCE.name / file
     text = path.read_text()
     assert text.count(old) == 1
     path.write_text('# A word more changes nothing.\n' + text)
-    assert run(AGREEING, package) == [0, [True, True], True]
+    assert run(AGREEING, built) == [0, [True, True], True]
     path.write_text(text.replace(old, new))
-    compiled, good, _ = run(AGREEING, package)
+    compiled, good, _ = run(AGREEING, built)
     assert compiled > 0 and good == expected
 
 
-def test_a_file_that_is_not_whole_is_compiled_anew(package, tmp_path):
-    folder = {'NUMBA_CACHE_DIR': str(tmp_path / 'kept')}
-    run(AGREEING, package, **folder)
-    (kept,) = (tmp_path / 'kept').glob('*.kernel')
+def test_a_file_that_is_not_whole_is_compiled_anew(built):
+    (kept,) = (built / SOURCE.name / '__pycache__').glob('*.kernel')
     whole = kept.read_bytes()
     kept.write_bytes(whole[: len(whole) // 2])
-    compiled, good, _ = run(AGREEING, package, **folder)
+    compiled, good, _ = run(AGREEING, built)
     assert compiled > 0 and good == [True, True]
-    assert run(AGREEING, package, **folder)[0] == 0
+    assert run(AGREEING, built)[0] == 0
 
 
 def test_where_no_folder_can_be_written_it_compiles_and_says_what_to_set(package):

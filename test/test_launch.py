@@ -279,7 +279,7 @@ def installed(tmp_path_factory):
     subprocess.run(
         [sys.executable, '-m', 'imatching_ros.kernels'], check=True,
         cwd=tmp_path_factory.mktemp('elsewhere'),
-    )  # fmt: skip
+    )
     return share / 'launch' / 'imatching.launch.py'
 
 
@@ -310,9 +310,8 @@ def launched(installed, tmp_path):
         with open(tmp_path / 'log', 'wb') as file:
             process = subprocess.Popen(
                 [sys.executable, '-c', RUN, str(installed), *given], stdout=file,
-                stderr=subprocess.STDOUT,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+                stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+            )
         processes.append(process)
         return Launched(process, tmp_path / 'log', domain)
 
@@ -394,7 +393,7 @@ def test_launch_plays_a_recording_and_ends_with_sigint(launched, room, composed)
     launch = launched(
         'namespace:=robot', 'image_topic:=/cam/image_raw', f'bag:={room}', f'composed:={composed}',
         'use_sim_time:=true',
-    )  # fmt: skip
+    )
     launch.until('the recording has ended: 10 images')
     launch.until(r'player_node-\d\]: process has finished cleanly')
     assert '[robot.matcher]: weights of version' in launch.log.read_text()

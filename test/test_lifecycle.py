@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +20,13 @@ import torch
 rclpy = pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
 from imatching_ros.bundle.window import Window  # noqa: E402,I100
+from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
-from imatching_ros.nodes import bundle, matcher, parameters  # noqa: E402
+from imatching_ros.nodes import bundle, condition, matcher, parameters  # noqa: E402
 from imatching_ros.nodes.bundle import BundleNode  # noqa: E402
 from imatching_ros.nodes.composed import SharedWeights  # noqa: E402
 from imatching_ros.nodes.images import camera_to_info  # noqa: E402
-from imatching_ros.nodes.learner import LearnerNode  # noqa: E402
+from imatching_ros.nodes.learner import LearnerNode, PARTS, UNJOINED  # noqa: E402
 from imatching_ros.nodes.matcher import draw, MatcherNode  # noqa: E402
 from imatching_ros.nodes.qos import latched, lossless  # noqa: E402
 from imatching_ros.nodes.stamps import to_header, to_ns, to_stamp  # noqa: E402
@@ -34,6 +36,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy  # noqa: E402
 from ros import CAMERA, image_message, picture, Ros, SECOND, START  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import CameraInfo, Image, PointCloud2  # noqa: E402
+from std_srvs.srv import SetBool  # noqa: E402
+from test_messages import window, window_messages  # noqa: E402
 
 BEST_EFFORT = ReliabilityPolicy.BEST_EFFORT
 TOPICS = {'matcher': '/correspondences', 'bundle': '/odometry', 'learner': '/weights'}
@@ -89,7 +93,7 @@ def test_lifecycle_five_cycles_leave_nothing_behind(ros):
         ros.wait(lambda before=before: len(matched) == before + 3)
         assert [to_ns(message.header.stamp) for message in matched[before:]] == [
             now - 2 * SECOND // 20, now - SECOND // 20, now
-        ]  # fmt: skip
+        ]
         for role in parameters.NODES:
             assert ros.change(role, 'deactivate'), ros.log(role)
             assert ros.state(role) == 'inactive'
@@ -140,12 +144,12 @@ def test_lifecycle_a_managed_node_refuses_configuration_and_lives_on(ros, tmp_pa
     ('topic', 'rectified', 'focal'),
     [
         ('/cam/image_raw', 'auto', 130.0), ('/cam/image_rect', 'auto', 99.0),
-        ('/image_rect_color', 'auto', 99.0),
-        ('/cam/image_rect/compressed', 'auto', 99.0), ('/cam/image_rect', 'never', 130.0),
-        ('/image', 'always', 99.0), ('/zed/left/rect/image', 'auto', 99.0),
-        ('/kitti/camera_gray_left/image', 'auto', 99.0), ('/cam/image', 'auto', 130.0),
+        ('/image_rect_color', 'auto', 99.0), ('/cam/image_rect/compressed', 'auto', 99.0),
+        ('/cam/image_rect', 'never', 130.0), ('/image', 'always', 99.0),
+        ('/zed/left/rect/image', 'auto', 99.0), ('/kitti/camera_gray_left/image', 'auto', 99.0),
+        ('/cam/image', 'auto', 130.0),
     ],
-)  # fmt: skip
+)
 def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(
     ros, topic, rectified, focal
 ):
@@ -153,7 +157,7 @@ def test_lifecycle_a_configured_node_knows_a_rectified_image_by_its_name(
     node = BundleNode(
         context=ros.context, cli_args=['--ros-args', '-r', f'{end}:={topic}'],
         parameter_overrides=[rclpy.Parameter('rectified', value=rectified)],
-    )  # fmt: skip
+    )
     node.start()
     info = camera_to_info(CAMERA, to_header(0, 'camera'))
     info.p[0] = info.p[5] = 99.0
@@ -202,7 +206,7 @@ def test_lifecycle_a_node_follows_a_camera_and_passes_over_what_is_none(ros):
 def test_lifecycle_a_node_says_where_nothing_tells_whether_images_are_rectified(ros):
     node = BundleNode(
         context=ros.context, cli_args=['--ros-args', '-r', 'image:=/cam/image'],
-    )  # fmt: skip
+    )
     warned = []
     node.get_logger().warning = warned.append
     logger = node.get_logger()
@@ -243,6 +247,44 @@ def test_lifecycle_configuration_is_refused_with_one_sentence(ros, name, value, 
     node.destroy_node()
 
 
+@pytest.mark.parametrize('kind', [MatcherNode, BundleNode, LearnerNode])
+def test_lifecycle_a_node_describes_its_parameters(ros, kind):
+    node = kind(context=ros.context)
+    for parameter in parameters.of(kind.role):
+        said = node.describe_parameter(parameter.name)
+        assert (said.description, said.read_only) == (parameter.description, parameter.read_only)
+        assert said.additional_constraints == (
+            f'one of {", ".join(parameter.choices)}' if parameter.choices else ''
+        )
+        limits = [(r.from_value, r.to_value) for r in said.floating_point_range]
+        limits += [(r.from_value, r.to_value) for r in said.integer_range]
+        whole = parameter.low is not None
+        assert limits == [(parameter.low, parameter.high)] * whole, parameter.name
+    node.destroy_node()
+
+
+def test_lifecycle_a_node_has_not_waited_before_it_is_active(ros, monkeypatch):
+    node = BundleNode(context=ros.context)
+    node.start()
+    assert node.state == 'active' and node.condition.warning() == ''
+    later = time.monotonic() + 60.0
+    monkeypatch.setattr(condition, 'time', SimpleNamespace(monotonic=lambda: later))
+    assert node.condition.warning() == 'nothing has come on /correspondences for 60 s'
+    node.receive('no camera is known, so it waits', fed=False)
+    assert node.condition.warning() != ''
+    node.receive('so does this', fed=True)
+    assert (node.condition.warning(), node.health.received) == ('', 2)
+    node.trigger_deactivate()
+    node.receive('it is not asked for any more')
+    assert (node.health.received, node.health.dropped) == (2, 2)
+    assert node.state == 'inactive'
+    node.trigger_cleanup()
+    assert (node.state, node.worker) == ('unconfigured', None)
+    node.trigger_shutdown()
+    assert node.state == 'finalized'
+    node.destroy_node()
+
+
 def test_lifecycle_publish_tf_is_refused_where_there_is_no_tf2(ros, monkeypatch):
     monkeypatch.setattr(bundle, 'tf2_ros', None)
     override = rclpy.Parameter('publish_tf', value=True)
@@ -277,7 +319,7 @@ INTERFACE = {
         '~/reset': 'Trigger', '~/enable': 'SetBool', '~/save_checkpoint': 'Trigger',
         '~/rollback': 'Trigger',
     },
-}  # fmt: skip
+}
 
 
 def test_a_node_says_what_it_waits_for_until_it_can_work(ros, tmp_path):
@@ -285,6 +327,12 @@ def test_a_node_says_what_it_waits_for_until_it_can_work(ros, tmp_path):
     package = tmp_path / 'imatching_ros'
     source = Path(__file__).parents[1] / package.name
     shutil.copytree(source, package, ignore=shutil.ignore_patterns('__pycache__'))
+    kernels = package / 'kernels.py'  # of which a part is enough to see
+    text = kernels.read_text()
+    for module in ('matching.compiled', 'bundle.solver.compiled.minimise'):
+        text = text.replace(f"    'imatching_ros.{module}',\n", '')
+    assert text.count("    'imatching_ros.") == 2
+    kernels.write_text(text)
     ros.settings['PYTHONPATH'] = os.pathsep.join([str(tmp_path), ros.settings['PYTHONPATH']])
     ros.settings['NUMBA_CACHE_DIR'] = str(tmp_path / 'kernels')
     ros.start('bundle')
@@ -330,7 +378,7 @@ def test_lifecycle_a_configured_node_has_the_topics_and_services_of_the_interfac
     node = kind(
         context=ros.context, namespace='robot',
         parameter_overrides=[rclpy.Parameter(name, value=value) for name, value in values.items()],
-    )  # fmt: skip
+    )
     before = {*node.publishers, *node.subscriptions, *node.services}
     node.start()
     found = {}
@@ -395,6 +443,106 @@ def test_a_bundle_node_remembers_a_bounded_number_of_landmarks(ros, monkeypatch)
     node.destroy_node()
 
 
+def test_a_bundle_node_knows_where_the_camera_is_on_the_robot_or_says_what_to_set(
+    ros, monkeypatch
+):
+    monkeypatch.setattr(bundle, 'tf2_ros', None)
+    node = BundleNode(context=ros.context)
+    node.start()
+    assert node._extrinsics('base_link') is None  # no image has named the camera's frame yet
+    node._camera_frame = 'camera'
+    with pytest.raises(ValueError, match="'camera' is in 'base_link' is not known; set camera_po"):
+        node._extrinsics('base_link')
+    for one_frame in ('', 'camera'):
+        node._T_child_camera = None
+        assert torch.equal(node._extrinsics(one_frame), lie.identity())
+    assert node.close()
+    node.destroy_node()
+    given = [0.1, 0.2, 0.3, 0.0, 0.0, 0.0, 1.001]
+    override = rclpy.Parameter('camera_pose', value=given)
+    node = BundleNode(context=ros.context, parameter_overrides=[override])
+    node.start()
+    expected = torch.tensor([*given[:6], 1.0], dtype=torch.float64)
+    assert torch.equal(node._extrinsics('base_link'), expected)
+    assert node.close()
+    node.destroy_node()
+
+
+class Core:
+    """A learner's core that writes down what it is asked for."""
+
+    version, enabled, ready, metric = 3, True, True, False
+    windows = stale = skipped = promotions = rollbacks = 0
+
+    def __init__(self) -> None:
+        self.asked, self.given = [], []
+
+    def rest(self) -> float:
+        return 1.0
+
+    def reset(self) -> None:
+        self.asked.append('reset')
+
+    def start_recording(self, camera) -> None:
+        self.asked.append('start_recording')
+
+    def verdict(self, now: bool) -> None:
+        self.asked.append(f'verdict {now}')
+
+    def weights(self) -> bytes:
+        return b'weights'
+
+    def add_window(self, window) -> bool:
+        self.given.append(window)
+        return True
+
+
+@pytest.fixture
+def watched(ros):
+    """Return an active learner node and its core."""
+    override = rclpy.Parameter('image_qos', value='keep_all')
+    node = LearnerNode(context=ros.context, parameter_overrides=[override])
+    node.start()
+    node.core = Core()
+    yield node, node.core
+    assert node.close()
+    node.destroy_node()
+
+
+def test_a_learner_node_that_is_turned_off_is_judged_at_once(watched):
+    node, core = watched
+    for on, said in ((False, 'watching only'), (True, 'learning'), (False, 'watching only')):
+        answer = node._on_enable(SetBool.Request(data=on), SetBool.Response())
+        assert (answer.success, answer.message) == (True, said)
+        assert core.enabled == node.value('enabled') == on
+    assert core.asked == ['verdict True'] * 2
+
+
+def test_a_learner_node_joins_the_parts_of_a_window(watched):
+    """In whatever order they come; of those that do not all come, a few are remembered."""
+    node, core = watched
+    sent, stamps = window(), range(START, START + UNJOINED + 3)
+    solves = [dict(zip(PARTS, window_messages(sent, ns), strict=True)) for ns in stamps]
+
+    def give(solve: int, *names: str) -> int:
+        for name in names:
+            node._add_part(name, solves[solve][name])
+        return len(core.given)
+
+    assert give(0, 'prior', 'keyframes') == give(1, 'landmarks', 'keyframes') == 0
+    assert give(0, 'landmarks') == 1 and give(1, 'prior') == 2
+    assert all(torch.equal(found.track, sent.track) for found in core.given)
+    for solve in range(UNJOINED + 3):
+        give(solve, 'landmarks', 'prior')
+    assert give(2, 'keyframes') == 2  # forgotten: ten newer ones wait
+    assert give(4, 'keyframes') == 3
+    for forget, asked in ((node.restart, 'start_recording'), (node.reset, 'reset')):
+        give(5, 'landmarks', 'prior')
+        forget()
+        assert give(5, 'keyframes') == 3 and core.asked[-1] == asked
+        forget()
+
+
 def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
     """
     What a graph changes while it runs is followed.
@@ -405,7 +553,7 @@ def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
     process = ros.start(
         'composed', image_qos='keep_all', processing_mode='all', queries=50, use_sim_time=True,
         **{'qos_overrides./correspondences.publisher.reliability': 'best_effort'},
-    )  # fmt: skip
+    )
     images = ros.node.create_publisher(Image, 'image', lossless())
     infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
     clock = ros.node.create_publisher(Clock, '/clock', 10)
@@ -433,9 +581,8 @@ def test_lifecycle_composed_nodes_share_one_process_and_one_end(ros):
     ros.wait(lambda: len(matched) >= before + 4)
     assert matched[-1].width > 10 and matched[before].width == 0
     for role in parameters.NODES:
-        ros.wait(lambda role=role: 'nothing has come on '
-                                   f"/{'image' if role != 'bundle' else 'correspondences'} for"
-                 in ros.says(role).get('message', ''))  # fmt: skip
+        sentence = f'nothing has come on /{"image" if role != "bundle" else "correspondences"} for'
+        ros.wait(lambda role=role, said=sentence: said in ros.says(role).get('message', ''))
     assert {ros.says(role)['lifecycle'] for role in parameters.NODES} == {'active'}
     assert len({ros.says(role)['peak_memory_mb'] for role in parameters.NODES}) <= 3
     assert 'went forward' not in ros.log('composed')  # the first /clock sets the clock

@@ -4,6 +4,8 @@ Conversions between ROS messages and the core's dataclasses.
 They lose nothing, and refuse what is malformed.
 """
 
+import array
+from dataclasses import replace
 import itertools
 
 import numpy as np
@@ -88,6 +90,14 @@ def window_messages(sent: Window, stamp: int) -> list:
     ]
 
 
+def write(cloud: PointCloud2, name: str, value: float) -> None:
+    """Put a number where a cloud's last row has a field."""
+    (field,) = (field for field in cloud.fields if field.name == name)
+    kind = np.float64 if field.datatype == 8 else np.float32
+    start, data = (cloud.width - 1) * cloud.point_step + field.offset, kind(value).tobytes()
+    cloud.data[start:start + len(data)] = array.array('B', data)
+
+
 @pytest.mark.parametrize('rows', [0, 1, 2000])
 def test_correspondences_come_back_bit_by_bit(rows):
     sent = correspondences(rows)
@@ -153,6 +163,8 @@ def test_a_foreign_layout_of_the_same_fields_is_read():
             lambda m: setattr(m, 'data', np.full(300, 255, np.uint8).tobytes()),
             "'x' that is not finite",
         ),
+        (lambda m: write(m, 'u', float('nan')), "'u' that is not finite"),
+        (lambda m: write(m, 'cov_vv', float('inf')), "'cov_vv' that is not finite"),
     ],
 )
 def test_fault_malformed_correspondences_are_refused_with_a_sentence(spoil, sentence):
@@ -165,9 +177,8 @@ def test_fault_malformed_correspondences_are_refused_with_a_sentence(spoil, sent
 @settings(max_examples=300, deadline=None)
 @given(
     st.binary(max_size=200), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1),
-    st.integers(0, 200),
-    st.integers(0, 2**32 - 1), st.booleans(),
-)  # fmt: skip
+    st.integers(0, 200), st.integers(0, 2**32 - 1), st.booleans(),
+)
 def test_fault_fuzzed_point_clouds_are_read_or_refused(
     data, height, width, point_step, row_step, bigendian
 ):
@@ -204,6 +215,23 @@ def test_viewers_find_float32_points_in_landmarks():
     ]
 
 
+@pytest.mark.parametrize('column', ['points', 'T_world_camera'])
+def test_fault_a_window_with_one_number_that_is_not_finite_is_refused(column):
+    sent = window()
+    getattr(sent, column)[1, 2] = float('nan')
+    with pytest.raises(ValueError, match='a pose or a landmark that is not finite'):
+        window_from_messages(*window_messages(sent, STAMP))
+
+
+@pytest.mark.parametrize('column', ['stamps', 'track'])
+def test_fault_a_window_out_of_order_is_refused(column):
+    sent = window()
+    swapped = getattr(sent, column).clone()
+    swapped[1] = swapped[0]  # each once
+    with pytest.raises(ValueError, match='not in ascending order, each once'):
+        window_from_messages(*window_messages(replace(sent, **{column: swapped}), STAMP))
+
+
 @pytest.mark.parametrize('part', [0, 1, 2])
 def test_fault_parts_of_different_solves_are_refused(part):
     parts = window_messages(window(), STAMP)
@@ -219,7 +247,7 @@ def test_prior_comes_back_bit_by_bit():
     message = prior_to_cloud(sent, STAMP, 'map')
     assert {field.name: field.count for field in message.fields} == {
         'sec': 1, 'nanosec': 1, 'pose': 7, 'gradient': 6, 'information': 144
-    }  # fmt: skip
+    }
     parts = [*window_to_messages(window(), STAMP, 'map'), message]
     received = window_from_messages(*parts).prior
     for name in ('stamps', 'T_world_camera', 'information', 'gradient'):
@@ -236,6 +264,9 @@ def test_prior_comes_back_bit_by_bit():
             lambda m: setattr(m, 'data', np.full(len(m.data), 255, np.uint8).tobytes()),
             "'pose' that is not finite",
         ),
+        (lambda m: write(m, 'pose', float('nan')), "'pose' that is not finite"),
+        (lambda m: write(m, 'gradient', float('inf')), "'gradient' that is not finite"),
+        (lambda m: write(m, 'information', float('nan')), "'information' that is not finite"),
         (lambda m: setattr(m, 'width', 10**6), 'more than any window has'),
     ],
 )
@@ -394,16 +425,15 @@ def test_vins_features_are_what_vins_fusion_reads():
         n = len(tracks)
         return Correspondences(
             stamp, torch.tensor(uv), torch.tensor(xy), torch.zeros(n, dtype=torch.int64),
-            torch.zeros(n, 2),
-            torch.tensor(tracks), torch.ones(n), torch.ones(n, 3), 0,
-        )  # fmt: skip
+            torch.zeros(n, 2), torch.tensor(tracks), torch.ones(n), torch.ones(n, 3), 0,
+        )
 
     before = one(10**9, [5, 6], [[0.0, 0.0], [1.0, 1.0]], [[1.0, 2.0], [3.0, 4.0]])
     after = one(
         10**9 + 100_000_000, [6, 2**24 + 3, 6, 2**32 - 1],
         [[1.5, 1.0], [2.0, 2.0], [1.5, 1.0], [3.0, -1.0]],
         [[10.0, 20.0], [30.0, 40.0], [10.0, 20.0], [50.0, 60.0]],
-    )  # fmt: skip
+    )
     message = vins_features(after, before, 'camera')
     assert [channel.name for channel in message.channels] == (
         'id camera_id p_u p_v velocity_x velocity_y gx gy gz'.split()
@@ -418,6 +448,9 @@ def test_vins_features_are_what_vins_fusion_reads():
         (1.5, 1.0, 1.0), (2.0, 2.0, 1.0), (3, -1, 1),
     ]
     assert to_ns(message.header.stamp) == after.stamp
+    for earlier in (None, replace(before, stamp=after.stamp), after):  # no time has passed
+        values = [list(channel.values) for channel in vins_features(after, earlier, 'c').channels]
+        assert values[4] == values[5] == [0.0] * 3
 
 
 def test_odometry_of_a_robot_becomes_that_of_its_camera():

@@ -179,8 +179,8 @@ def test_turning_on_the_spot_from_the_start_makes_no_map():
 
 def test_looking_aside_on_the_way_keeps_the_map():
     swing = np.r_[np.linspace(0, 0.6, 12), np.linspace(0.6, 0, 12)]
-    T = torch.cat((poses(x=-1.5, y=0.04 * np.arange(25)), poses(x=-1.5, y=0.96, yaw=swing),
-                   poses(x=-1.5, y=0.96 + 0.04 * np.arange(1, 20))))  # fmt: skip
+    before, aside = poses(x=-1.5, y=0.04 * np.arange(25)), poses(x=-1.5, y=0.96, yaw=swing)
+    T = torch.cat((before, aside, poses(x=-1.5, y=0.96 + 0.04 * np.arange(1, 20))))
     film = Film(hall(), T)
     turning = range(28, 48)
     assert [film.motions[i] for i in turning].count(ROTATION) >= 15
@@ -190,9 +190,10 @@ def test_looking_aside_on_the_way_keeps_the_map():
 
 
 def test_turning_until_no_landmark_is_in_view_is_followed_and_a_new_map_said():
-    T = torch.cat((poses(x=-1.5, y=0.04 * np.arange(25)),
-                   poses(x=-1.5, y=0.96, yaw=0.05 * np.arange(1, 33)),
-                   poses(x=-1.5 + 0.04 * np.arange(1, 35), y=0.96, yaw=1.6)))  # fmt: skip
+    before = poses(x=-1.5, y=0.04 * np.arange(25))
+    turning = poses(x=-1.5, y=0.96, yaw=0.05 * np.arange(1, 33))
+    after = poses(x=-1.5 + 0.04 * np.arange(1, 35), y=0.96, yaw=1.6)
+    T = torch.cat((before, turning, after))
     film = Film(hall(), T)
     assert film.statuses[25:57] == [TRACKING] * 32  # 92 degrees to the side
     assert [film.motions[i] for i in range(30, 57)].count(ROTATION) >= 20
@@ -287,10 +288,11 @@ def test_the_models_are_told_apart_and_a_plane_allows_its_true_motion():
     flat = points.clone()
     flat[:, 2] = 5 + 0.2 * flat[:, 0]
     turn, shift = [0.02, 0.1, 0.03], [0.5, 0.1, 0.2]
-    for name, p, motion in (
+    cases = (
         ('rotation', points, [0.0] * 3 + turn), ('general', points, shift + turn),
         ('plane', flat, shift + turn),
-    ):  # fmt: skip
+    )
+    for name, p, motion in cases:
         T_i, T_j = (
             lie.identity(),
             lie.retract(lie.identity(), torch.tensor(motion, dtype=torch.float64)),
@@ -520,7 +522,7 @@ def test_images_without_odometry_are_left_out_and_said():
 @pytest.mark.parametrize('pose, says', [
     (torch.full((7,), torch.nan), 'finite'), (torch.zeros(7), 'unit quaternion'),
     (torch.zeros(6), 'seven'),
-])  # fmt: skip
+])
 def test_odometry_that_is_none_is_refused(pose, says):
     bundle = Bundle(CAMERA)
     with pytest.raises(ValueError, match=says):

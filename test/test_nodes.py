@@ -9,10 +9,12 @@ from pathlib import Path
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 rclpy = pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
 
@@ -23,7 +25,7 @@ from imatching_ros.geometry import lie  # noqa: E402
 from imatching_ros.geometry.correspondences import Correspondences  # noqa: E402
 from imatching_ros.matching import weights  # noqa: E402
 from imatching_ros.matching.tracker import Tracker, TrackerOptions  # noqa: E402
-from imatching_ros.nodes import parameters  # noqa: E402
+from imatching_ros.nodes import parameters, player  # noqa: E402
 from imatching_ros.nodes.bundle import transform  # noqa: E402
 from imatching_ros.nodes.clouds import (  # noqa: E402
     correspondences_from_cloud,
@@ -31,6 +33,7 @@ from imatching_ros.nodes.clouds import (  # noqa: E402
     window_from_messages,
 )
 from imatching_ros.nodes.images import camera_to_info  # noqa: E402
+from imatching_ros.nodes.player import PlayerNode  # noqa: E402
 from imatching_ros.nodes.poses import (  # noqa: E402
     odometry_to_message,
     pose_from_message,
@@ -126,9 +129,8 @@ def matcher(ros, first_weights):
     """Return a matcher node that has been fed nothing yet, and the ends of its topics."""
     ros.start(
         'matcher', image_qos='keep_all', processing_mode='all', weights=str(first_weights),
-        queries=100,
-        vins_features=True,
-    )  # fmt: skip
+        queries=100, vins_features=True,
+    )
     ros.images = ros.node.create_publisher(Image, 'image', lossless())
     ros.infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
     ros.weights = ros.node.create_publisher(UInt8MultiArray, 'weights', latched())
@@ -212,6 +214,11 @@ def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
     assert after.model == 4 and len(after) > 20  # the tracks live on
 
 
+def date_back(message: Image, ns: int) -> None:
+    """Make the image so much older."""
+    message.header.stamp = to_stamp(to_ns(message.header.stamp) - ns)
+
+
 @pytest.mark.parametrize(
     ('spoil', 'sentence'),
     [
@@ -219,15 +226,11 @@ def test_matcher_node_swaps_weights_between_two_images(matcher, first_weights):
         (lambda m: setattr(m, 'data', bytes(m.data)[:1000]), 'the image has 1000 bytes'),
         (lambda m: setattr(m, 'height', 60), 'the image is 160x60, camera_info says 160x120'),
         (lambda m: setattr(m, 'height', 0), 'the image is 160x0, camera_info says 160x120'),
-        (lambda m: setattr(m.header, 'stamp',
-                           to_stamp(to_ns(m.header.stamp) - SECOND // 20)),
-         'the same stamp'),
-        (lambda m: setattr(m.header, 'stamp',
-                           to_stamp(to_ns(m.header.stamp) - SECOND // 2)),
-         'an older stamp'),
+        (lambda m: date_back(m, SECOND // 20), 'the same stamp'),
+        (lambda m: date_back(m, SECOND // 2), 'an older stamp'),
     ],
     ids=['encoding', 'cut', 'size', 'empty', 'duplicate', 'late'],
-)  # fmt: skip
+)
 def test_fault_bad_image_is_said_and_counted_and_the_matcher_node_lives_on(
     matcher, spoil, sentence
 ):
@@ -388,6 +391,10 @@ def test_bundle_node_publishes_what_its_core_finds(ros, tmp_path):
     says = ros.wait(lambda: (s := ros.says('bundle'))['processed'] == str(len(sent)) and s)
     assert (says['refused'], says['dropped'], says['status']) == ('1', '0', estimates[-1].status)
     assert 'not finite' in says['last_error']
+    counts = (len(posed), len(solved), estimates[-1].inliers, core.keyframes, core.maps)
+    names = ('poses', 'windows', 'inliers', 'keyframes', 'maps')
+    assert tuple(int(says[name]) for name in names) == counts
+    assert (says['motion'], says['scale']) == (estimates[-1].motion, 'arbitrary')
 
     answer = ros.call(Trigger, 'bundle/save_map')
     assert answer.success, answer.message
@@ -511,8 +518,7 @@ def test_learner_node_answers_its_services_and_a_kill_loses_nothing(ros, first_w
     infos = ros.node.create_publisher(CameraInfo, 'camera_info', lossless())
     images = ros.node.create_publisher(Image, 'image', lossless())
     ros.wait(lambda: ros.says('learner'))
-    ros.wait(lambda: '/learner' in str(ros.node.get_subscriptions_info_by_topic('/image')) or
-             images.get_subscription_count())  # fmt: skip
+    ros.connect(images)
     assert not ros.call(Trigger, 'learner/save_checkpoint').success  # nothing has come yet
     assert ros.call(Trigger, 'learner/reset').success
     time.sleep(0.5)
@@ -675,6 +681,35 @@ def test_node_worker_answers_requests_between_pieces_of_background_work():
     thread.stop()
 
 
+def test_node_worker_without_work_waits():
+    thread, errors, _ = worker(lambda item: None)
+    thread.start()
+    for _ in range(2):  # and again after a piece of work
+        thread.request(lambda: None).result(10)
+        begun = thread.request(time.thread_time).result(10)
+        time.sleep(0.5)
+        assert thread.request(time.thread_time).result(10) - begun < 0.2
+    assert thread.busy() < 0.2 and thread.waiting() == 0
+    assert thread.stop(10) and errors == []
+
+
+def test_node_worker_ends_after_the_work_in_hand_and_says_where_that_hangs():
+    free, done = threading.Event(), []
+    thread, errors, dropped = worker(lambda item: (free.wait(), done.append(item)))
+    thread.start()
+    thread.put('first')
+    while not thread.busy():
+        time.sleep(0.01)
+    later = thread.request(lambda: None)
+    thread.put('second')
+    assert thread.waiting() == 1
+    assert not thread.stop(0.1) and later.cancelled()
+    free.set()
+    assert thread.stop(10) and done == ['first'] and errors == []
+    thread.clear()
+    assert (thread.waiting(), dropped) == (0, ['second'])
+
+
 # Parameters
 
 
@@ -741,7 +776,79 @@ def test_node_parameters_are_whole():
     )
 
 
+def test_node_parameters_are_read_back_from_yaml_as_they_were():
+    for value in (1e-5, 1.5e-7, 5e-4, 1e22, 0.1, 3.0, 7, True, '', 'a: b', '1e-5', (0.5, 1e-9)):
+        read = yaml.safe_load(parameters.yaml_scalar(value))
+        expected = list(value) if isinstance(value, tuple) else value
+        assert read == expected and type(read) is type(expected), value
+
+
 # The player
+
+
+class Tape:
+    """Time that passes only while the player waits, and what it publishes then."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now, self.heard, self.warned, self.listeners = 1000.0, [], [], 1
+        fake = SimpleNamespace(ok=lambda: True, spin_once=self.wait)
+        monkeypatch.setattr(player, 'rclpy', fake)
+        monkeypatch.setattr(player, 'time', SimpleNamespace(monotonic=lambda: self.now))
+
+    def wait(self, node, timeout_sec: float) -> None:
+        self.now += timeout_sec
+
+    def topic(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            publish=lambda message: self.heard.append((self.now, name, message)),
+            get_subscription_count=lambda: self.listeners, topic_name=f'/{name}',
+        )
+
+    def play(self, context, **values) -> list[tuple[float, str]]:
+        """Return what a player with these parameters publishes, and when, since it began."""
+        given = [rclpy.Parameter(name, value=value) for name, value in values.items()]
+        node = PlayerNode(context=context, parameter_overrides=given)
+        try:
+            node._images, node._camera_info = self.topic('image'), self.topic('camera_info')
+            node._time = node._time and self.topic('clock')
+            log = SimpleNamespace(info=lambda text: None, warning=self.warned.append)
+            node.get_logger = lambda: log
+            self.heard, begun = [], self.now
+            node.play()
+            return [(moment - begun, name) for moment, name, _ in self.heard]
+        finally:
+            node.destroy_node()
+
+
+def test_player_keeps_the_pace_that_is_asked_for(daylight, tmp_path, monkeypatch):
+    """Each image comes at its time, with its camera_info, and before it the clock if asked for."""
+    tape, ros = Tape(monkeypatch), Ros(tmp_path)
+    stamps = [stamp for stamp, _ in open_recording(daylight)]
+    try:
+        for rate, clock in ((1.0, False), (4.0, True)):
+            kinds = ['clock', 'camera_info', 'image'] if clock else ['camera_info', 'image']
+            told = tape.play(ros.context, bag=str(daylight), rate=rate, clock=clock)
+            assert [name for _, name in told] == kinds * len(stamps)
+            due = [(stamp - stamps[0]) / SECOND / rate for stamp in stamps]
+            assert [moment for moment, name in told if name == 'image'] == pytest.approx(due)
+            heads = [m.header.stamp for _, name, m in tape.heard if name != 'clock']
+            assert [to_ns(stamp) for stamp in heads] == [s for s in stamps for _ in range(2)]
+        clocks = [to_ns(m.clock) for _, name, m in tape.heard if name == 'clock']
+        assert clocks == stamps and tape.warned == []
+    finally:
+        ros.close()
+
+
+def test_player_says_that_nobody_listens_and_plays_all_the_same(daylight, tmp_path, monkeypatch):
+    tape, ros = Tape(monkeypatch), Ros(tmp_path)
+    tape.listeners = 0
+    try:
+        told = tape.play(ros.context, bag=str(daylight))
+        assert told[0][0] == pytest.approx(30.0, abs=0.2) and len(told) == 2 * 40
+        (warning,) = tape.warned
+        assert warning.startswith('nobody listens on /image; start the nodes with image_transport')
+    finally:
+        ros.close()
 
 
 def test_player_does_not_wait_for_a_clock_that_was_set(tmp_path):

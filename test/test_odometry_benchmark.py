@@ -13,11 +13,9 @@ import sys
 SCRIPT = Path(__file__).resolve().parents[1] / 'benchmarks' / 'odometry.py'
 KEYS = {
     'recording', 'tracks', 'solver', 'frames', 'keyframes', 'posed_percent',
-    'keyframes_posed_percent', 'common',
-    'ate_m', 'ate_percent', 'ate_own_m', 'track_length', 'reprojection_px', 'seconds',
-    'keyframe_seconds',
-    'threads',
-}  # fmt: skip
+    'keyframes_posed_percent', 'common', 'ate_m', 'ate_percent', 'ate_own_m', 'track_length',
+    'reprojection_px', 'seconds', 'keyframe_seconds', 'threads',
+}
 
 
 def test_rows_of_a_rendered_recording(daylight, tmp_path):

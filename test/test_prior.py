@@ -102,10 +102,9 @@ def test_the_poses_that_stay_do_not_notice(backend):
     prior = leave(posed, old)
     rest = without_pose_0(posed, prior, ~old[posed.landmark])
     best = rest.T_world_camera
-    start = replace(
-        rest, T_world_camera=held_like(lie.retract(best, 0.02 * normal(1, 5, 6)), best),
-        points=rest.points + 0.02 * normal(2, *rest.points.shape),
-    )  # fmt: skip
+    T = held_like(lie.retract(best, 0.02 * normal(1, 5, 6)), best)
+    points = rest.points + 0.02 * normal(2, *rest.points.shape)
+    start = replace(rest, T_world_camera=T, points=points)
     torch.testing.assert_close(
         solved(start, backend=backend).T_world_camera, best, rtol=0, atol=1e-8
     )
@@ -139,11 +138,10 @@ def test_poses_of_an_earlier_prior_leave_like_others():
 def test_a_prior_knows_nothing_of_where_and_how_large_the_world_is(kernel):
     posed, *_ = window(6, 60, 2, outliers=0.2, disturb=0.005)
     shift = torch.tensor([3.0, -2, 5], dtype=torch.float64)
+    c, q = posed.T_world_camera.split((3, 4), -1)
     posed = replace(
-        posed, T_world_camera=torch.cat((posed.T_world_camera[:, :3] + shift,
-                                         posed.T_world_camera[:, 3:]), -1),
-        points=posed.points + shift,
-    )  # fmt: skip
+        posed, T_world_camera=torch.cat((c + shift, q), -1), points=posed.points + shift
+    )
     posed = solved(posed, kernel)
     for _ in range(2):  # then with the prior, whose linearisation point is behind
         prior = leave(posed, torch.arange(60) % 3 == 0, kernel)
@@ -294,7 +292,7 @@ def slide(T_true, p_true, posed, size, with_prior):
             rows, pose=rows.pose - begin, T_world_camera=T,
             points=torch.where(known[:, None], points, newest),
             prior=prior and prior.on(stamps),
-        )  # fmt: skip
+        )
         solution = adjust(rows, AdjustOptions(**EXACT))
         rows = replace(rows, T_world_camera=solution.T_world_camera, points=solution.points)
         points = solution.points

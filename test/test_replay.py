@@ -145,7 +145,7 @@ def test_replay_counts_refused_images_and_says_why(folder, tmp_path):
     )
     assert (result.sent, result.matched, result.refused, result.dropped) == (
         FRAMES, FRAMES - 2, 2, 0,
-    )  # fmt: skip
+    )
     stamps = [stamp for stamp, _ in open_recording(folder)]
     assert result.frame_stamps.tolist() == stamps[:9] + stamps[11:]
     assert len(result.keyframe_stamps) and (tmp_path / 'trajectory.txt').is_file()
@@ -277,15 +277,22 @@ def test_a_worker_tells_work_from_a_lock():
 # The end
 
 
-def begun(folder, run_dir, **options) -> subprocess.Popen:
+def heed() -> None:
+    """Heed signals that a shell has its jobs in the background ignore."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def begun(folder, run_dir, preexec_fn=heed, **options) -> subprocess.Popen:
     """Return the command, with its nodes at work."""
     process = subprocess.Popen(
         [
             *(sys.executable, '-m', 'imatching_ros.cli', 'replay', str(folder)),
             *('--learn-seconds', '60', '--out', str(run_dir)),
         ],
-        env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True, **options,
-    )  # fmt: skip
+        env=os.environ | {'PYTHONPATH': str(ROOT)}, start_new_session=True,
+        preexec_fn=preexec_fn, **options,
+    )
     logs = run_dir / 'logs'
     while not all('ready' in read(logs / f'{role}.log') for role in ('matcher', 'learner')):
         assert process.poll() is None, process.returncode
@@ -317,8 +324,8 @@ def test_a_terminal_that_closes_ends_replay_and_its_nodes(folder, tmp_path):
     ours, theirs = os.openpty()
     process = begun(
         folder, tmp_path / 'run', stdin=theirs, stdout=theirs, stderr=theirs,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )  # fmt: skip
+        preexec_fn=lambda: (heed(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    )
     os.close(theirs)
     os.close(ours)
     assert process.wait(60) == 129

@@ -88,9 +88,8 @@ def _full():
     loss = [(step, 1.0 / step + 0.2) for step in range(1, 201)]
     events = [
         Event(50, 'promoted', 1, 'better by <9 %>'), Event(90, 'refused'),
-        Event(120, 'rollback', 0),
-        Event(200, 'promoted', 2),
-    ]  # fmt: skip
+        Event(120, 'rollback', 0), Event(200, 'promoted', 2),
+    ]
     return figures, Pictures(_matches(3.0), _matches(0.2), trajectory, loss, events)
 
 
@@ -259,7 +258,7 @@ def test_figures_are_completed_without_losing_any():
     assert figures['input'] == {
         'frames': 3, 'frames_matched': None, 'keyframes': None, 'dropped': None,
         'true_poses': None, 'extra': [1, 2],
-    }  # fmt: skip
+    }
     assert figures['seed'] == 7 and type(figures['seed']) is int and figures['bad'] is None
     json.dumps(figures, allow_nan=False)
 

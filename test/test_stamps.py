@@ -107,3 +107,34 @@ def test_noughts_among_good_stamps(noughts):
     assert judged(mixed)[4:4 + noughts] == [BACK] * noughts
     assert kept([0] * noughts + stamps) == (stamps, noughts)
     assert judged([*stamps[:4], stamps[3], *stamps[4:]])[4] == SAME
+
+
+def test_a_node_says_what_is_wrong_with_a_stamp():
+    pytest.importorskip('rclpy', reason="ROS 2's rclpy is not installed")
+    from imatching_ros.nodes.stamps import Timeline
+
+    said, begun = [], []
+    timeline = Timeline(False, said.append, lambda: begun.append(timeline.last))
+    assert timeline.last is None
+    now = START + SECOND // 10
+    for stamp in (START, now):
+        timeline.check(stamp)
+    for stamp, sentence in (
+        (now, 'a message with the same stamp as the one before is ignored; check for a second'),
+        (now - SECOND // 20, 'a message with an older stamp than the one before is ignored'),
+        (now + 100 * SECOND, 'a message with a stamp 100.000 s ahead of the one before'),
+        (now - 100 * SECOND, 'a message with a stamp 100.000 s behind the one before'),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            timeline.check(stamp)
+        assert timeline.last == now
+    timeline.check(now - 100 * SECOND + SECOND // 10)  # the second one that says so
+    assert said == ['the clock went back by 99.900 s: starting afresh'] and begun == [now]
+    now = timeline.last
+    with pytest.raises(ValueError, match='ahead of'):
+        timeline.check(now + 50 * SECOND)
+    timeline.check(now + 50 * SECOND + SECOND // 10)
+    assert said[1:] == ['the clock went forward by 50.100 s from one message to the next']
+    timeline.forget()
+    timeline.check(START - 10**6 * SECOND)
+    assert len(said) == 2 and len(begun) == 1

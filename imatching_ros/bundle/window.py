@@ -1,4 +1,4 @@
-"""What a solved window is: T* and p* of the paper's equation (1b)."""
+"""A solved window holds T* and p*, the solution of the paper's equation 1b."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..geometry import lie
 @dataclass(frozen=True)
 class Window:
     """
-    One solved keyframe window.
+    The keyframes and landmarks of a window are kept as the bundle solved them.
 
-    With the keyframes' correspondences it is enough to rebuild every residual
+    With the keyframes' correspondences this is enough to rebuild every residual
     (``observations.surviving``).
     """
 
@@ -32,14 +32,14 @@ class Window:
     prior: Prior | None = None
 
     def moved(self, T: Tensor) -> Window:
-        """Return the window moved by T (7,)."""
+        """Return the window moved by T (7,), ``T p`` for each of its points p."""
         return replace(
             self, T_world_camera=lie.compose(T, self.T_world_camera),
             points=lie.act(T, self.points), prior=self.prior and self.prior.moved(T),
         )
 
     def enlarged(self, scale: float, centre: Tensor) -> Window:
-        """Return the window enlarged by ``scale`` about ``centre`` (3,)."""
+        """Return the window enlarged by the factor ``scale`` about ``centre`` (3,)."""
         positions = centre + scale * (self.T_world_camera[:, :3] - centre)
         return replace(
             self, T_world_camera=torch.cat((positions, self.T_world_camera[:, 3:]), -1),
@@ -49,5 +49,5 @@ class Window:
 
     @property
     def poses(self) -> pypose.LieTensor:
-        """Return the poses as pypose.SE3 (K, 7)."""
+        """Return the keyframes' poses as ``pypose.SE3`` (K, 7)."""
         return pypose.SE3(self.T_world_camera)

@@ -15,7 +15,8 @@ import torch
 
 from . import parameters
 from .clouds import correspondences_from_cloud, prior_to_cloud, window_to_messages
-from .core_node import ACTIVE, CoreNode
+from .condition import ACTIVE
+from .core_node import CoreNode
 from .poses import camera_odometry, odometry_to_message, pose_from_numbers, pose_from_transform
 from .process import run
 from .qos import lossless

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as Unfinished
 import os
 from pathlib import Path
-import time
 from typing import Any
 
 import numpy as np
@@ -18,25 +16,20 @@ import torch
 
 from . import parameters
 from .calibration import Calibration
-from .diagnostics import ERROR, Health, OK, WARN
+from .condition import ACTIVE, Condition, FINALIZED, INACTIVE, UNCONFIGURED
+from .diagnostics import Health
 from .endpoints import Endpoints
-from .images import image_from_message, image_size
+from .images import image_from_camera
 from .qos import Qualities
 from .reporter import Reporter
 from .stamps import Timeline, to_ns, watch_clock
 from .weights import load_weights
-from .worker import Worker
-from .. import kernels
+from .worker import PATIENCE_S, Worker
 from ..data.images import Greys
 from ..geometry.camera import Camera
 from ..matching import weights
 
-UNCONFIGURED, INACTIVE, ACTIVE, FINALIZED = 'unconfigured', 'inactive', 'active', 'finalized'
-SILENCE_S = 2.0  #: without input for this long, an active node says so
-BUSY_S = 20.0  #: one piece of work that takes this long is said
-PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of work in hand
-END_S = 20.0  #: and the end of the process this long
-STILL_BUSY = 'the node is still busy; try again'  #: says a service that has waited so long
+END_S = 20.0  #: the end of the process waits this long for the piece of work in hand
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
 
@@ -77,8 +70,9 @@ class CoreNode(LifecycleNode):
         self.state = UNCONFIGURED
         self.refusal = ''  #: why the last configuration was refused
         self.worker: Worker | None = None
-        self.reporter = Reporter(self, self.health, self._describe, self.qos.keep_all)
-        self.endpoints = Endpoints(self, self.reporter.failed, self.run_in_core)
+        self.condition = Condition(self)
+        self.reporter = Reporter(self, self.health, self.condition.describe, self.qos.keep_all)
+        self.endpoints = Endpoints(self, self.reporter, lambda: self.worker)
         self.timeline = Timeline(self.judged, self.reporter.fault, self.restart)
         self._jumps = watch_clock(self.get_clock(), self.reporter.fault, self._post_restart)
         self.forget()
@@ -129,13 +123,7 @@ class CoreNode(LifecycleNode):
 
     def warning(self) -> str:
         """Return what to warn of though nothing went wrong, or nothing."""
-        if (stuck := self.worker.stuck) > BUSY_S:
-            return f'the node hangs: its work has taken no processor time for {stuck:.0f} s'
-        if (busy := self.worker.busy()) > BUSY_S:
-            return f'one piece of work has taken {busy:.0f} s so far'
-        if (silence := time.monotonic() - self._last_heard) > SILENCE_S:
-            return f'nothing has come on {self.resolve_topic_name(self.feed)} for {silence:.0f} s'
-        return ''
+        return self.condition.warning()
 
     def values(self) -> dict[str, object]:
         """Return what diagnostics say beside the counters."""
@@ -179,9 +167,8 @@ class CoreNode(LifecycleNode):
         self._greys = Greys()
         self.core: Any = None
         self.worker = None
-        self.prepared = False  #: whether what it computes with is compiled
         self.timeline.forget()
-        self._last_heard = 0.0
+        self.condition.forget()
 
     # What a child uses
 
@@ -205,23 +192,6 @@ class CoreNode(LifecycleNode):
         kind = CompressedImage if compressed else Image
         self.endpoints.subscribe(kind, self.feed, callback, self.qos.inputs)
 
-    def run_in_core(self, name: str, action: Callable[[], str]) -> tuple[bool, str]:
-        """
-        Run an action in the core's thread, and wait for it.
-
-        name: what faults call it. Returns whether it went well, and what it says.
-        """
-        try:
-            return True, self.worker.request(action).result(timeout=PATIENCE_S)
-        except (Unfinished, CancelledError):  # first, for it may be an OSError too
-            return False, STILL_BUSY
-        except (ValueError, OSError) as error:
-            self.reporter.fault(f'{name}: {error}')
-            return False, str(error)
-        except Exception as error:
-            self.reporter.failed(error)
-            return False, self.health.last_error
-
     def receive(self, item: Any, fed: bool = True) -> None:
         """
         Queue an input for the core, if the node is active.
@@ -230,7 +200,7 @@ class CoreNode(LifecycleNode):
         """
         if self.state == ACTIVE:
             if fed:
-                self._last_heard = time.monotonic()
+                self.condition.heard()
             self.health.received += 1
             self.worker.put(item)
 
@@ -241,13 +211,7 @@ class CoreNode(LifecycleNode):
         Only an image that can be read, and is the camera's, sets the time. Raises ValueError for
         another, and for one whose stamp does not go on.
         """
-        (height, width), camera = image_size(message), self.camera
-        if (width, height) != (camera.width, camera.height):
-            raise ValueError(
-                f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
-                'publish the camera_info that belongs to the image'
-            )
-        image = image_from_message(message, self._greys)
+        image = image_from_camera(message, self.camera, self._greys)
         self.timeline.check(to_ns(message.header.stamp))
         return image
 
@@ -296,14 +260,14 @@ class CoreNode(LifecycleNode):
             self.close()
             return FAILURE
         self.worker.post(self.begin)
-        self.worker.post(self._prepare)
+        self.worker.post(self.condition.prepare)
         self.worker.start()
         self.state = INACTIVE
         return super().on_configure(state)
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         result = super().on_activate(state)
-        self._last_heard = time.monotonic()
+        self.condition.heard()
         self.state = ACTIVE
         return result
 
@@ -337,21 +301,6 @@ class CoreNode(LifecycleNode):
         return SUCCESS
 
     # The rest is its own business
-
-    def _prepare(self) -> None:
-        """Have the kernels compiled before the first input, and say what they wait for or lack."""
-
-        def say(done: int, total: int, _: str) -> None:
-            if done < total:
-                self.get_logger().info(kernels.state())
-
-        try:
-            kernels.prepare(say)
-        finally:
-            self.prepared = True
-        if notice := kernels.state():
-            self.get_logger().warning(notice)
-        self.get_logger().info('ready')
 
     def _work(self, item: Any) -> None:
         processed = self.health.processed
@@ -391,16 +340,6 @@ class CoreNode(LifecycleNode):
         if self.worker is not None:
             self.worker.post(self.restart)
 
-    def _condition(self) -> tuple[int, str]:
-        """Return the level and the sentence of the diagnostics."""
-        if self.worker is not None and not self.prepared:
-            return WARN, kernels.state() or 'getting ready'
-        if self.state != ACTIVE:
-            return (ERROR, f'{self.state}: {self.refusal}') if self.refusal else (OK, self.state)
-        level, text = self.health.level(self.blocker())
-        warnings = '; '.join(filter(None, (self.warning(), kernels.state())))
-        return (WARN, warnings) if level == OK and warnings else (level, text)
-
     def _beat(self) -> None:
         """Say how the node is, once a second, whatever its core is at."""
         if self.worker is not None:
@@ -408,18 +347,3 @@ class CoreNode(LifecycleNode):
         faults = self.health.faults
         self.reporter.publish()
         self.health.said(faults)
-
-    def _describe(self) -> tuple[int, str, dict[str, object]]:
-        """Return level, sentence and values of the diagnostics."""
-        (level, text), worker = self._condition(), self.worker
-        return level, text, {
-            'lifecycle': self.state,
-            'ready': self.state == ACTIVE and self.prepared,
-            **self.health.values(),
-            'waiting': worker.waiting() if worker else 0,
-            'busy_s': worker.busy() if worker else 0.0,
-            # before, it may wait for another process that compiles
-            'stuck_s': worker.stuck if worker and self.prepared else 0.0,
-            **{f'{topic}_listeners': n for topic, n in self.endpoints.listeners().items()},
-            **self.values(),
-        }

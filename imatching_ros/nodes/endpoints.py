@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import CancelledError
+from concurrent.futures import TimeoutError as Unfinished
 import contextlib
 import copy
 from typing import Any
@@ -12,6 +14,11 @@ from rclpy.qos import QoSProfile
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from std_srvs.srv import Trigger
 
+from .reporter import Reporter
+from .worker import PATIENCE_S, Worker
+
+STILL_BUSY = 'the node is still busy; try again'  #: says a service that has waited too long
+
 
 class Endpoints:
     """Makes a node's publishers, subscriptions and services, and takes all of them away again."""
@@ -19,16 +26,16 @@ class Endpoints:
     def __init__(
         self,
         node: LifecycleNode,
-        on_error: Callable[[Exception], None],
-        run: Callable[[str, Callable[[], str]], tuple[bool, str]],
+        reporter: Reporter,
+        worker: Callable[[], Worker],
     ) -> None:
         """
         Begin without any.
 
-        on_error: is told what a subscription's callback raised. run: runs the action of a service
-        of that name, and returns whether it went well and what to say.
+        reporter: is told what callbacks and actions raise. worker: returns the worker in whose
+        thread the actions of services run; each configuration has a new one.
         """
-        self._node, self._on_error, self._run = node, on_error, run
+        self._node, self._reporter, self._worker = node, reporter, worker
         self._publishers: dict[str, LifecyclePublisher] = {}  # by topic
         self._undo = contextlib.ExitStack()
 
@@ -51,7 +58,7 @@ class Endpoints:
             try:
                 callback(message)
             except Exception as error:
-                self._on_error(error)
+                self._reporter.failed(error)
 
         subscription = self._node.create_subscription(
             kind, topic, guarded, copy.copy(qos),
@@ -68,10 +75,27 @@ class Endpoints:
         """Have a Trigger service run ``action`` in the core's thread, and say what it returns."""
 
         def respond(_: Trigger.Request, response: Trigger.Response) -> Trigger.Response:
-            response.success, response.message = self._run(name, action)
+            response.success, response.message = self.run(name, action)
             return response
 
         self.offer_service(Trigger, name, respond)
+
+    def run(self, name: str, action: Callable[[], str]) -> tuple[bool, str]:
+        """
+        Run an action in the core's thread, and wait for it.
+
+        name: what faults call it. Returns whether it went well, and what it says.
+        """
+        try:
+            return True, self._worker().request(action).result(timeout=PATIENCE_S)
+        except (Unfinished, CancelledError):  # first, for it may be an OSError too
+            return False, STILL_BUSY
+        except (ValueError, OSError) as error:
+            self._reporter.fault(f'{name}: {error}')
+            return False, str(error)
+        except Exception as error:
+            self._reporter.failed(error)
+            return False, self._reporter.last
 
     def on_close(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Have a function called when the endpoints are taken away, the last given first."""

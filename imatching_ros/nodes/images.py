@@ -56,6 +56,23 @@ def image_from_message(message: Image | CompressedImage, greys: Greys | None = N
     )
 
 
+def image_from_camera(
+    message: Image | CompressedImage, camera: Camera, greys: Greys
+) -> np.ndarray:
+    """
+    Return the grey image (H, W) uint8 of a message from a camera.
+
+    greys: the camera's. Raises ValueError where the image cannot be read or is not the camera's.
+    """
+    height, width = image_size(message)
+    if (width, height) != (camera.width, camera.height):
+        raise ValueError(
+            f'the image is {width}x{height}, camera_info says {camera.width}x{camera.height}; '
+            'publish the camera_info that belongs to the image'
+        )
+    return image_from_message(message, greys)
+
+
 def image_to_message(image: np.ndarray, head: Header) -> Image:
     """Return the message of an image uint8: (H, W) as mono8, (H, W, 3) as rgb8."""
     height, width = image.shape[:2]

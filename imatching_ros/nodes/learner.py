@@ -20,7 +20,8 @@ import torch
 
 from . import parameters
 from .clouds import correspondences_from_cloud, window_from_messages
-from .core_node import ACTIVE, CoreNode
+from .condition import ACTIVE
+from .core_node import CoreNode
 from .diagnostics import OK, percentiles, Share, WARN
 from .process import run
 from .qos import latched
@@ -276,7 +277,7 @@ class LearnerNode(CoreNode):
                 self._judge(now=True)
             return 'learning' if request.data else 'watching only'
 
-        response.success, response.message = self.run_in_core('~/enable', judge)
+        response.success, response.message = self.endpoints.run('~/enable', judge)
         return response
 
 

@@ -376,6 +376,8 @@ def _number(value: float) -> str:
 
 def yaml_scalar(value: Value) -> str:
     """Return a value as YAML writes it, on a command line or in a file."""
+    if isinstance(value, list | tuple):
+        return f'[{", ".join(map(yaml_scalar, value))}]'
     if isinstance(value, float) and math.isfinite(value):
         text = repr(value)  # YAML 1.1 reads 1e-05 as text: a number needs its point
         return text if '.' in text or 'e' not in text else text.replace('e', '.0e')

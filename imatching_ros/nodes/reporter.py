@@ -35,6 +35,11 @@ class Reporter:
         self._last_said = ('', 0.0)
         self._publisher = node.create_publisher(DiagnosticArray, '/diagnostics', 10)
 
+    @property
+    def last(self) -> str:
+        """The last sentence about what went wrong."""
+        return self._health.last_error
+
     def fault(self, sentence: str) -> None:
         """Say it in diagnostics, and in the log unless it was just said there."""
         # what a broken message names may be anything

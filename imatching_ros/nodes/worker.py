@@ -14,6 +14,7 @@ import threading
 import time
 from typing import Any
 
+PATIENCE_S = 60.0  #: a service or a transition waits this long for the piece of work in hand
 STEP_S = 2.0  #: between two looks at the core no more time than this counts
 WORKING = 0.1  #: of one processor: what the threads that help the core take at least
 LEAST_S = 1e-3  #: processor time that the core's own thread has taken, if it works

@@ -23,7 +23,7 @@ from std_srvs.srv import SetBool, Trigger
 from .bar import Bar
 from .processes import Processes, ReplayError
 from ..nodes.clouds import correspondences_from_cloud, landmarks_from_cloud
-from ..nodes.core_node import STILL_BUSY
+from ..nodes.endpoints import STILL_BUSY
 from ..nodes.learner import PARTS
 from ..nodes.poses import pose_from_message
 from ..nodes.qos import latched, lossless
