@@ -146,7 +146,7 @@ def compare(
             'ms_to_1e-6': ms.get(1e-6),
             'iterations_to_1e-6': stops[name].get(1e-6), 'final_cost': final[name],
             'peak_mb': None,
-        })  # fmt: skip
+        })
     return rows
 
 
@@ -198,7 +198,7 @@ def show(rows: list[dict], title: str) -> None:
         peers = {
             peer['solver'].split()[0]: peer['ms_per_iteration'] for peer in rows
             if all(peer[key] == row[key] for key in ('keyframes', 'points'))
-        }  # fmt: skip
+        }
 
         def number(value, form='.3f'):
             return '-' if value is None else format(value, form)
@@ -213,7 +213,7 @@ def show(rows: list[dict], title: str) -> None:
             number(row['ms_to_1e-4'], '.2f'),
             number(row['ms_to_1e-6'], '.2f'), number(row['iterations_to_1e-6'], 'd'),
             number(row['final_cost'], '.6f'), number(row['peak_mb'], '.1f'),
-        )  # fmt: skip
+        )
     Console(width=150).print(table)
 
 
@@ -259,7 +259,7 @@ def main() -> None:
         warm = replace(
             posed, T_world_camera=lie.retract(solved.T_world_camera, noise),
             points=solved.points + 4e-3 * torch.randn(points, 3, generator=g, dtype=torch.float64),
-        )  # fmt: skip
+        )
         found = compare(warm, (keyframes, points), options.solver, repeats, ' (warm)')
         show(found, 'Warm start: poses off by 2 mm and 0.1 degree, points by 4 mm')
         rows += found

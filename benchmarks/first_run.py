@@ -55,11 +55,11 @@ def run(package: Path, cache: Path, home: Path) -> dict:
     """Start a process with this copy of the package and these folders for what is compiled."""
     environment = os.environ | {
         'PYTHONPATH': str(package), 'NUMBA_CACHE_DIR': str(cache), 'XDG_CACHE_HOME': str(home),
-    }  # fmt: skip
+    }
     done = subprocess.run(
         [sys.executable, '-c', CHILD], env=environment, check=True, stdout=subprocess.PIPE,
         text=True, cwd=package,
-    )  # fmt: skip
+    )
     return json.loads(done.stdout)
 
 

@@ -155,7 +155,7 @@ def measure(size: tuple[int, int, float], repeats: int) -> list[dict]:
             'forward_ms': 1e3 * forward if method == 'unrolled' else solve_ms,
             'peak_mb': peak_mb(method, posed),
             'error': float((turns[0][0] - reference).norm() / reference.norm()),
-        })  # fmt: skip
+        })
     one = rows[0]
     for row in rows:
         row['times_one_step'] = row['ms'] / one['ms']
@@ -212,7 +212,7 @@ def main() -> None:
             f"{row['ms']:.2f}",
             f"{row['times_one_step']:.1f}", f"{row['forward_ms']:.1f}", f"{row['peak_mb']:.1f}",
             f"{row['times_one_step_memory']:.1f}", f"{row['error']:.1e}",
-        )  # fmt: skip
+        )
     Console(width=130).print(table)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + '\n')

@@ -32,7 +32,7 @@ HARD: dict[str, dict[str, Any]] = {
     'redkitchen_wide': {'recording': 'redkitchen', 'step': 40},
     'redkitchen_dim': {'recording': 'redkitchen', 'step': 15, 'dim': 0.3},
     'kitti_street_wide': {'recording': 'kitti_street', 'step': 10},
-}  # fmt: skip
+}
 
 
 def hard_pair(name: str, folder: Path) -> tuple[Recording, Pair, list[np.ndarray]] | None:

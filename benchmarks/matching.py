@@ -102,7 +102,7 @@ def measure(
         'ms': float(np.median(ms.sum(1))), 'ms_p95': float(np.percentile(ms.sum(1), 95)),
         'ms_describe': float(np.median(ms[:, 0])), 'ms_match': float(np.median(ms[:, 1])),
         'pairs': len(pairs),
-    }  # fmt: skip
+    }
 
 
 def peak_mb(file: Path, threads: int, images: list[np.ndarray]) -> float:

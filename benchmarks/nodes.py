@@ -203,7 +203,7 @@ class Load:
             'latency_p50_ms': p50, 'latency_p95_ms': p95,
             **{f'memory_mb_{when}': highest(tenth) for when, tenth in WHEN.items()},
             'memory_mb_peak': self._memory_mb('VmHWM'), 'cpu_percent': 100 * used,
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         for process in self.processes.values():
@@ -288,7 +288,7 @@ def show(rows: list[dict], threads: int) -> None:
             f"{row['latency_p50_ms']:.1f}", f"{row['latency_p95_ms']:.1f}",
             *(' '.join(f'{mb:.0f}' for mb in of_each) for of_each in memory),
             f"{row['cpu_percent']:.0f}",
-        )  # fmt: skip
+        )
     Console(width=150).print(table)
 
 

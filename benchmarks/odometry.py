@@ -160,7 +160,7 @@ def colmap(keyframes: dict[int, Correspondences], camera: Camera) -> Result:
         multiple_models=False, extract_colors=False, num_threads=1, random_seed=0,
         ba_refine_focal_length=False,
         ba_refine_principal_point=False, ba_refine_extra_params=False,
-    )  # fmt: skip
+    )
     mapper = options.mapper
     mapper.num_threads, mapper.random_seed = 1, 0
     mapper.abs_pose_refine_focal_length = mapper.abs_pose_refine_extra_params = False
@@ -172,7 +172,7 @@ def colmap(keyframes: dict[int, Correspondences], camera: Camera) -> Result:
         pairs.write_text(''.join(
             f'{image_name(ref)} {image_name(message.stamp)}\n'
             for message in messages for ref in message.ref_stamp.unique().tolist()
-        ))  # fmt: skip
+        ))
         database = pycolmap.Database.open(folder / DATABASE)
         database.clear_two_view_geometries()  # ours: it makes its own
         database.close()
@@ -231,7 +231,7 @@ def compare(messages: list[Correspondences], camera: Camera, truth: tuple | None
             'ate_own_m': error(poses).ate_m, 'track_length': _finite(result.track_length),
             'reprojection_px': _finite(result.reprojection_px),
             'seconds': result.seconds, 'keyframe_seconds': result.keyframe_seconds, 'threads': 1,
-        })  # fmt: skip
+        })
     return rows
 
 
@@ -260,14 +260,14 @@ def show(rows: list[dict]) -> None:
         'images posed %', 'keyframes posed %', 'ATE m', 'ATE %', 'own ATE m', 'track', 'px',
         'seconds',
         'of keyframes',
-    ):  # fmt: skip
+    ):
         table.add_column(column, justify='right')
     for row in rows:
         peer = next((
             other['seconds'] for other in rows
             if other['solver'] == 'colmap' and all(other[key] == row[key]
                                                    for key in ('recording', 'tracks'))
-        ), None)  # fmt: skip
+        ), None)
 
         def number(value, form):
             return '-' if value is None else format(value, form)
@@ -285,7 +285,7 @@ def show(rows: list[dict]) -> None:
             number(row['track_length'], '.0f'),
             number(row['reprojection_px'], '.2f'), seconds(row['seconds']),
             seconds(row['keyframe_seconds']),
-        )  # fmt: skip
+        )
     Console(width=180).print(table)
 
 

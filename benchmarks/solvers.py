@@ -164,7 +164,7 @@ def gtsam_(posed: Problem) -> Solver:
     ):
         graph.add(gtsam.GenericProjectionFactorCal3_S2(
             xy * FOCAL, noise, pose_key(k), point_key(landmark), calibration, False, False
-        ))  # fmt: skip
+        ))
     poses = [
         gtsam.Pose3(gtsam.Rot3(Rt[:, :3]), Rt[:, 3])
         for Rt in lie.matrix(posed.T_world_camera).numpy()

@@ -108,7 +108,7 @@ def _load(names: tuple[str, ...], progress: Report | None) -> None:
         _conclude('' if all(map(jit.is_kept, kernels)) else (
             'the compiled kernels cannot be kept, and are compiled anew in every process: no '
             f'folder can be written ({folders}); set NUMBA_CACHE_DIR to one that can'
-        ))  # fmt: skip
+        ))
 
 
 def _build(jit: ModuleType, kernels: list, progress: Report | None) -> None:

@@ -84,7 +84,7 @@ def start(context):
         ('image', image), ('image/compressed', f'{image}/compressed'),
         ('camera_info', camera_info),
         ('external_odometry', given['external_odometry']),
-    ]  # fmt: skip
+    ]
     time = {'use_sim_time': truth('use_sim_time')}
     common = {**time, 'autostart': truth('autostart'), 'image_transport': given['image_transport']}
     if given['rectified'] not in ('', 'auto', 'always', 'never'):
@@ -103,7 +103,7 @@ def start(context):
             package=PACKAGE, executable=f'{role}_node', name=name, namespace=given['namespace'],
             parameters=[str(params_file), parameters], remappings=remappings, output='screen',
             sigterm_timeout=END_S, **options,
-        )  # fmt: skip
+        )
 
     def kept_alive(role, name, parameters):
         def ended(event, _):
@@ -139,7 +139,7 @@ def start(context):
             Node(package='rviz2', executable='rviz2', namespace=given['namespace'],
                  arguments=config,
                  parameters=[time], remappings=views)
-        )  # fmt: skip
+        )
     return nodes
 
 

@@ -198,7 +198,7 @@ def first_cell(x, stride, radius, size):
         _rows, _rows, _vector, _rows, _vector,
     ),
     fastmath=FAST,
-)  # fmt: skip
+)
 def _match(
     coarse_i, fine_i, coarse_j, fine_j, reliability_j, queries, around, similarity, scale_coarse,
     scale_fine, log_cov, log_odds, uv, coarse_uv, score, cov, room,
@@ -312,5 +312,5 @@ def match(
         coarse_i, fine_i, coarse_j, fine_j, reliability_j, queries, around, similarity,
         scale_coarse, scale_fine, log_cov, log_odds, uv, coarse_uv, score, cov,
         np.empty(REGION + EDGE * EDGE + channels, np.float32),
-    )  # fmt: skip
+    )
     return uv, coarse_uv, score, cov.reshape(-1, 2, 2)

@@ -27,7 +27,7 @@ CORRESPONDENCE = np.dtype([
     ('ref_v', '<f4'),
     ('id', '<u4'), ('ref_sec', '<i4'), ('ref_nanosec', '<u4'), ('score', '<f4'),
     ('cov_uu', '<f4'), ('cov_uv', '<f4'), ('cov_vv', '<f4'), ('model', '<u4'),
-])  # fmt: skip
+])
 
 #: Viewers draw only float32 ``x y z``. The parts that float32 cuts off follow as ``x_low y_low
 #: z_low``, so that the sum gives back 48 bits of the solved point and whoever rebuilds the
@@ -36,13 +36,13 @@ LANDMARK = np.dtype([
     ('x', '<f4'), ('y', '<f4'), ('z', '<f4'), ('id', '<u4'), ('observations', '<u4'),
     ('error_px', '<f4'),
     ('x_low', '<f4'), ('y_low', '<f4'), ('z_low', '<f4'),
-])  # fmt: skip
+])
 
 _FIELD_TYPES = {
     'i1': PointField.INT8, 'u1': PointField.UINT8, 'i2': PointField.INT16, 'u2': PointField.UINT16,
     'i4': PointField.INT32, 'u4': PointField.UINT32, 'f4': PointField.FLOAT32,
     'f8': PointField.FLOAT64,
-}  # fmt: skip
+}
 _DTYPES = {number: name for name, number in _FIELD_TYPES.items()}
 
 
@@ -302,7 +302,7 @@ def _prior_type(poses: int) -> np.dtype:
     return np.dtype([
         ('sec', '<i4'), ('nanosec', '<u4'), ('pose', '<f8', (7,)), ('gradient', '<f8', (6,)),
         ('information', '<f8', (36 * poses,)),
-    ])  # fmt: skip
+    ])
 
 
 def prior_to_cloud(prior: Prior | None, stamp: int, world_frame: str) -> PointCloud2:

@@ -221,7 +221,7 @@ TABLE: tuple[Parameter, ...] = (
               read_only=True),
     Parameter('clock', ('player',), False, "Publish the recording's time on /clock.",
               read_only=True),
-)  # fmt: skip
+)
 
 
 def of(node: str) -> tuple[Parameter, ...]:

@@ -16,7 +16,7 @@ class Bar:
         columns = (
             TextColumn('{task.description:>17}'), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn('{task.fields[state]}', markup=False),
-        )  # fmt: skip
+        )
         self._progress = Progress(*columns, console=Console(stderr=True), disable=not shown)
         self._task: Any = None
 

@@ -15,7 +15,7 @@ from rclpy.utilities import get_rmw_implementation_identifier
 LOCALHOST = (
     ('ROS_LOCALHOST_ONLY', '1') if os.environ.get('ROS_DISTRO') == 'humble'
     else ('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
-)  # fmt: skip
+)
 
 #: Fast DDS: UDP on this machine alone. Its shared memory loses what is in it, however reliable the
 #: topic, where a process is held up for a second within a lock there, and a process that is killed

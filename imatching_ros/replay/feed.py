@@ -56,7 +56,7 @@ class Feed:
             'bundle': matcher + bundle,
             'learner': waiting.get('learner', 0)
             + matcher * (1 + len(PARTS)) + bundle * len(PARTS),
-        }  # fmt: skip
+        }
         further = {'matcher': 1, 'bundle': 1, 'learner': 2 + len(PARTS)}
         return matcher < IN_FLIGHT and all(
             most[role] == 0 or most[role] + further[role] <= self._queue_sizes[role]

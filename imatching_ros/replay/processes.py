@@ -25,7 +25,7 @@ ENDS = ((signal.SIGINT, 20.0), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0))
 COUNTERS = (
     'lifecycle', 'ready', 'received', 'processed', 'dropped', 'refused', 'faults', 'poses',
     'windows', 'steps', 'verdicts', 'model_version',
-)  # fmt: skip
+)
 
 
 class ReplayError(RuntimeError):
@@ -96,7 +96,7 @@ class Processes:
         self._environment = os.environ | {
             'ROS_DOMAIN_ID': str(domain), 'PYTHONUNBUFFERED': '1', 'OMP_NUM_THREADS': '1',
             'PYTHONPATH': os.pathsep.join(filter(None, (ROOT, os.environ.get('PYTHONPATH', '')))),
-        }  # fmt: skip
+        }
         self._looked, self._rested = time.monotonic(), 0.0
 
     def start(self, role: str, values: Mapping[str, parameters.Value]) -> None:
@@ -110,7 +110,7 @@ class Processes:
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env=self._environment, start_new_session=True,
-            )  # fmt: skip
+            )
         self.running[role] = Process(role, popen)
 
     def check(self, what: str) -> None:
@@ -136,7 +136,7 @@ class Processes:
                 how = (
                     'a signal has stopped it' if node.stopped()
                     else f'it says nothing and takes no processor time for {node.silent:.0f} s'
-                )  # fmt: skip
+                )
                 raise self._hangs(role, how, what)
         rest = min(node.idle for node in self.running.values())
         self._rested = self._rested + passed if rest else 0.0
@@ -144,7 +144,7 @@ class Processes:
             said = [
                 f'{role} says: {node.says["message"]}' for role, node in self.running.items()
                 if node.figure('waiting')
-            ]  # fmt: skip
+            ]
             raise ReplayError(
                 f'no answer while {what}: no node has anything to do for {self.idle():.0f} s; '
                 f'{"; ".join([*said, f"see {self.logs}"])}'

@@ -152,7 +152,7 @@ def _parameters(
     """Return the parameters of each node in a replay."""
     common = {
         'image_qos': 'keep_all', 'image_transport': transport, 'weights': str(weights),
-    }  # fmt: skip
+    }
     given = {
         'matcher': {**common, 'processing_mode': 'all'},
         'bundle': {'image_qos': 'keep_all', 'map_dir': str(run_dir)},
@@ -207,7 +207,7 @@ def _ended_by(*signals: signal.Signals) -> Iterator[None]:
         before = {
             one: signal.signal(one, end)
             for one in signals if signal.getsignal(one) is signal.SIG_DFL
-        }  # fmt: skip
+        }
     try:
         yield
     finally:
@@ -232,7 +232,7 @@ def _result(
     notes += [
         f'the {role} node went without {count} of the messages it was sent'
         for role, count in lost.items() if count
-    ]  # fmt: skip
+    ]
     if notice := kernels.state():
         notes.append(notice)
     return ReplayResult(
