@@ -1,10 +1,12 @@
 """Lessons, and the probes whose truth is known."""
 
 from dataclasses import replace
+import random
 
 import cv2
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions
+from imatching_ros.learning.corners import with_corners
 from imatching_ros.learning.lesson import (
     encode,
     make_lesson,
@@ -15,6 +17,7 @@ from imatching_ros.learning.lesson import (
 )
 from imatching_ros.learning.probe import make_probe, probe_error
 from imatching_ros.matching.families.expectation import ExpectationMatcher
+from imatching_ros.matching.protocol import FAILED
 from imatching_ros.matching.warps import apply_homography
 import numpy as np
 import pytest
@@ -79,6 +82,35 @@ def test_rematching_asks_the_same_and_resolving_settles(shipped, night, events):
         for m in again.messages
     ]
     assert resolve(replace(again, messages=broken), BundleOptions(min_landmarks=100)) is None
+
+
+def test_new_corners_are_sought_in_every_other_keyframe(shipped, night, events):
+    window = [e[3] for e in events if e[3]][-1]
+    lesson = make_lesson(
+        window, {e[0]: e[2] for e in events}, {e[0]: torch.tensor(e[1])[None] for e in events},
+        night[0],
+    )
+    with torch.no_grad():
+        features = encode(shipped[0], lesson, lesson.pairs)
+    again, more = (
+        with_corners(shipped[0], lesson, lesson.pairs, features, random.Random(1), count=100)
+        for _ in range(2)
+    )
+    added = more.pairs[len(lesson.pairs):]
+    references = {pair.reference for pair in added}
+    assert more.pairs[:len(lesson.pairs)] == lesson.pairs and len(references) == 3
+    assert {(p.reference, p.target) for p in added} == {
+        (i, j) for i in references for j in range(len(window.stamps)) if i != j
+    }
+    known = torch.cat([message.track for message in lesson.messages])
+    for old, new, same in zip(lesson.messages, more.messages, again.messages, strict=True):
+        assert torch.equal(new.uv[:len(old)], old.uv) and torch.equal(new.uv, same.uv)
+        assert not torch.isin(new.track[len(old):], known).any()
+        assert bool((new.score[len(old):] >= FAILED).all())
+    # Most of them are landmarks of the window that is solved with them
+    solved = resolve(more, BundleOptions())
+    sought = torch.cat([more.messages[p.target].track[p.rows] for p in added]).unique()
+    assert torch.isin(sought, solved.window.track).double().mean() > 0.5
 
 
 def test_the_truth_of_a_probe_is_where_the_scene_went(day):

@@ -2,11 +2,14 @@
 
 import copy
 from dataclasses import replace
+import random
 
 from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.bundle.solver.adjust import adjust, AdjustOptions
 from imatching_ros.bundle.solver.robust import Kernel
+from imatching_ros.learning.corners import with_corners
 from imatching_ros.learning.lesson import (
+    encode,
     make_lesson,
     match,
     objective,
@@ -133,7 +136,7 @@ def inner(a, b):
 
 @pytest.fixture(scope='module')
 def small_lesson(shipped, night):
-    """Return a window of few tracks, in which noise makes the kernel matter."""
+    """Return a window of few tracks and new corners, in which noise makes the kernel matter."""
     camera, images = night
     events = recorded(shipped[0], camera, images[:40], TrackerOptions(queries=150))
     window = [e[3] for e in events if e[3]][-1]
@@ -142,7 +145,11 @@ def small_lesson(shipped, night):
         camera,
     )
     assert len(window.stamps) > 4 and len(lesson.pairs) > 5
-    return lesson
+    with torch.no_grad():
+        features = encode(shipped[0], lesson, lesson.pairs)
+    more = with_corners(shipped[0], lesson, lesson.pairs, features, random.Random(0), count=50)
+    assert len(more.pairs) > len(lesson.pairs) + len(window.stamps)
+    return more
 
 
 @pytest.fixture(

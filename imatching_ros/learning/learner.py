@@ -179,7 +179,7 @@ class Learner:
             lesson = lessons[index]
             if pairs := self.inputs.trainable(lesson):
                 kind = OBJECTIVES[self.options.objective]
-                objective = kind.of(self.candidate.matcher, lesson, pairs, self.bundle)
+                objective = kind.of(self.candidate.matcher, lesson, pairs, self.bundle, draw)
                 if objective is not None:
                     return objective
                 fallen.append(lesson)

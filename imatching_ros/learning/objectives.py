@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+import random
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import sgp
+from .corners import with_corners
 from .lesson import (
+    encode,
     Lesson,
     match,
     objective,
@@ -32,9 +35,14 @@ class Objective(Protocol):
 
     @classmethod
     def of(
-        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions
+        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions,
+        draw: random.Random,
     ) -> Objective | None:
-        """Return the objective on a lesson's pairs; None where there is nothing to learn."""
+        """
+        Return the objective on a lesson's pairs; None where there is nothing to learn.
+
+        What it chooses by chance, it draws.
+        """
 
     def usable(self, pairs: list[Pair]) -> list[Pair]:
         """Return those of the pairs that it says something about."""
@@ -58,11 +66,18 @@ class BundleObjective:
 
     @classmethod
     def of(
-        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions
+        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions,
+        draw: random.Random,
     ) -> BundleObjective | None:
-        """Match the rows again and solve again; None without enough survivors at an optimum."""
-        lesson = requery(lesson, options.prune_px)
-        lesson = resolve(rematch(matcher, lesson), options)
+        """
+        Match the rows again, and new corners, and solve again.
+
+        None without enough survivors at an optimum.
+        """
+        with torch.no_grad():
+            features = encode(matcher, lesson, lesson.pairs)
+        lesson = rematch(matcher, requery(lesson, options.prune_px), features)
+        lesson = resolve(with_corners(matcher, lesson, pairs, features, draw), options)
         if lesson is None:
             return None
         return cls(lesson, survivors_of(lesson, options.prune_px), options.adjust.kernel)
@@ -86,7 +101,8 @@ class TeacherObjective:
 
     @classmethod
     def of(
-        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions
+        cls, matcher: Matcher, lesson: Lesson, pairs: list[Pair], options: BundleOptions,
+        draw: random.Random,
     ) -> TeacherObjective | None:
         """Ask the teacher; None where it believes no pose."""
         labels = sgp.teach(matcher, lesson, pairs)
