@@ -13,7 +13,7 @@ from .evidence import Clip, Evidence, gather
 from ..bundle.options import BundleOptions
 
 NEAR_PX = 1.0  # a match this close is right
-Z = 2.0  # standard errors that a word must be sure by
+Z = 2.5  # standard errors that a word must be sure by
 LOOKED = 2  # clips that a word needs, where there are so many
 PART = 0.5  # of the way to a candidate that is not surely better: what lies there may be
 #: Of the known warps that the weights in use match, a model that has not collapsed matches this
