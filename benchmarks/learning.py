@@ -40,15 +40,18 @@ from imatching_ros.data.synthetic import Sensor
 from imatching_ros.evaluation.matching import (
     evaluate_matching,
     evaluation_pairs,
+    MIN_POINTS,
     Pair,
     true_matches,
 )
+from imatching_ros.learning.candidate import Candidate
 from imatching_ros.learning.learner import Learner
 from imatching_ros.learning.options import LearnerOptions
 from imatching_ros.learning.probe import robust_distance
 from imatching_ros.learning.tune import tune
 from imatching_ros.matching import weights
 from imatching_ros.matching.detector import detect
+from imatching_ros.matching.encoder import COARSE
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -68,8 +71,13 @@ from scenes import (
 )
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'training'))
+from losses import cross_entropy  # noqa: E402
+
 METHODS = ('base', 'sgp', 'imatching')
 FIGURES = ('mma_1px', 'mma_2px', 'mma_5px', 'auc_5', 'auc_10', 'auc_20')
+NEAR_PX = 8.0  # of the truth: a match farther away has it outside of its fine window
+COARSE_WEIGHT = 0.1  # of the truth's coarse loss
 
 console = Console(width=130)
 
@@ -114,7 +122,7 @@ def _measured(
         if recording.depth(recording.ground_truth[0][0].item()) is None:
             return None
         done = steps
-        _train_with_truth(matcher, recording, count, steps, seed)
+        matcher = _train_with_truth(matcher, recording, count, steps, seed)
     elif method != 'base':
         try:
             learner, history = tune(
@@ -143,28 +151,29 @@ def _measured(
 
 def _train_with_truth(
     matcher: torch.nn.Module, recording: Recording, count: int, steps: int, seed: int
-) -> None:
+) -> torch.nn.Module:
     """Return the same network after training with exact matches: what there is to be gained."""
-    pairs = evaluation_pairs(recording, 0, count - 1, per_step=60)
+    pairs = np.array(evaluation_pairs(recording, 0, count - 1, per_step=60), dtype=object)
     images = dict(Part(recording, count))
-    rng, optimiser = (
-        np.random.default_rng(seed),
-        torch.optim.Adam(matcher.parameters(), lr=LearnerOptions.rate),
-    )
+    rng, options = np.random.default_rng(seed), LearnerOptions()
+    candidate = Candidate(matcher, options, torch.device('cpu'))
     for _ in range(steps):
-        losses = []
-        for pair in rng.choice(np.array(pairs, dtype=object), 2, replace=False):
-            queries, truth = _truth(recording, pair, images)
-            features = matcher.encode(_batch(images[pair.reference], images[pair.target]))
-            matches = matcher.match(features[:1], features[1:], queries[None])
-            losses.append(
-                robust_distance(matches.uv[0], truth)
-                + robust_distance(matches.coarse_uv[0], truth)
-            )
-        optimiser.zero_grad()
-        sum(losses).backward()
-        torch.nn.utils.clip_grad_norm_(matcher.parameters(), LearnerOptions.clip)
-        optimiser.step()
+        pair = rng.choice(pairs)
+        queries, truth = _truth(recording, pair, images)
+        if len(queries) < MIN_POINTS:
+            continue
+        i, j = (candidate.matcher.encode(_batch(images[k])) for k in (pair.reference, pair.target))
+        matches = candidate.matcher.match(i, j, queries[None])
+        # Farther than its window reaches a match has no gradient that leads to the truth: the fine
+        # loss leaves it out, and the coarse one counts every cell of the image, not a window's
+        near = (matches.uv[0].detach() - truth).norm(dim=-1) < NEAR_PX
+        similarity = candidate.matcher.coarse_similarity(i, j, queries[None])
+        cell = (truth[None] - (COARSE - 1) / 2) / COARSE
+        loss = COARSE_WEIGHT * cross_entropy(similarity, cell, *j.coarse.shape[-2:]).mean()
+        if bool(near.any()):
+            loss = loss + robust_distance(matches.uv[0, near], truth[near])
+        candidate.descend(loss, options.rate, options.clip)
+    return candidate.average.module
 
 
 def _truth(
