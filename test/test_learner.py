@@ -243,6 +243,30 @@ def test_memory_is_of_all_times():
         assert len(few) == most and few[most - 1] == 9
 
 
+@pytest.mark.parametrize('most', [5, 6, 8, 24])
+def test_half_of_the_memory_is_spread_over_all_the_time_before(most):
+    memory = Memory(most)
+    for item in range(400):
+        memory.add(item)
+        if item >= 2 * most:
+            kept = list(memory)
+            new = most // 2
+            assert kept[0] == 0 and kept[-new:] == list(range(item - new + 1, item + 1))
+            gaps = np.diff(kept[:most - new + 1])
+            assert gaps.max() < 1.7 * gaps.mean()
+
+
+def test_what_takes_the_newest_ones_place_takes_its_time_too():
+    one, two = Memory(6), Memory(6)
+    for item in range(60):
+        one.add(item)
+        two.add('a first version of it')
+        two.add(item, instead=True)
+        assert list(two) == list(one)
+    two.add('newer', instead=True)
+    assert list(two) == [*list(one)[:-1], 'newer']
+
+
 def test_windows_of_old_weights_are_dropped_and_counted(shipped, night, events):
     learner = Learner(*shipped, night[0], LearnerOptions(max_age=1))
     learner.use(shipped[0], parent=0)

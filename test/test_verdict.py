@@ -1,6 +1,7 @@
 """What the gate lets through, and what it goes by."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +9,7 @@ from imatching_ros.bundle.options import BundleOptions
 from imatching_ros.learning import evidence, verdict
 from imatching_ros.learning.candidate import interpolated
 from imatching_ros.learning.evidence import Evidence, gather
-from imatching_ros.learning.verdict import consider, judge
+from imatching_ros.learning.verdict import consider, judge, mean_and_error
 from imatching_ros.matching.protocol import Matches
 from lessons import same, taught
 import numpy as np
@@ -64,6 +65,38 @@ def test_matches_of_one_corner_err_together():
     assert judge([spread], [before]).figures['gain_error'] < 0.6
 
 
+def test_corners_of_two_clips_are_not_the_same_corners():
+    before = witnessed(0.40, points=8000, views=80)
+    some = replace(before, error=torch.where(before.corner < 8, 0.5, before.error))
+    later = [replace(e, view=e.view + 80) for e in (some, before)]
+    once, twice = judge([some], [before]), judge([some, later[0]], [before, later[1]])
+    assert twice.figures['gain'] == pytest.approx(once.figures['gain'])
+    error = once.figures['gain_error'] / 2**0.5
+    assert twice.figures['gain_error'] == pytest.approx(error, rel=0.02)
+    assert twice.figures['images'] == 160
+
+
+def test_the_standard_error_is_the_spread_of_many_means():
+    view, corner = torch.arange(600) % 20, torch.arange(600) // 20
+    g = torch.Generator().manual_seed(0)
+    said = [
+        mean_and_error(
+            0.3 + torch.randn(20, generator=g)[view] + torch.randn(30, generator=g)[corner],
+            view, corner,
+        )
+        for _ in range(400)
+    ]
+    mean, error = np.array(said).T
+    assert mean.mean() == pytest.approx(0.3, abs=0.05)
+    assert error.mean() == pytest.approx(mean.std(), rel=0.1)
+    # By hand: of two views that differ by one in all, by none in what corners show
+    x, one, two = (torch.tensor(v) for v in ([1.0, 1, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]))
+    assert mean_and_error(x, one, two) == (0.5, 0.5)
+    # One view, or one point, says nothing about others
+    assert mean_and_error(x, one, torch.zeros(4)) == (0.5, np.inf)
+    assert mean_and_error(x[:1], one[:1], two[:1]) == (0.0, np.inf)
+
+
 def test_a_true_gain_may_lose_known_warps_but_not_most_of_them():
     before = witnessed(0.40, known=0.43)
     assert judge([witnessed(0.45, known=0.29)], [before]).mark == 1
@@ -116,6 +149,31 @@ def test_evidence_is_gathered_until_the_word_is_sure(monkeypatch):
     assert set(known) == {(3,), (4,)}  # what is not held out any more is forgotten
 
 
+def test_what_lies_halfway_is_asked_where_the_candidate_is_not_surely_better(monkeypatch):
+    """Numbers for matchers: what is right grows up to 1, and falls from there on."""
+    monkeypatch.setattr(verdict, 'gather', lambda matcher, clip, options: witnessed(
+        0.5 - 0.1 * abs(matcher - 1)
+    ))
+    monkeypatch.setattr(
+        verdict, 'interpolated', lambda first, second, share: first + share * (second - first)
+    )
+    clips = [SimpleNamespace(stamps=[k]) for k in range(2)]
+    said, taken = consider(2.0, 0.0, clips, BundleOptions(), {})  # both as far from the best
+    assert said.mark == 1 and taken == 1.0 and said.share == 0.5
+    assert said.reason.endswith(', with 50 % of the way to the candidate')
+    # It is the evidence of what is taken, for this is what the next one is compared with
+    assert torch.equal(said.evidence[0,].error, witnessed(0.5).error)
+    said, taken = consider(0.0, 0.0, clips, BundleOptions(), {})
+    assert said.mark == 0 and taken == 0.0 and said.share == 1 and 'way' not in said.reason
+    said, taken = consider(3.0, 0.0, clips, BundleOptions(), {})
+    assert said.mark == -1 and taken == 3.0  # what is surely worse is not asked by halves
+
+
+def test_what_has_no_pair_is_not_judged():
+    with pytest.raises(ValueError, match='argument'):
+        judge([witnessed(0.5)] * 2, [witnessed(0.4)])
+
+
 def test_weights_between_two_are_between_them(shipped):
     other = interpolated(shipped[0], shipped[0], 1.0)
     for parameter in other.parameters():
@@ -124,6 +182,11 @@ def test_weights_between_two_are_between_them(shipped):
     for ours, first in zip(between.parameters(), shipped[0].parameters(), strict=True):
         assert torch.allclose(ours, first + 0.25, atol=1e-6)
     assert same(interpolated(shipped[0], other, 0.0).state_dict(), shipped[0].state_dict())
+    with pytest.raises(ValueError, match='argument'):  # another network
+        interpolated(shipped[0], torch.nn.Identity(), 0.5)
+    one, two = torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2)
+    two(torch.randn(8, 2))
+    assert interpolated(one, two, 0.5).num_batches_tracked == 0  # what is counted has no middle
 
 
 class Wrong(torch.nn.Module):

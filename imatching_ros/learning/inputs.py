@@ -102,14 +102,16 @@ class Inputs:
             return False
         stamps = window.stamps.tolist()
         grows = self._grows(stamps)
+        if held_out is None:
+            # On a robot a clip grows once: the next windows are to learn from
+            grows = grows and len(self.held_out[-1].fresh) < 2 * self.options.new_keyframes
         # Windows overlap: an image trains or judges, by which of them it came with first
         judged = {s for clip in self._others(grows) for s in clip.stamps}
-        fresh = [k for k, s in enumerate(stamps) if s not in self._trained and s not in judged]
+        taken = judged.union(self._trained)
+        fresh = [k for k, stamp in enumerate(stamps) if stamp not in taken]
         if held_out is None:
             due = not len(self.held_out) or (self.windows - 1) % self.options.held_out == 0
             enough = len(fresh) >= self.options.new_keyframes
-            # On a robot a clip grows once: the next windows are to learn from
-            grows = grows and len(self.held_out[-1].fresh) < 2 * self.options.new_keyframes
             held_out = bool(len(self.lessons)) and (due or grows) and enough
         if held_out and len(fresh) < 2:
             return False
@@ -117,7 +119,9 @@ class Inputs:
         self.windows += 1
         if held_out:
             probes = [self._probe(lesson, k) for k in (fresh[0], fresh[len(fresh) // 2])]
-            between = some_between(self.images, stamps, fresh)
+            # One that trained may lie there: where the robot only turned, it left the window
+            free = {stamp: image for stamp, image in self.images.items() if stamp not in taken}
+            between = some_between(free, stamps, fresh)
             self.held_out.add(Clip(lesson, fresh, between, probes), instead=grows)
             return True
         self.lessons.add(lesson)

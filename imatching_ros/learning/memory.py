@@ -30,10 +30,11 @@ class Memory(Generic[Item]):
         self._count += 1
         if len(self._items) <= self.most:
             return
-        when = [number for number, _ in self._items[:len(self._items) - self.most // 2]]
-        # The one whose neighbours in time are closest together is missed least; the first of all
-        # stays.
-        gaps = [when[k + 1] - when[k - 1] for k in range(1, len(when) - 1)]
+        # Of what is not among the newest, the one whose neighbours in time are closest together is
+        # missed least; the first of all stays.
+        when = [number for number, _ in self._items]
+        old = range(1, min(self.most - self.most // 2 + 1, self.most))
+        gaps = [when[k + 1] - when[k - 1] for k in old]
         del self._items[1 + gaps.index(min(gaps)) if gaps else 0]
 
     def remove(self, index: int) -> None:
