@@ -310,7 +310,7 @@ def plot(rows: list[dict], path: Path) -> None:
             shares.append(100 * promoted[inside].mean())
             colours.append(RED if high <= LOSS else BLUE)
     right.bar(labels, shares, color=colours)
-    right.tick_params(axis='x', labelsize=7)
+    right.tick_params(axis='x', labelsize=7, rotation=45)
     right.set(
         xlabel='true gain, points of mma_1px (candidates)', ylabel='promoted, %', ylim=(0, 100)
     )

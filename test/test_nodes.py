@@ -802,6 +802,7 @@ class Tape:
         return SimpleNamespace(
             publish=lambda message: self.heard.append((self.now, name, message)),
             get_subscription_count=lambda: self.listeners, topic_name=f'/{name}',
+            wait_for_all_acked=lambda timeout: True,
         )
 
     def play(self, context, **values) -> list[tuple[float, str]]:

@@ -18,6 +18,7 @@ from ..bundle.window import Window
 from ..geometry.camera import Camera
 from ..geometry.correspondences import Correspondences
 
+CLIP = 4  #: fresh keyframes that a clip grows to, at least
 TRAINED = 4000  #: newest stamps that trained, so that no window with one of them becomes evidence
 
 
@@ -103,8 +104,10 @@ class Inputs:
         stamps = window.stamps.tolist()
         grows = self._grows(stamps)
         if held_out is None:
-            # On a robot a clip grows once: the next windows are to learn from
-            grows = grows and len(self.held_out[-1].fresh) < 2 * self.options.new_keyframes
+            # On a robot a clip grows little: the next windows are to learn from
+            grows = grows and len(self.held_out[-1].fresh) < max(
+                2 * self.options.new_keyframes, CLIP
+            )
         # Windows overlap: an image trains or judges, by which of them it came with first
         judged = {s for clip in self._others(grows) for s in clip.stamps}
         taken = judged.union(self._trained)
@@ -113,7 +116,7 @@ class Inputs:
             due = not len(self.held_out) or (self.windows - 1) % self.options.held_out == 0
             enough = len(fresh) >= self.options.new_keyframes
             held_out = bool(len(self.lessons)) and (due or grows) and enough
-        if held_out and len(fresh) < 2:
+        if held_out and not fresh:
             return False
         self._last_stamps, self.last_stamp = set(stamps), max(stamps)
         self.windows += 1
