@@ -57,7 +57,7 @@ def test_buffers_are_bounded(shipped, night, events):
     assert list(learner.inputs.images) == [e[0] for e in events[-9:]]  # the newest
     # Windows whose oldest image is gone are not lessons, the rest are few.
     assert learner.windows < sum(e[3] is not None for e in events)
-    learner = taught(shipped, night, events, lessons=2, held_out=2, judged=3, new_keyframes=1)
+    learner = taught(shipped, night, events, lessons=2, judged=3, new_keyframes=1)
     assert learner.windows > 5
     assert len(learner.inputs.lessons) == 2 and 1 <= len(learner.inputs.held_out) <= 3
 
