@@ -101,9 +101,9 @@ def judge(candidate: Sequence[Evidence], incumbent: Sequence[Evidence]) -> Judge
     """
     Say whether a candidate is better than the weights in use, by the evidence of both.
 
-    They are paired on the same points of the same clips. Better is what more points within
-    ``NEAR_PX`` of the place that the other views give say, by ``Z`` standard errors, and what has
-    not collapsed on the known warps.
+    They are paired on the same points of the same clips. Better is a model of whose matches more
+    lie within ``NEAR_PX`` of where the other views have the point, by ``Z`` standard errors, and
+    which has not collapsed on the known warps.
     """
     gain, error = mean_and_error(
         torch.cat([
