@@ -8,7 +8,7 @@ from typing import Any
 
 from .common import compare, open_given, report, run_folder, true_poses, warn, warn_of
 from ..data.recording import Recording
-from ..evaluation.pictures import Event, Pictures
+from ..evaluation.pictures import Event, EVIDENCE, Pictures
 from ..evaluation.trajectory import trajectory_accuracy
 from ..matching import weights
 from ..replay import replay, ReplayResult
@@ -101,13 +101,5 @@ def _event(values: dict[str, str]) -> Event:
         rolled_back=values['rolled_back'] == 'true',
         version=int(values['version']),
         reason=values['reason'],
-        figures={name: float(value) for name, value in values.items() if _is_number(value)},
+        figures={name: float(values[name]) for name in EVIDENCE if name in values},
     )
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

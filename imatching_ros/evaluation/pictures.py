@@ -26,6 +26,8 @@ ERROR_CLASSES = (
 )
 NEUTRAL = '#4db8ff'
 BLUE, GREEN, RED, GREY = '#3f83f0', '#1fa35b', '#e0475b', '#8a8f98'
+#: Of a verdict's figures, those that ``Event.evidence`` holds.
+EVIDENCE = ('reprojection_1px_before', 'reprojection_1px', 'gain_error')
 #: How verdicts are drawn: colour and line.
 LOOKS = {'promoted': (GREEN, '-'), 'rollback': (RED, '--'), 'refused': (GREY, ':')}
 INK = '#010203'  # stands for the page's own text colour in a matplotlib figure
@@ -59,9 +61,8 @@ class Event:
     ) -> Event:
         """Return the mark of what the gate decided after a step, by the figures that it gave."""
         kind = 'rollback' if rolled_back else 'promoted' if promoted else 'refused'
-        names = 'reprojection_1px_before', 'reprojection_1px', 'gain_error'
-        known = all(np.isfinite(figures.get(name, np.nan)) for name in names)
-        evidence = tuple(figures[name] for name in names) if known else None
+        known = all(np.isfinite(figures.get(name, np.nan)) for name in EVIDENCE)
+        evidence = tuple(figures[name] for name in EVIDENCE) if known else None
         return cls(step, kind, version, reason, evidence)
 
 
