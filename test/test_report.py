@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from html.parser import HTMLParser
 import json
 import re
@@ -13,6 +14,7 @@ from imatching_ros.evaluation.pictures import (
     ERROR_CLASSES,
     error_counts,
     Event,
+    learning_svg,
     matches_svg,
     Pictures,
 )
@@ -87,7 +89,7 @@ def _full():
     }
     loss = [(step, 1.0 / step + 0.2) for step in range(1, 201)]
     events = [
-        Event(50, 'promoted', 1, 'better by <9 %>'), Event(90, 'refused'),
+        Event(50, 'promoted', 1, 'better by <9 %>', (36.2, 48.0, 0.7)), Event(90, 'refused'),
         Event(120, 'rollback', 0), Event(200, 'promoted', 2),
     ]
     return figures, Pictures(_matches(3.0), _matches(0.2), trajectory, loss, events)
@@ -208,6 +210,21 @@ def test_missing_pieces_are_said_to_be_missing(tmp_path):
     assert page.text.count('not available: no ground truth in the recording') == 2
     assert 'not available: no gradient step in this run' in page.text
     assert '<svg' not in text
+
+
+def test_each_verdicts_evidence_is_drawn_where_there_is_some():
+    """Also of a verdict whose figures do not say how sure it was."""
+    _, pictures = _full()
+    drawn = learning_svg(pictures.loss, pictures.events)
+    assert 'corners that agree, %' in drawn and 'candidate, promoted' in drawn
+    without = [replace(event, evidence=None) for event in pictures.events]
+    plain = learning_svg(pictures.loss, without)
+    assert 'corners that agree' not in plain and 'promoted' in plain
+    names = 'reprojection_1px_before', 'reprojection_1px', 'gain_error'
+    told = dict(zip(names, (36.2, 48.0, 0.7), strict=True))
+    for figures, evidence in ((told, (36.2, 48.0, 0.7)), (told | {'gain_error': np.inf}, None)):
+        event = Event.of_verdict(50, True, False, 1, 'better', figures)
+        assert event.evidence == evidence and event.kind == 'promoted'
 
 
 def test_no_ground_truth_is_said_only_where_that_is_so(tmp_path):
